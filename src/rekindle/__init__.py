@@ -1,0 +1,58 @@
+"""Rekindle: an LLM server and library that never computes the same KV twice.
+
+    import rekindle
+
+    llm = rekindle.load()
+    print(llm.generate("…"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rekindle.errors import (
+    EngineError,
+    InvalidRequest,
+    ModelError,
+    Overloaded,
+    PromptTooLong,
+    RekindleError,
+    SessionError,
+    StoreError,
+)
+
+if TYPE_CHECKING:
+    from rekindle.serve.local import LLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "EngineError",
+    "InvalidRequest",
+    "ModelError",
+    "Overloaded",
+    "PromptTooLong",
+    "RekindleError",
+    "SessionError",
+    "StoreError",
+    "load",
+]
+
+
+def load(model: str = "builtin", /, **settings: Any) -> LLM:
+    """Open a model with its engine, store and worker. Settings are those of `rekindle.settings.Settings`.
+
+    Raises ModelError if the model cannot be served, InvalidRequest for a bad setting.
+    """
+    from rekindle.serve.local import LLM  # here, so that `import rekindle` stays instant
+
+    return LLM.open(model, **settings)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from rekindle.serve.local import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Floor 6: the `rekindle` command. Parses arguments, calls the floors below, prints for people."""

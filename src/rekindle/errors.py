@@ -1,0 +1,104 @@
+"""The tree of exceptions.
+
+Every refusal a user can meet is a `RekindleError`. A message says what was expected, what came, and what to do. `status`
+is the HTTP status that the refusal has at the edge, `code` its stable name there; nothing below `api/` uses either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RekindleError(Exception):
+    """Root of all errors that Rekindle raises on purpose."""
+
+    status = 500
+    code = "internal_error"
+
+
+class InvalidRequest(RekindleError):
+    """The caller asked for something that has no meaning here. `param` names the offending field, if there is one."""
+
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt can never fit in the context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelError(RekindleError):
+    """A model cannot be found, read or served."""
+
+    code = "model_error"
+
+
+class Overloaded(RekindleError):
+    """Too much work is waiting already; the same request may succeed later."""
+
+    status = 429
+    code = "overloaded"
+
+
+class StoreError(RekindleError):
+    """The store, or one of its tiers, failed."""
+
+    code = "store_error"
+
+
+class CorruptBlock(StoreError):
+    """A stored block is not what was written."""
+
+    code = "corrupt_block"
+
+
+class TierUnavailable(StoreError):
+    """A tier cannot be reached at present."""
+
+    code = "tier_unavailable"
+
+
+class SessionError(RekindleError):
+    """A live session cannot do what was asked in its present state."""
+
+    status = 400
+    code = "session_error"
+
+
+class EngineError(RekindleError):
+    """The engine refused a verb; every sequence is as it was before."""
+
+    code = "engine_error"
+
+
+class ContextFull(EngineError):
+    """There are not enough free cells, or no free sequence, for what was asked."""
+
+    status = 503
+    code = "context_full"
+
+
+class BadRange(EngineError):
+    """A token range or position does not exist in the sequence."""
+
+
+class UnknownSequence(EngineError):
+    """The sequence is not open."""
+
+
+class ForeignPayload(EngineError):
+    """A payload was not made by this engine with this model and these settings, or is torn."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: "; did you mean 'x'?" or "; known: a, b, c"."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"

@@ -1,0 +1,73 @@
+"""One frozen `Settings` object, made from a file, the environment and flags, in that order of growing weight.
+
+The file is TOML (`--config FILE`), environment names are the field names in capitals after `REKINDLE_`
+(`REKINDLE_THREADS=2`), flags are keyword arguments. A name that is not a setting is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rekindle.errors import InvalidRequest, nearest
+
+PREFIX = "REKINDLE_"
+
+
+class Settings(BaseModel):
+    """Everything that can be chosen about a running Rekindle. Sizes are in bytes, times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field("builtin", description="builtin, a path to a .gguf file, or hf:owner/repo[:file]")
+    engine: Literal["auto", "llama", "toy"] = Field("auto", description="what computes KV; toy is a test double")
+    context: int | None = Field(None, ge=64, description="KV cells, shared by all sequences; default: by the model")
+    threads: int | None = Field(None, ge=1, description="compute threads; default: the machine's cores")
+    gpu_layers: int = Field(0, ge=-1, description="layers to offload to a GPU, -1 for all")
+    kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="type of the K and V cells")
+    max_running: int = Field(16, ge=1, le=64, description="sequences that decode at the same time")
+    max_residents: int = Field(32, ge=0, le=60, description="idle sequences kept in the engine for the next request")
+    prefill_budget: int = Field(512, ge=1, description="prompt tokens computed per step beside running streams")
+    max_queue: int = Field(256, ge=1, description="requests that may wait; one more is refused")
+    block_tokens: int = Field(64, ge=1, description="tokens per stored block")
+    min_tokens: int = Field(20, ge=0, description="prompts shorter than this are not stored")
+    store_memory: int = Field(1 << 30, ge=0, description="bytes of the store's memory tier")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
+
+    @classmethod
+    def load(
+        cls, file: Path | None = None, environ: Mapping[str, str] | None = None, /, **flags: Any
+    ) -> Settings:
+        """Merge the three sources; a flag that is None was not given. Raises InvalidRequest."""
+        merged: dict[str, Any] = {}
+        if file is not None:
+            merged |= _read(file)
+        for name, value in (os.environ if environ is None else environ).items():
+            if name.startswith(PREFIX):
+                merged[name.removeprefix(PREFIX).lower()] = value
+        merged |= {name: value for name, value in flags.items() if value is not None}
+        for name in merged:
+            if name not in cls.model_fields:
+                raise InvalidRequest(f"unknown setting {name!r}{nearest(name, cls.model_fields)}", param=name)
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise InvalidRequest(f"setting {name}: {first['msg']}, got {first['input']!r}", param=name) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"cannot read the settings file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the settings file {file} is not TOML: {error}") from None
