@@ -1,0 +1,151 @@
+"""From what is known of a prompt to what will be done about it.
+
+A `Plan` is an ordered list of steps that covers the prompt's tokens from 0 to its end without gap or overlap:
+
+    0        fork            place                 compute      length
+    |--------------------|------------------|----------------------|
+      a sequence in the     blocks from the    what nobody has
+      engine shares these   store              read before
+
+At least one token has to be computed to know what comes next, unless the logits after the prompt's last token are at
+hand too: then the plan computes nothing, and the first token costs no model call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rekindle.reuse.prompt import Prompt, Tokens, common_length
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Share the first tokens of a sequence that is in the engine."""
+
+    seq: int
+    start: int  # always 0
+    stop: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Put stored KV back at the position where it was computed."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Read these tokens (prefill)."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+Step = Fork | Place | Compute
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A sequence in the engine, as the plan sees it."""
+
+    seq: int
+    tokens: Tokens
+    logits_at: frozenset[int] = frozenset()  # lengths after which the logits are kept
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store holds of a prompt: KV of its first `length` tokens, in blocks that begin at multiples of a size."""
+
+    length: int = 0
+    has_logits: bool = False  # the logits after the prompt's last token too
+    block_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done for one prompt, and why. Reused <= total; nothing is both reused and computed."""
+
+    steps: tuple[Step, ...]
+    total: int  # tokens in the prompt
+    miss: str | None  # why reuse ended where it did; None if nothing was missing
+
+    def __post_init__(self) -> None:
+        position = 0
+        for step in self.steps:
+            assert step.start == position < step.stop, self.steps
+            position = step.stop
+        assert position == self.total
+
+    @property
+    def computed(self) -> int:
+        return sum(step.stop - step.start for step in self.steps if isinstance(step, Compute))
+
+    @property
+    def reused(self) -> int:
+        return self.total - self.computed
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the wire: steps with their kind, span and reason."""
+        kinds: dict[type, Literal["fork", "place", "compute"]] = {Fork: "fork", Place: "place", Compute: "compute"}
+        steps = [
+            {"kind": kinds[type(step)], "start": step.start, "stop": step.stop, "reason": step.reason}
+            for step in self.steps
+        ]
+        return {"steps": steps, "total": self.total, "reused": self.reused, "computed": self.computed, "miss": self.miss}
+
+
+def make_plan(prompt: Prompt, residents: Sequence[Resident], stored: Stored) -> Plan:
+    """Reuse the most tokens: the longest shared beginning in the engine first, then what the store has beyond it."""
+    total = len(prompt)
+    best, shared = _longest(prompt, residents)
+    in_engine = best is not None and shared == total and total in best.logits_at
+    in_store = stored.length == total and stored.has_logits
+    usable = total if in_engine or in_store else total - 1  # the last token is computed for its logits
+    forked = 0 if best is None else min(shared, usable)
+    placed = min(stored.length, usable)
+    if placed > forked and forked % stored.block_tokens:
+        forked -= forked % stored.block_tokens  # blocks can only follow at a block's beginning
+    steps: list[Step] = []
+    if best is not None and forked:
+        steps.append(Fork(best.seq, 0, forked, f"sequence {best.seq} is resident and begins with these tokens"))
+    if placed > forked:
+        steps.append(Place(forked, placed, "stored blocks with these tokens after exactly the tokens before them"))
+    reused = max(forked, placed)
+    if reused < total:
+        steps.append(Compute(reused, total, _why(reused, total, usable, shared, stored)))
+    return Plan(tuple(steps), total, None if reused == total else _miss(reused, best, shared, stored))
+
+
+def _longest(prompt: Prompt, residents: Sequence[Resident]) -> tuple[Resident | None, int]:
+    """The resident that shares the longest beginning; among equals one that also keeps the prompt's last logits."""
+    best, best_rank = None, (0, False)
+    for resident in residents:
+        shared = common_length(prompt.tokens, resident.tokens)
+        rank = (shared, shared == len(prompt) and shared in resident.logits_at)
+        if rank > best_rank:
+            best, best_rank = resident, rank
+    return best, best_rank[0]
+
+
+def _why(reused: int, total: int, usable: int, shared: int, stored: Stored) -> str:
+    if reused == usable == total - 1 and max(shared, stored.length) >= total:
+        return "all KV is at hand, the last token is computed again for its logits"
+    return "not read before" if reused == 0 else "not read before after this beginning"
+
+
+def _miss(reused: int, best: Resident | None, shared: int, stored: Stored) -> str:
+    if best is None and stored.length == 0:
+        return "no resident sequence and no stored block begins like this prompt"
+    if max(shared, stored.length) > reused:
+        return "the logits after the prompt's last token are not kept"
+    if best is not None and shared == reused and shared < len(best.tokens):
+        return f"token {reused} differs from the nearest sequence's"
+    return f"nothing that begins like this prompt goes on after token {reused}"

@@ -1,0 +1,148 @@
+"""The records that pass between a caller and the worker: what to generate, and what happened.
+
+A caller hands the worker a `Generation` and a sink; the worker calls the sink with zero or more `Piece`s and then exactly
+one `Done` or `Failed`. Records are frozen, so they may cross threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.reuse.plan import Plan
+from rekindle.reuse.prompt import Prompt
+
+FinishReason = Literal["stop", "length", "cancelled"]
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; the other defaults change nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0  # nucleus: smallest set of tokens with at least this probability
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0  # least probability, as a share of the most probable token's
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    top_logprobs: int | None = None  # None: no logprobs; k: the sampled token's and those of the k most probable
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_p", self.top_p, 0.0, 1.0)
+        _check("top_k", self.top_k, 0, 1 << 31)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for token, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if self.top_logprobs is not None:
+            _check("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name.partition("[")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One answer to generate."""
+
+    prompt: Prompt
+    max_tokens: int | None = None  # None: until the end of turn, or the context's end
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # generation ends before the first of these strings
+    json_schema: Mapping[str, object] | None = None  # the answer must be JSON of this schema; {} for any object
+    ignore_eos: bool = False  # go on after the end of turn (for measurements)
+    use_kv_cache: bool = True  # False: read the whole sequence again for every token (to show what the KV cache is worth)
+    use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
+    arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
+    tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) == 0:
+            raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
+        if any(not text for text in self.stop):
+            raise InvalidRequest("a stop string must not be empty", param="stop")
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """One generated token."""
+
+    id: int
+    piece: bytes  # its bytes; a character may spread over several tokens
+    logprob: float | None = None  # natural log of its probability before temperature; None unless asked for
+    top: tuple[tuple[int, bytes, float], ...] = ()  # (id, bytes, logprob) of the most probable tokens, best first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of the answer. Text is whole characters, held back while it may belong to a stop string."""
+
+    text: str
+    tokens: tuple[TokenInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of one request; cached + computed = prompt."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens whose KV was reused
+    completion_tokens: int
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens whose KV was computed for this request."""
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the time went, in milliseconds. TTFT runs from arrival to the first token, tokenising and queueing included."""
+
+    tokenize_ms: float
+    queue_ms: float
+    lookup_ms: float  # planning: residents and store
+    restore_ms: float  # putting stored KV back
+    prefill_ms: float  # from the end of restoring to the first token
+    ttft_ms: float
+    decode_ms: float  # from the first token to the last
+    total_ms: float
+    prefill_calls: int  # model calls before the first token that computed for this request
+
+    @property
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The answer is complete."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    plan: Plan
+    text: str  # the whole answer
+    tokens: tuple[int, ...]  # its ids, the end-of-turn token not included
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request was refused or could not be finished."""
+
+    error: RekindleError
+
+
+Event = Piece | Done | Failed
+Sink = Callable[[Event], None]  # called by the worker thread; must not block
