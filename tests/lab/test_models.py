@@ -245,12 +245,12 @@ def fail_with_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("sabotage", "error", "words"),
-    [(fail_with_full_disk, ModelError, "disk .* is full"), (fail_with_interrupt, KeyboardInterrupt, "")],
+    [(fail_with_full_disk, ModelError, "disk .* is full"), (fail_with_interrupt, KeyboardInterrupt, None)],
 )
 def test_a_failure_leaves_nothing_behind(
     sabotage: Callable[[pytest.MonkeyPatch], None],
     error: type[BaseException],
-    words: str,
+    words: str | None,
     tmp_path: Path,
     tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,
