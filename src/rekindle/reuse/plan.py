@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rekindle.reuse.prompt import Prompt, Tokens, common_length
+from rekindle.reuse.prompt import Prompt
+from rekindle.tokens import Tokens, common_length
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-Tokens = npt.NDArray[np.int32]
+from rekindle.tokens import Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +21,3 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def as_tokens(ids: object) -> Tokens:
-    """Any sequence of ids as int32[length]."""
-    return np.ascontiguousarray(ids, dtype=np.int32)
-
-
-def common_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens two sequences share from their beginning."""
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
-    return int(different[0]) if len(different) else length

@@ -1,0 +1,123 @@
+"""The language of the engine: seven verbs on sequences of KV.
+
+Every kind of reuse is a sentence in it. A prefix hit is a `fork` or a few `place`s; a conversation that slides is a `drop`;
+a document that moved is a `place` and a little `recompute`. Beside the verbs stands only book-keeping: `open`, `close`,
+and questions about lengths and free cells.
+
+A cell holds the KV of one token. Sequences that were forked share cells. Verbs check before they change: one that raises
+leaves every sequence as it was. Engines are not thread-safe; one thread owns an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rekindle.model.spec import ModelSpec
+from rekindle.tokens import Tokens
+
+SequenceId = int
+Range = tuple[int, int]  # positions [start, stop)
+Logits = dict[SequenceId, npt.NDArray[np.float32]]  # [vocab_size] each, owned by the caller
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Tokens to append to one sequence."""
+
+    seq: SequenceId
+    tokens: Tokens  # [count], at least one
+    logits: bool = True  # whether the logits after the last of them are wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """The KV of a token range, in the engine's own format."""
+
+    tokens: Tokens  # [count]
+    position: int  # of the first token, where the KV was computed
+    data: bytes
+    fingerprint: bytes  # of the engine that made it
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Engine(Protocol):
+    """Computes KV and logits. Errors are `EngineError`s: ContextFull, BadRange, UnknownSequence, ForeignPayload."""
+
+    spec: ModelSpec
+
+    # The seven verbs.
+
+    def forward(self, work: Sequence[Work]) -> Logits:
+        """Append tokens to one or more sequences, as one batch; at most one `Work` per sequence.
+
+        Returns logits for each sequence whose work asked for them. Raises ContextFull, UnknownSequence, BadRange (no
+        tokens, or a sequence twice), EngineError for a token outside the vocabulary.
+        """
+
+    def fork(self, seq: SequenceId, length: int) -> SequenceId:
+        """A new sequence that shares the first `length` tokens. Copies nothing. Raises ContextFull, BadRange."""
+
+    def truncate(self, seq: SequenceId, length: int) -> None:
+        """Forget the tokens from `length` on. Raises BadRange."""
+
+    def drop(self, seq: SequenceId, start: int, stop: int) -> None:
+        """Cut out [start, stop); what follows slides down to `start`, its K re-rotated. Raises BadRange, ContextFull."""
+
+    def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
+        """The KV of [start, stop) as bytes. Changes nothing. Raises BadRange."""
+
+    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
+        """Put stored KV at the end of a sequence (`position` = its length), re-rotated if it was computed elsewhere.
+
+        Raises BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
+        """
+
+    def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
+        """Compute the KV of these ranges anew, in place, in order, each token seeing all before it.
+
+        Ranges ascend and don't overlap. Raises BadRange, ContextFull.
+        """
+
+    # Book-keeping.
+
+    def open(self) -> SequenceId:
+        """A new, empty sequence. Raises ContextFull when there are too many."""
+
+    def close(self, seq: SequenceId) -> None:
+        """End a sequence and free the cells that no other shares."""
+
+    def tokens(self, seq: SequenceId) -> Tokens:
+        """A copy of the sequence's tokens."""
+
+    def length(self, seq: SequenceId) -> int: ...
+
+    @property
+    def num_cells(self) -> int:
+        """Cells in all."""
+
+    @property
+    def num_free_cells(self) -> int: ...
+
+    @property
+    def num_free_sequences(self) -> int: ...
+
+    @property
+    def num_calls(self) -> int:
+        """Model calls so far (decodes of the underlying library)."""
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens computed so far."""
+
+    def check_integrity(self) -> None:
+        """Recount everything from scratch. Raises AssertionError."""
+
+    def shutdown(self) -> None:
+        """Free the engine; nothing may be called afterwards."""

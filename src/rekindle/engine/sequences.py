@@ -1,0 +1,155 @@
+"""Which sequence holds which cells: the book-keeping that every engine shares.
+
+A sequence is a list of tokens and, beside it, a list of cell numbers. `fork` shares cells by counting references, so cells
+in use are counted once however many sequences see them. Here all checks are made, before an engine changes anything.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rekindle.engine.protocol import Range, SequenceId
+from rekindle.errors import BadRange, ContextFull, UnknownSequence
+from rekindle.tokens import Tokens
+
+
+@dataclass
+class _Row:
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    cells: array[int] = field(default_factory=lambda: array("i"))
+
+
+class SequenceTable:
+    """Open sequences over a fixed number of cells. Every method checks, then changes."""
+
+    def __init__(self, num_cells: int, ids: Sequence[SequenceId]) -> None:
+        self.num_cells = num_cells
+        self._ids = tuple(ids)
+        self._free_ids = list(reversed(self._ids))
+        self._free_cells = list(range(num_cells - 1, -1, -1))
+        self._references = array("i", [0] * num_cells)
+        self._rows: dict[SequenceId, _Row] = {}
+
+    @property
+    def num_free_cells(self) -> int:
+        return len(self._free_cells)
+
+    @property
+    def num_free_sequences(self) -> int:
+        return len(self._free_ids)
+
+    def row(self, seq: SequenceId) -> _Row:
+        try:
+            return self._rows[seq]
+        except KeyError:
+            raise UnknownSequence(f"sequence {seq} is not open") from None
+
+    def length(self, seq: SequenceId) -> int:
+        return len(self.row(seq).tokens)
+
+    def tokens(self, seq: SequenceId) -> Tokens:
+        return np.array(self.row(seq).tokens, dtype=np.int32)
+
+    def cells(self, seq: SequenceId) -> array[int]:
+        return self.row(seq).cells
+
+    def open(self) -> SequenceId:
+        if not self._free_ids:
+            raise ContextFull(f"all {len(self._ids)} sequences of the engine are open; close one first")
+        seq = self._free_ids.pop()
+        self._rows[seq] = _Row()
+        return seq
+
+    def close(self, seq: SequenceId) -> None:
+        self._release(self.row(seq).cells)
+        del self._rows[seq]
+        self._free_ids.append(seq)
+
+    def fork(self, seq: SequenceId, length: int) -> SequenceId:
+        row = self.row(seq)
+        self.check_range(seq, 0, length)
+        new = self.open()
+        self._rows[new] = _Row(row.tokens[:length], row.cells[:length])
+        for cell in row.cells[:length]:
+            self._references[cell] += 1
+        return new
+
+    def append(self, seq: SequenceId, tokens: Tokens) -> list[int]:
+        """Take cells for tokens at the end; returns them. Raises ContextFull."""
+        row = self.row(seq)
+        cells = self._take(len(tokens))
+        row.tokens.frombytes(tokens.tobytes())
+        row.cells.extend(cells)
+        return cells
+
+    def truncate(self, seq: SequenceId, length: int) -> None:
+        row = self.row(seq)
+        self.check_range(seq, 0, length)
+        self._release(row.cells[length:])
+        del row.tokens[length:], row.cells[length:]
+
+    def cut(self, seq: SequenceId, start: int, stop: int) -> None:
+        """Remove [start, stop); the cells of what follows stay the same."""
+        row = self.row(seq)
+        self.check_range(seq, start, stop)
+        self._release(row.cells[start:stop])
+        del row.tokens[start:stop], row.cells[start:stop]
+
+    def renew(self, seq: SequenceId, start: int, stop: int) -> list[int]:
+        """Give [start, stop) cells of its own, new where they are shared; returns them. Raises ContextFull."""
+        row = self.row(seq)
+        self.check_range(seq, start, stop)
+        shared = [index for index in range(start, stop) if self._references[row.cells[index]] > 1]
+        for index, cell in zip(shared, self._take(len(shared)), strict=True):
+            self._references[row.cells[index]] -= 1
+            row.cells[index] = cell
+        return row.cells[start:stop].tolist()
+
+    def num_shared(self, seq: SequenceId, start: int, stop: int) -> int:
+        """How many cells of a range other sequences see too."""
+        return sum(self._references[cell] > 1 for cell in self.row(seq).cells[start:stop])
+
+    def check_range(self, seq: SequenceId, start: int, stop: int) -> None:
+        length = self.length(seq)
+        if not 0 <= start <= stop <= length:
+            raise BadRange(f"[{start}, {stop}) is not a range of sequence {seq}, which has {length} tokens")
+
+    def check_ranges(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
+        end = 0
+        for start, stop in ranges:
+            self.check_range(seq, start, stop)
+            if start < end:
+                raise BadRange(f"ranges must ascend without overlap, got {list(ranges)}")
+            end = stop
+
+    def check_room(self, count: int) -> None:
+        if count > len(self._free_cells):
+            raise ContextFull(f"{count} cells are needed, {len(self._free_cells)} of {self.num_cells} are free")
+
+    def check_integrity(self) -> None:
+        seen: Counter[int] = Counter()
+        for row in self._rows.values():
+            assert len(row.tokens) == len(row.cells)
+            assert len(set(row.cells)) == len(row.cells), "a sequence holds a cell twice"
+            seen.update(row.cells)
+        assert all(self._references[cell] == seen[cell] for cell in range(self.num_cells))
+        assert sorted([*self._free_cells, *seen]) == list(range(self.num_cells))
+        assert sorted([*self._free_ids, *self._rows]) == sorted(self._ids)
+
+    def _take(self, count: int) -> list[int]:
+        self.check_room(count)
+        cells = [self._free_cells.pop() for _ in range(count)]
+        for cell in cells:
+            self._references[cell] = 1
+        return cells
+
+    def _release(self, cells: array[int]) -> None:
+        for cell in cells:
+            self._references[cell] -= 1
+            if self._references[cell] == 0:
+                self._free_cells.append(cell)

@@ -1,0 +1,125 @@
+"""A deterministic toy engine: a test double that speaks the seven verbs over plain integers.
+
+The "KV" of a token is one 64-bit state, mixed from the token and from the states of all tokens before it, each with its
+distance. So it depends on context and on relative position only, as attention with RoPE does: a chunk computed elsewhere
+is the same, a chunk computed with other neighbours is not, and `recompute` mends it. Logits are a hash of the last state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.sequences import SequenceTable
+from rekindle.engine.verify import check_payload, check_work
+from rekindle.errors import ForeignPayload
+from rekindle.model.spec import ModelSpec
+from rekindle.tokens import Tokens
+
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+States = npt.NDArray[np.uint64]
+
+
+def _hash(values: States) -> States:
+    values = (values ^ (values >> np.uint64(30))) * _MIX[1]
+    values = (values ^ (values >> np.uint64(27))) * _MIX[2]
+    return values ^ (values >> np.uint64(31))
+
+
+class ToyEngine:
+    """See the module's docstring; the meaning of each method is in `Engine`."""
+
+    def __init__(self, spec: ModelSpec, num_cells: int, max_sequences: int = 64) -> None:
+        self.spec = spec
+        self._table = SequenceTable(num_cells, range(max_sequences))
+        self._states = np.zeros(num_cells, dtype=np.uint64)
+        self._vocabulary = np.arange(spec.vocab_size, dtype=np.uint64) * _MIX[0]
+        self.num_calls = 0
+        self.num_computed = 0
+
+    def forward(self, work: Sequence[Work]) -> Logits:
+        check_work(self._table, work, self.spec.vocab_size)
+        self.num_calls += 1
+        logits: Logits = {}
+        for item in work:
+            start = self._table.length(item.seq)
+            self._table.append(item.seq, item.tokens)
+            self._compute(item.seq, start, start + len(item.tokens))
+            if item.logits:
+                last = self._states[self._table.cells(item.seq)[-1]]
+                logits[item.seq] = (_hash(self._vocabulary ^ last) >> np.uint64(40)).astype(np.float32) / (1 << 20)
+        return logits
+
+    def fork(self, seq: SequenceId, length: int) -> SequenceId:
+        return self._table.fork(seq, length)
+
+    def truncate(self, seq: SequenceId, length: int) -> None:
+        self._table.truncate(seq, length)
+
+    def drop(self, seq: SequenceId, start: int, stop: int) -> None:
+        self._table.cut(seq, start, stop)
+
+    def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
+        self._table.check_range(seq, start, stop)
+        states = self._states[np.array(self._table.cells(seq)[start:stop], dtype=np.intp)]
+        return Payload(self._table.tokens(seq)[start:stop], start, states.tobytes(), self.spec.fingerprint)
+
+    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
+        check_payload(self._table, seq, payload, position, self.spec)
+        if len(payload.data) != 8 * len(payload):
+            raise ForeignPayload(f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}")
+        states = np.frombuffer(payload.data, dtype=np.uint64)
+        self._states[self._table.append(seq, payload.tokens)] = states
+
+    def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
+        self._table.check_ranges(seq, ranges)
+        self._table.check_room(sum(self._table.num_shared(seq, *span) for span in ranges))
+        for start, stop in ranges:
+            old = np.array(self._table.cells(seq)[start:stop], dtype=np.intp)
+            self._states[self._table.renew(seq, start, stop)] = self._states[old]
+            self._compute(seq, start, stop)
+            self.num_calls += stop > start
+
+    def open(self) -> SequenceId:
+        return self._table.open()
+
+    def close(self, seq: SequenceId) -> None:
+        self._table.close(seq)
+
+    def tokens(self, seq: SequenceId) -> Tokens:
+        return self._table.tokens(seq)
+
+    def length(self, seq: SequenceId) -> int:
+        return self._table.length(seq)
+
+    @property
+    def num_cells(self) -> int:
+        return self._table.num_cells
+
+    @property
+    def num_free_cells(self) -> int:
+        return self._table.num_free_cells
+
+    @property
+    def num_free_sequences(self) -> int:
+        return self._table.num_free_sequences
+
+    def check_integrity(self) -> None:
+        self._table.check_integrity()
+
+    def shutdown(self) -> None:
+        pass
+
+    def _compute(self, seq: SequenceId, start: int, stop: int) -> None:
+        """Each token's state from its id and all states before it in the sequence."""
+        row = self._table.row(seq)
+        cells = np.array(row.cells, dtype=np.intp)
+        for index in range(start, stop):
+            distance = np.arange(index, 0, -1, dtype=np.uint64) * _MIX[0]
+            seen = _hash(self._states[cells[:index]] ^ distance).sum(dtype=np.uint64)
+            token = np.array([row.tokens[index]], dtype=np.uint64) * _MIX[1]
+            self._states[cells[index]] = _hash(token ^ seen ^ _MIX[2])[0]
+        self.num_computed += stop - start

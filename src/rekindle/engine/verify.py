@@ -1,0 +1,41 @@
+"""Checks of arguments that every engine makes before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rekindle.engine.protocol import Payload, SequenceId, Work
+from rekindle.engine.sequences import SequenceTable
+from rekindle.errors import BadRange, EngineError, ForeignPayload
+from rekindle.model.spec import ModelSpec
+
+
+def check_work(table: SequenceTable, work: Sequence[Work], vocab_size: int) -> None:
+    """Raises BadRange, UnknownSequence, EngineError, ContextFull."""
+    seen: set[SequenceId] = set()
+    for item in work:
+        table.row(item.seq)
+        if item.seq in seen:
+            raise BadRange(f"sequence {item.seq} stands twice in one batch")
+        seen.add(item.seq)
+        if len(item.tokens) == 0:
+            raise BadRange(f"no tokens to append to sequence {item.seq}")
+        low, high = int(item.tokens.min()), int(item.tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise EngineError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+    table.check_room(sum(len(item.tokens) for item in work))
+
+
+def check_payload(table: SequenceTable, seq: SequenceId, payload: Payload, position: int, spec: ModelSpec) -> None:
+    """Raises UnknownSequence, BadRange, ForeignPayload, EngineError, ContextFull."""
+    length = table.length(seq)
+    if position != length:
+        raise BadRange(f"a payload goes at the end of its sequence: position {length} expected, got {position}")
+    if payload.fingerprint != spec.fingerprint:
+        raise ForeignPayload(
+            f"the payload's fingerprint is {payload.fingerprint.hex()}, this engine's is {spec.fingerprint.hex()}: "
+            "it was made with another model, KV type or build"
+        )
+    if position != payload.position and not spec.can_shift:
+        raise EngineError(f"{spec.architecture} KV cannot be moved from position {payload.position} to {position}")
+    table.check_room(len(payload))

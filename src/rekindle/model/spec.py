@@ -1,0 +1,20 @@
+"""What the rest of the house needs to know of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Facts read from a model and from how it is set up to run."""
+
+    name: str
+    architecture: str  # "llama", "qwen3", …
+    vocab_size: int
+    num_layers: int
+    train_context: int  # tokens it was trained to see
+    kv_bytes_per_token: int  # in the KV type chosen
+    window: int  # sliding window in tokens, 0 if every layer sees everything
+    can_shift: bool  # K can be rotated to another position: `drop`, and `place` elsewhere, work
+    fingerprint: bytes  # 16 bytes; equal fingerprints mean interchangeable KV

@@ -1,0 +1,55 @@
+"""Chat templates: the model's own Jinja source, rendered in Jinja's sandbox as the ecosystem does.
+
+A template comes with a model file, so it is not trusted: it runs in an immutable sandbox, sees only what it is given, and
+whatever it raises is the caller's error, not ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rekindle.errors import InvalidRequest, ModelError
+
+
+class ChatTemplate:
+    """Renders messages to the text that the model was trained on."""
+
+    def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
+        """Raises ModelError if the source is not a template."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        try:
+            self._template: Template = environment.from_string(source)
+        except TemplateError as error:
+            raise ModelError(f"the model's chat template is not valid: {error}") from None
+        self._special = {"bos_token": bos, "eos_token": eos}
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """The text of a conversation, ready for the assistant's next words. Raises InvalidRequest."""
+        if not messages:
+            raise InvalidRequest("messages is empty: at least one message is needed", param="messages")
+        given = {"add_generation_prompt": True, "tools": None, "documents": None} | arguments
+        try:
+            return self._template.render(messages=messages, **self._special, **given)
+        except Exception as error:  # the template is foreign code: whatever it raises, it refused these messages
+            raise InvalidRequest(f"the model's chat template refused the messages: {error}", param="messages") from None
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format_: str) -> str:
+    return datetime.now().strftime(format_)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
