@@ -40,7 +40,7 @@ class Payload:
 
     tokens: Tokens  # [count]
     position: int  # of the first token, where the KV was computed
-    data: bytes
+    data: memoryview
     fingerprint: bytes  # of the engine that made it
 
     def __len__(self) -> int:
@@ -82,7 +82,8 @@ class Engine(Protocol):
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         """Compute the KV of these ranges anew, in place, in order, each token seeing all before it.
 
-        Ranges ascend and don't overlap. Raises BadRange, ContextFull.
+        Ranges ascend and don't overlap. Needs as many free cells as the ranges have tokens, so that a failure can be taken
+        back. Raises BadRange, ContextFull.
         """
 
     # Book-keeping.

@@ -49,6 +49,9 @@ class SequenceTable:
         except KeyError:
             raise UnknownSequence(f"sequence {seq} is not open") from None
 
+    def is_open(self, seq: SequenceId) -> bool:
+        return seq in self._rows
+
     def length(self, seq: SequenceId) -> int:
         return len(self.row(seq).tokens)
 

@@ -50,7 +50,8 @@ class ToyEngine:
             self._compute(item.seq, start, start + len(item.tokens))
             if item.logits:
                 last = self._states[self._table.cells(item.seq)[-1]]
-                logits[item.seq] = (_hash(self._vocabulary ^ last) >> np.uint64(40)).astype(np.float32) / (1 << 20)
+                noise = _hash(self._vocabulary ^ last) >> np.uint64(40)  # 24 random bits
+                logits[item.seq] = noise.astype(np.float32) / np.float32(1 << 20)
         return logits
 
     def fork(self, seq: SequenceId, length: int) -> SequenceId:
@@ -65,7 +66,7 @@ class ToyEngine:
     def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
         self._table.check_range(seq, start, stop)
         states = self._states[np.array(self._table.cells(seq)[start:stop], dtype=np.intp)]
-        return Payload(self._table.tokens(seq)[start:stop], start, states.tobytes(), self.spec.fingerprint)
+        return Payload(self._table.tokens(seq)[start:stop], start, memoryview(states.tobytes()), self.spec.fingerprint)
 
     def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
         check_payload(self._table, seq, payload, position, self.spec)
@@ -76,7 +77,7 @@ class ToyEngine:
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)
-        self._table.check_room(sum(self._table.num_shared(seq, *span) for span in ranges))
+        self._table.check_room(sum(stop - start for start, stop in ranges))
         for start, stop in ranges:
             old = np.array(self._table.cells(seq)[start:stop], dtype=np.intp)
             self._states[self._table.renew(seq, start, stop)] = self._states[old]
