@@ -1,0 +1,159 @@
+"""Every refusal, in one shape, on every route:
+
+    {"error": {"message": "…", "type": "invalid_request_error", "param": "temperature" or null, "code": "…" or null}}
+
+This is OpenAI's shape. Statuses differ in one point: a field of a wrong type is 400 under /v1, as with OpenAI, and 422
+elsewhere, as usual with FastAPI. What went wrong inside the server goes to its log; a client gets neither traces nor
+paths nor anybody's text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from rekindle.errors import InvalidRequest, RekindleError
+
+log = logging.getLogger(__name__)
+
+_INTERNAL = "the server failed to answer; its log says why"
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+_EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
+    "bool_type": "a boolean",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "an array",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_type": "a string",
+    "too_short": "at least one element",
+    "string_too_short": "at least one character",
+}
+
+
+class Json(Response):
+    """A JSON response in ASCII, which no text can break."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of a refusal."""
+    kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def respond(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Json:
+    """A refusal as a response."""
+    return Json(refusal(status, message, param=param, code=code), status_code=status, headers=headers)
+
+
+def refusal_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for an error; what the client need not know is logged instead."""
+    if not isinstance(error, RekindleError) or error.status == 500:
+        log.error("a request failed: %s", error, exc_info=error)
+        code = error.code if isinstance(error, RekindleError) else RekindleError.code
+        return 500, refusal(500, _INTERNAL, code=code)
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return error.status, refusal(error.status, str(error), param=param, code=error.code)
+
+
+def install(app: FastAPI) -> None:
+    """Let the app write all its refusals this way."""
+    app.add_exception_handler(RekindleError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
+    app.add_exception_handler(Exception, _on_failure)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    status, body = refusal_of(error)
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    return Json(body, status_code=status, headers=headers)
+
+
+async def _on_leaving(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _on_failure(request: Request, error: Exception) -> Response:
+    # Starlette raises the error again, so that the server logs it and closes the connection: the client should know
+    return respond(500, _INTERNAL, code=RekindleError.code, headers={"Connection": "close"})
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404:
+        message = f"there is no {request.method} {request.url.path} here"
+    elif error.status_code == 405:
+        message = f"{request.url.path} cannot be asked with {request.method}"
+    elif error.status_code == 400:
+        message = "the body cannot be read as JSON"
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    return respond(error.status_code, message, code=code, headers=error.headers)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    location = first["loc"][1:]  # the first is "body", "path" or "query"
+    if first["type"] == "json_invalid":
+        reason = first["ctx"]["error"]
+        return respond(400, f"the body is not JSON: {reason} at character {location[0]}", code="invalid_json")
+    if not location and isinstance(first["input"], bytes):
+        given = request.headers.get("content-type", "none")
+        return respond(415, f"expected the content type application/json, got {given}", code="wrong_content_type")
+    status = 400 if request.url.path.startswith("/v1/") else 422
+    if not location:
+        given = "nothing" if first["type"] == "missing" else _json_type(first["input"])
+        return respond(status, f"expected a JSON object as body, got {given}", code="invalid_type")
+    param = _dotted(location)
+    return respond(status, f"{param}: {_reason(first)}", param=param, code=_code(first["type"]))
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    """What pydantic says, with the type that came instead of the value, which may be anybody's text."""
+    if error["type"] == "missing":
+        return "this field is required"
+    if expected := _EXPECTED.get(error["type"]):
+        return f"expected {expected}, got {_json_type(error['input'])}"
+    return str(error["msg"]).replace("Input should be", "expected")
+
+
+def _code(kind: str) -> str:
+    return "missing_field" if kind == "missing" else "invalid_type" if kind in _EXPECTED else "invalid_value"
+
+
+def _json_type(value: object) -> str:
+    if value in ([], ""):
+        return "an empty array" if value == [] else "an empty string"
+    return _JSON_TYPES.get(type(value), "a number")
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    """("messages", 0, "role") as "messages[0].role"."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")

@@ -1,0 +1,267 @@
+"""Requests on the wire. Types are strict (a number is not a string, true is not a number), unknown fields are ignored.
+
+What a field may be is checked here if the wire format decides it, and by `serve/` if it follows from what is generated
+(`Sampling`, `Generation`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from rekindle.errors import InvalidRequest
+from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+NOT_TEXT = "not_text"
+_MAX_ID = (1 << 31) - 1
+_SEEDS = (1 << 63) - 1  # a mask: any integer makes a seed that is not negative
+
+
+class Wire(BaseModel):
+    """Base of all requests."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _expect(what: str) -> WrapValidator:
+    """For unions: one message that says what may come, instead of one for each member."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            for each in error.errors(include_url=False, include_input=False):
+                if each["type"] == NOT_TEXT:
+                    raise PydanticCustomError(NOT_TEXT, "{reason}", {"reason": each["msg"]}) from None
+            raise PydanticCustomError("invalid_value", "expected {what}", {"what": what}) from None
+
+    return WrapValidator(check)
+
+
+def _is_text(value: str) -> str:
+    """Python's JSON reader lets halves of UTF-16 pairs in; no tokenizer and no encoder takes them."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = {"at": error.start}
+        raise PydanticCustomError(NOT_TEXT, "expected text, got a lone surrogate at character {at}", where) from None
+    return value
+
+
+def _plain_json(value: dict[str, Any], handler: Any) -> Any:
+    """Refuse what Python's JSON reader lets in although it isn't JSON, where no type says so."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        raise PydanticCustomError("invalid_value", "expected plain JSON without NaN or lone surrogates") from None
+    return handler(value)
+
+
+# Arrays fail at their first bad element: a large array of the wrong kind makes one error, not millions.
+TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
+Str = Annotated[str, AfterValidator(_is_text)]
+Text = Annotated[Str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[
+    Str | Annotated[list[Str], Field(max_length=MAX_STOPS, fail_fast=True)] | None,
+    _expect(f"a string or an array of at most {MAX_STOPS} strings"),
+]
+Prompts = Annotated[
+    Text | Texts | TokenIds | TokenIdLists,
+    _expect("text, an array of texts, an array of token ids or an array of such arrays, none of them empty"),
+]
+JsonObject = Annotated[dict[str, Any], WrapValidator(_plain_json)]
+
+
+class SamplingFields(Wire):
+    """What OpenAI's two endpoints and ours share; null is as good as absent."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1: all")
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Stop = None
+    ignore_eos: bool | None = Field(None, description="go on after the end of turn, for measurements")
+
+    def sampling(self, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None) -> Sampling:
+        """How choice number `choice` is sampled; a seed makes the choices differ, the same way each time."""
+        return Sampling(
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_by_token(self.logit_bias or {}),
+            seed=None if self.seed is None else (self.seed + choice) & _SEEDS,
+            top_logprobs=top_logprobs,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def _by_token(biases: dict[str, float]) -> dict[int, float]:
+    for name in biases:
+        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) <= _MAX_ID):
+            raise InvalidRequest(f"logit_bias: expected token ids as keys, got {name[:20]!r}", param="logit_bias")
+    return {int(name): bias for name, bias in biases.items()}
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+
+
+class RekindleOptions(Wire):
+    """What to tell about the work itself."""
+
+    plan: bool = Field(False, description="which spans of the prompt were reused or computed, and why")
+    timings: bool = Field(False, description="where the time went, in milliseconds")
+
+
+class OpenAIFields(SamplingFields):
+    """What the two OpenAI endpoints share."""
+
+    model: Str | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
+    rekindle: RekindleOptions | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def salt(self) -> bytes:
+        return (self.cache_salt or "").encode("utf-8")
+
+
+class Part(Wire):
+    """One part of a message's content; only text is understood."""
+
+    type: Literal["text"]
+    text: Str
+
+
+Content = Annotated[
+    Str | Annotated[list[Part], Field(fail_fast=True)] | None, _expect("a string or an array of text parts")
+]
+
+
+class Message(Wire):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = None
+    name: Str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates know it."""
+        parts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
+        message = {"role": "system" if self.role == "developer" else self.role, "content": "\n".join(parts)}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class JsonSchema(Wire):
+    """A named schema, as OpenAI sends it."""
+
+    name: Str | None = None
+    schema_: JsonObject = Field(alias="schema")
+
+
+class ResponseFormat(Wire):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("invalid_value", 'type "json_schema" needs the field json_schema')
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        """The schema of the answer, {} for any object, None for any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        return {} if self.type == "json_object" else None
+
+
+class ChatRequest(OpenAIFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequest("tools are not supported by this server", param="tools")
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        return None if self.response_format is None else self.response_format.constraint
+
+
+class CompletionRequest(OpenAIFields):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+    suffix: Str | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.suffix:
+            raise InvalidRequest("suffix is not supported: this server only continues a prompt", param="suffix")
+        if self.best_of not in (None, self.num_choices):
+            raise InvalidRequest("best_of is not supported beyond n: all n choices are returned", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo with logprobs is not supported: a prompt's tokens have none", param="echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [each for each in self.prompt if not isinstance(each, int)]
+
+
+class GenerateRequest(SamplingFields):
+    """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
+
+    prompt: Text
+    max_new_tokens: int = 128
+    use_cache: bool = Field(True, description="false: read the whole sequence again for every token")
+    use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")
