@@ -17,6 +17,7 @@ other way round. Three facts of llama.cpp shape this file:
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens, as_tokens
 
 KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
-SCRATCH = 0  # llama.cpp saves only sequences below n_seq_max, so the scratch is the first
+SCRATCH = 0
 MAX_SEQUENCES = 127  # llama.cpp has 256 ids: the scratch, these, and a guard for each
 GUARD = 128  # id of a sequence's guard minus the sequence's own
 BATCH_TOKENS = 2048
@@ -54,22 +55,22 @@ class LlamaEngine:
         num_cells: int,
         threads: int,
         kv_type: str = "f16",
-        max_running: int = 16,
+        max_sequences: int = 64,
     ) -> None:
-        """Raises ModelError if the model's cache can't be cut at a token, or llama.cpp refuses the settings."""
+        """At most MAX_SEQUENCES. Raises ModelError if the model's cache can't be cut at a token, or llama.cpp refuses the settings."""
         if model.uncuttable is not None:
             raise ModelError(
                 f"{model.name} ({model.architecture}) is {model.uncuttable}; Rekindle serves models whose cache can be "
                 "cut at any token"
             )
         self._model = model
-        self._context = _open_context(model, num_cells, threads, kv_type, max_running)
+        self._context = _open_context(model, num_cells, threads, kv_type, max_sequences + 1)
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self._window = model.window
         self._shift_pending = False
         self._batch = Batch(BATCH_TOKENS)
         cells = int(llama_cpp.llama_n_ctx(self._context)) - 1  # one is kept back, see `_settle`
-        self._table = SequenceTable(cells, range(1, MAX_SEQUENCES + 1))
+        self._table = SequenceTable(cells, range(1, max_sequences + 1))
         self.num_calls = 0
         self.num_computed = 0
         self.spec = _spec(model, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
@@ -197,7 +198,7 @@ class LlamaEngine:
         """Also asks llama.cpp for the first and last position of each sequence."""
         self._table.check_integrity()
         assert llama_cpp.llama_memory_seq_pos_max(self._memory, SCRATCH) == -1
-        for seq in range(1, MAX_SEQUENCES + 1):
+        for seq in self._table.ids:
             length = self.length(seq) if self._table.is_open(seq) else 0
             assert llama_cpp.llama_memory_seq_pos_max(self._memory, seq) == length - 1
             assert llama_cpp.llama_memory_seq_pos_min(self._memory, seq) == (0 if length else -1)
@@ -307,12 +308,12 @@ def _unpack(payload: Payload) -> list[tuple[int, int, memoryview]]:
     return pieces
 
 
-def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, max_running: int) -> Any:
+def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, num_ids: int) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = num_cells
     params.n_batch = BATCH_TOKENS
     params.n_ubatch = MICRO_BATCH_TOKENS
-    params.n_seq_max = max_running  # sizes the output buffer; ids above it are fine in a unified cache
+    params.n_seq_max = num_ids  # of those that are decoded or saved; guards may lie above
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.type_k = params.type_v = KV_TYPES[kv_type]
@@ -328,11 +329,14 @@ def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, 
 
 
 def _spec(model: GgufModel, kv_type: str, can_shift: bool) -> ModelSpec:
+    quantised = kv_type != "f16"
+    rotated = quantised and model.head_size % 64 == 0 and not int(os.environ.get("LLAMA_ATTN_ROT_DISABLE") or 0)
     facts = {
         "weights": weights_digest(model.path).hex(),
         "engine": f"llama-cpp-python {llama_cpp.__version__}",
         "layout": "unified, flash attention",
         "kv_type": kv_type,
+        "rotated": rotated,  # quantised K is kept in a rotated space where the head's width allows it
     }
     return ModelSpec(
         name=model.name,
@@ -342,6 +346,6 @@ def _spec(model: GgufModel, kv_type: str, can_shift: bool) -> ModelSpec:
         train_context=model.train_context,
         kv_bytes_per_token=model.kv_bytes_per_token(kv_type),
         window=model.window,
-        can_shift=can_shift,
+        can_shift=can_shift and (rotated or not quantised),  # else llama.cpp's shift crashes (its issue 25636)
         fingerprint=fingerprint(facts),
     )

@@ -29,8 +29,8 @@ class SequenceTable:
 
     def __init__(self, num_cells: int, ids: Sequence[SequenceId]) -> None:
         self.num_cells = num_cells
-        self._ids = tuple(ids)
-        self._free_ids = list(reversed(self._ids))
+        self.ids = tuple(ids)
+        self._free_ids = list(reversed(self.ids))
         self._free_cells = list(range(num_cells - 1, -1, -1))
         self._references = array("i", [0] * num_cells)
         self._rows: dict[SequenceId, _Row] = {}
@@ -63,7 +63,7 @@ class SequenceTable:
 
     def open(self) -> SequenceId:
         if not self._free_ids:
-            raise ContextFull(f"all {len(self._ids)} sequences of the engine are open; close one first")
+            raise ContextFull(f"all {len(self.ids)} sequences of the engine are open; close one first")
         seq = self._free_ids.pop()
         self._rows[seq] = _Row()
         return seq
@@ -142,7 +142,7 @@ class SequenceTable:
             seen.update(row.cells)
         assert all(self._references[cell] == seen[cell] for cell in range(self.num_cells))
         assert sorted([*self._free_cells, *seen]) == list(range(self.num_cells))
-        assert sorted([*self._free_ids, *self._rows]) == sorted(self._ids)
+        assert sorted([*self._free_ids, *self._rows]) == sorted(self.ids)
 
     def _take(self, count: int) -> list[int]:
         self.check_room(count)

@@ -2,8 +2,8 @@
 
 A shape is everything that decides what a model costs (layers, widths, heads, vocabulary, window) and nothing about what
 it says. The real ones let speed and memory be measured without a download; the tiny ones load in milliseconds, so that
-every architecture's cache can be tested on every run. Head widths are multiples of 32, so that KV types with blocks of
-32 (q8_0, q4_0) fit.
+every architecture's cache can be tested on every run. Head widths are multiples of 64: KV types
+with blocks of 32 (q8_0, q4_0) fit, and llama.cpp can shift such keys.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ _TINY_LLAMA = replace(
     ffn=256,
     heads=4,
     kv_heads=2,
-    head_dim=32,
+    head_dim=64,
 )
 
 _TINY_QWEN3 = replace(
@@ -126,7 +126,7 @@ _TINY_QWEN3 = replace(
     ffn=256,
     heads=4,
     kv_heads=2,
-    head_dim=32,
+    head_dim=64,
 )
 
 _TINY_GEMMA3 = replace(
@@ -139,7 +139,7 @@ _TINY_GEMMA3 = replace(
     ffn=192,
     heads=4,
     kv_heads=2,
-    head_dim=32,
+    head_dim=64,
     period=3,
     window=32,
 )

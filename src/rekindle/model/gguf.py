@@ -105,10 +105,15 @@ class GgufModel:
         """Bytes of K and V of one token over all layers, from the metadata."""
         bits = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}[kv_type]
         heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
-        width = int(llama_cpp.llama_model_n_embd(self.handle)) // max(1, int(llama_cpp.llama_model_n_head(self.handle)))
-        key = int(self.metadata(f"{self.architecture}.attention.key_length") or width)
-        value = int(self.metadata(f"{self.architecture}.attention.value_length") or width)
-        return int(self.num_layers * heads * (key + value) * bits / 8)
+        value = int(self.metadata(f"{self.architecture}.attention.value_length") or self.head_size)
+        return int(self.num_layers * heads * (self.head_size + value) * bits / 8)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head's keys."""
+        stated = self.metadata(f"{self.architecture}.attention.key_length")
+        heads = max(1, int(llama_cpp.llama_model_n_head(self.handle)))
+        return int(stated or int(llama_cpp.llama_model_n_embd(self.handle)) // heads)
 
 
 def _check_file(path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Engines under test: the toy, ember, and tiny random-weight models of real architectures, each in two KV types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rekindle.engine.batch import Span
+from rekindle.engine.llama import SCRATCH, LlamaEngine
+from rekindle.engine.protocol import Engine, SequenceId
+from rekindle.engine.toy import ToyEngine
+from rekindle.lab.models import make_model
+from rekindle.model import ember
+from rekindle.model.gguf import GgufModel
+from rekindle.model.spec import ModelSpec
+from rekindle.tokens import Tokens
+
+CELLS = 512
+TINY = ["tiny-llama", "tiny-qwen3", "tiny-gemma3"]
+KINDS = ["toy", "ember-f16", *(f"{shape}-{kv}" for shape in TINY for kv in ("f16", "q8_0"))]
+TOY_SPEC = ModelSpec(
+    name="toy",
+    architecture="toy",
+    vocab_size=1000,
+    num_layers=1,
+    train_context=CELLS,
+    kv_bytes_per_token=8,
+    window=0,
+    can_shift=True,
+    fingerprint=b"toy" + bytes(13),
+)
+
+
+@dataclass
+class Bench:
+    """An engine with what the contract needs to know of it."""
+
+    engine: Engine
+    rounding: float  # largest logits difference between batch shapes, and after a rotation
+    kind: str
+
+    def random(self, seed: int, count: int) -> Tokens:
+        return np.random.default_rng(seed).integers(10, self.engine.spec.vocab_size, count).astype(np.int32)
+
+    def read(self, tokens: Tokens) -> SequenceId:
+        """A new sequence with these tokens computed."""
+        from rekindle.engine.protocol import Work
+
+        seq = self.engine.open()
+        if len(tokens):
+            self.engine.forward([Work(seq, tokens)])
+        return seq
+
+    def append_blind(self, seq: SequenceId, tokens: Tokens) -> None:
+        """Compute tokens at the sequence's end with everything before them hidden: what `place` must equal."""
+        engine, position = self.engine, self.engine.length(seq)
+        if isinstance(engine, LlamaEngine):
+            engine._compute([Span(SCRATCH, position, tokens, False)])
+            engine._share(SCRATCH, seq, position, position + len(tokens))
+            engine._remove(SCRATCH, 0)
+            engine._table.append(seq, tokens)
+        else:
+            assert isinstance(engine, ToyEngine)
+            alone = self.read(tokens)
+            states = engine._states[np.array(engine._table.cells(alone), dtype=np.intp)]
+            engine.close(alone)
+            engine._states[engine._table.append(seq, tokens)] = states
+
+    def close(self, one: np.ndarray, other: np.ndarray) -> bool:
+        return float(np.abs(one - other).max()) <= self.rounding
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {shape: make_model(shape, "f16", folder / f"{shape}.gguf").path for shape in TINY}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Iterator[Bench]:
+    kind: str = request.param
+    if kind == "toy":
+        yield Bench(ToyEngine(TOY_SPEC, CELLS - 1), 0.0, kind)
+        return
+    shape, _, kv_type = kind.rpartition("-")
+    model = GgufModel(ember.weights_path() if shape == "ember" else tiny_models[shape])
+    engine = LlamaEngine(model, num_cells=CELLS, threads=1, kv_type=kv_type, max_sequences=16)
+    yield Bench(engine, ROUNDING[kind], kind)
+    engine.check_integrity()
+    engine.shutdown()
+    model.close()
+
+
+ROUNDING = {kind: 1e9 for kind in KINDS}

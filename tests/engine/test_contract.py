@@ -1,0 +1,242 @@
+"""What every engine promises. Each test runs on the toy and on real llama.cpp contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from rekindle.engine.protocol import Payload, SequenceId, Work
+from rekindle.errors import BadRange, ContextFull, EngineError, ForeignPayload, UnknownSequence
+from rekindle.tokens import as_tokens
+from tests.engine.conftest import Bench
+
+
+@pytest.fixture(autouse=True)
+def leave_clean(bench: Bench) -> Iterator[None]:
+    yield
+    for seq in range(128):
+        try:
+            bench.engine.close(seq)
+        except UnknownSequence:
+            continue
+    bench.engine.check_integrity()
+    assert bench.engine.num_free_cells == bench.engine.num_cells
+
+
+def next_logits(bench: Bench, seq: SequenceId, token: int = 42) -> np.ndarray:
+    """Logits after one more token, which is then taken back: a probe of everything the sequence holds."""
+    logits = bench.engine.forward([Work(seq, as_tokens([token]))])[seq]
+    bench.engine.truncate(seq, bench.engine.length(seq) - 1)
+    return logits
+
+
+def test_one_piece_or_many_gives_the_same(bench: Bench) -> None:
+    tokens = bench.random(1, 100)
+    whole, parts = bench.read(tokens), bench.engine.open()
+    for start, stop in [(0, 1), (1, 33), (33, 64), (64, 100)]:
+        last = bench.engine.forward([Work(parts, tokens[start:stop])])[parts]
+    assert bench.close(last, bench.engine.forward([Work(bench.read(tokens[:-1]), tokens[-1:])]).popitem()[1])
+    assert bench.close(next_logits(bench, whole), next_logits(bench, parts))
+    assert (bench.engine.tokens(parts) == tokens).all()
+
+
+def test_sequences_in_one_batch_do_not_see_each_other(bench: Bench) -> None:
+    one, other = bench.random(2, 40), bench.random(3, 25)
+    alone = next_logits(bench, bench.read(one))
+    a, b = bench.engine.open(), bench.engine.open()
+    logits = bench.engine.forward([Work(a, one), Work(b, other, logits=False)])
+    assert set(logits) == {a}
+    assert bench.close(next_logits(bench, a), alone)
+
+
+def test_fork_shares_cells_and_leaves_the_parent_alone(bench: Bench) -> None:
+    tokens = bench.random(4, 80)
+    parent = bench.read(tokens)
+    before, free = next_logits(bench, parent), bench.engine.num_free_cells
+    child = bench.engine.fork(parent, 50)
+    assert bench.engine.num_free_cells == free
+    bench.engine.forward([Work(child, bench.random(5, 20))])
+    assert bench.close(next_logits(bench, parent), before)
+    fresh = bench.read(np.concatenate([tokens[:50], bench.random(5, 20)]))
+    assert bench.close(next_logits(bench, child), next_logits(bench, fresh))
+    bench.engine.close(parent)
+    assert bench.close(next_logits(bench, child), next_logits(bench, fresh))
+
+
+def test_truncate_forgets_the_tail(bench: Bench) -> None:
+    tokens = bench.random(6, 90)
+    seq = bench.read(tokens)
+    bench.engine.truncate(seq, 37)
+    assert (bench.engine.tokens(seq) == tokens[:37]).all()
+    assert bench.close(next_logits(bench, seq), next_logits(bench, bench.read(tokens[:37])))
+
+
+def test_export_and_place_round_trip(bench: Bench) -> None:
+    tokens = bench.random(7, 150)
+    seq = bench.read(tokens)
+    before = next_logits(bench, seq)
+    pieces = [bench.engine.export(seq, start, min(start + 64, 150)) for start in range(0, 150, 64)]
+    again = bench.engine.open()
+    calls = bench.engine.num_calls
+    for piece in pieces:
+        bench.engine.place(again, piece, piece.position)
+    assert bench.engine.num_calls == calls
+    assert (bench.engine.tokens(again) == tokens).all()
+    assert bench.close(next_logits(bench, again), before)
+    assert bytes(bench.engine.export(again, 64, 128).data) == bytes(pieces[1].data)
+
+
+def test_a_long_payload_keeps_what_a_later_truncate_needs(bench: Bench) -> None:
+    tokens = bench.random(8, 150)
+    whole = bench.engine.export(bench.read(tokens), 0, 150)
+    seq = bench.engine.open()
+    bench.engine.place(seq, whole, 0)
+    bench.engine.truncate(seq, 70)
+    assert bench.close(next_logits(bench, seq), next_logits(bench, bench.read(tokens[:70])))
+
+
+def test_long_sequences_survive_each_other(bench: Bench) -> None:
+    """Cells outside a sliding window must not be given away while a sequence may still go back to them."""
+    tokens = bench.random(9, 200)
+    first = bench.read(tokens)
+    bench.engine.close(bench.read(bench.random(10, 250)))
+    second = bench.read(bench.random(11, 260))
+    bench.engine.truncate(first, 90)
+    bench.engine.close(second)
+    assert bench.close(next_logits(bench, first), next_logits(bench, bench.read(tokens[:90])))
+
+
+def test_place_elsewhere_equals_computing_there_with_neighbours_hidden(bench: Bench) -> None:
+    chunk, before = bench.random(12, 48), bench.random(13, 75)
+    payload = bench.engine.export(bench.read(chunk), 0, 48)
+    placed, hidden = bench.read(before), bench.read(before)
+    bench.engine.place(placed, payload, 75)
+    bench.append_blind(hidden, chunk)
+    assert bench.close(next_logits(bench, placed), next_logits(bench, hidden))
+    seeing = bench.read(np.concatenate([before, chunk]))
+    assert np.abs(next_logits(bench, placed) - next_logits(bench, seeing)).max() > 3 * bench.rounding
+
+
+def test_recompute_of_everything_equals_a_full_prefill(bench: Bench) -> None:
+    head, chunks = bench.random(14, 20), [bench.random(seed, 40) for seed in (15, 16)]
+    payloads = [bench.engine.export(bench.read(chunk), 0, 40) for chunk in chunks]
+    seq = bench.read(head)
+    for index, payload in enumerate(payloads):
+        bench.engine.place(seq, payload, 20 + 40 * index)
+    full = bench.read(np.concatenate([head, *chunks]))
+    calls = bench.engine.num_calls
+    bench.engine.recompute(seq, [(20, 60), (60, 100)])
+    assert bench.engine.num_calls >= calls + 2
+    assert bench.close(next_logits(bench, seq), next_logits(bench, full))
+
+
+def test_recompute_of_a_part_leaves_forks_alone(bench: Bench) -> None:
+    tokens = bench.random(17, 90)
+    seq = bench.read(tokens)
+    fork = bench.engine.fork(seq, 90)
+    before = next_logits(bench, fork)
+    bench.engine.recompute(seq, [(30, 45), (60, 61)])
+    assert bench.close(next_logits(bench, fork), before)
+    assert bench.close(next_logits(bench, seq), before)
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_drop_slides_what_follows(bench: Bench, forked: bool) -> None:
+    tokens = bench.random(18, 120)
+    seq = bench.read(tokens)
+    fork = bench.engine.fork(seq, 120) if forked else None
+    before = next_logits(bench, seq)
+    tail = bench.engine.export(seq, 50, 120)
+    bench.engine.drop(seq, 20, 50)
+    assert (bench.engine.tokens(seq) == np.concatenate([tokens[:20], tokens[50:]])).all()
+    same = bench.engine.open()
+    bench.engine.place(same, bench.engine.export(bench.read(tokens[:20]), 0, 20), 0)
+    bench.engine.place(same, tail, 20)
+    assert bench.close(next_logits(bench, seq), next_logits(bench, same))
+    bench.engine.truncate(seq, 20)
+    assert bench.close(next_logits(bench, seq), next_logits(bench, bench.read(tokens[:20])))
+    if fork is not None:
+        assert bench.close(next_logits(bench, fork), before)
+
+
+def test_export_after_a_shift_saves_rotated_keys(bench: Bench) -> None:
+    chunk = bench.random(19, 32)
+    payload = bench.engine.export(bench.read(chunk), 0, 32)
+    seq = bench.read(bench.random(20, 40))
+    bench.engine.place(seq, payload, 40)
+    moved = bench.engine.export(seq, 40, 72)  # no decode in between
+    again = bench.engine.open()
+    bench.engine.place(again, moved, 0)
+    assert bench.close(next_logits(bench, again), next_logits(bench, bench.read(chunk)))
+
+
+REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], object]]] = [
+    ("prompt larger than the cache", ContextFull, lambda b, s: b.engine.forward([Work(s, b.random(1, b.engine.num_cells))])),
+    ("no tokens", BadRange, lambda b, s: b.engine.forward([Work(s, as_tokens([]))])),
+    ("a sequence twice", BadRange, lambda b, s: b.engine.forward([Work(s, as_tokens([20]))] * 2)),
+    ("token too large", EngineError, lambda b, s: b.engine.forward([Work(s, as_tokens([b.engine.spec.vocab_size]))])),
+    ("token negative", EngineError, lambda b, s: b.engine.forward([Work(s, as_tokens([-1]))])),
+    ("unknown sequence", UnknownSequence, lambda b, s: b.engine.forward([Work(99, as_tokens([20]))])),
+    ("close twice", UnknownSequence, lambda b, s: b.engine.close(99)),
+    ("fork too long", BadRange, lambda b, s: b.engine.fork(s, 61)),
+    ("fork of unknown", UnknownSequence, lambda b, s: b.engine.fork(99, 1)),
+    ("truncate beyond the end", BadRange, lambda b, s: b.engine.truncate(s, 61)),
+    ("truncate below zero", BadRange, lambda b, s: b.engine.truncate(s, -1)),
+    ("drop backwards", BadRange, lambda b, s: b.engine.drop(s, 30, 20)),
+    ("drop beyond the end", BadRange, lambda b, s: b.engine.drop(s, 30, 61)),
+    ("export beyond the end", BadRange, lambda b, s: b.engine.export(s, 0, 61)),
+    ("place with a gap", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 70)),
+    ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),
+    ("recompute beyond the end", BadRange, lambda b, s: b.engine.recompute(s, [(50, 61)])),
+    ("recompute overlapping", BadRange, lambda b, s: b.engine.recompute(s, [(10, 20), (15, 30)])),
+    ("payload of another model", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, fingerprint=b"x" * 16), 60)),
+    ("payload cut short", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, keep=-5), 60)),
+    ("payload without content", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, keep=0), 60)),
+    ("payload of fewer tokens", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, tokens=5), 60)),
+]
+
+
+def altered(bench: Bench, seq: SequenceId, *, fingerprint: bytes | None = None, keep: int | None = None, tokens: int = 8) -> Payload:
+    payload = bench.engine.export(seq, 0, 8)
+    return Payload(payload.tokens[:tokens], 0, payload.data[:keep], fingerprint or payload.fingerprint)
+
+
+@pytest.mark.parametrize(("error", "act"), [pytest.param(e, a, id=name) for name, e, a in REFUSALS])
+def test_a_refusal_changes_nothing(
+    bench: Bench, error: type[EngineError], act: Callable[[Bench, SequenceId], object]
+) -> None:
+    tokens = bench.random(21, 60)
+    seq = bench.read(tokens)
+    before, free = next_logits(bench, seq), bench.engine.num_free_cells
+    with pytest.raises(error) as refusal:
+        act(bench, seq)
+    assert type(refusal.value) is error
+    assert (bench.engine.tokens(seq) == tokens).all()
+    assert bench.engine.num_free_cells == free
+    bench.engine.check_integrity()
+    assert bench.close(next_logits(bench, seq), before)
+
+
+def test_too_many_sequences(bench: Bench) -> None:
+    with pytest.raises(ContextFull, match="sequences of the engine are open"):
+        for _ in range(1000):
+            bench.engine.open()
+
+
+def test_the_cache_can_be_filled_to_the_last_cell(bench: Bench) -> None:
+    tokens = bench.random(22, bench.engine.num_cells)
+    seq = bench.read(tokens)
+    assert bench.engine.num_free_cells == 0
+    bench.engine.drop(seq, 100, 200)
+    bench.engine.export(seq, 0, bench.engine.length(seq))
+    assert bench.engine.num_free_cells == 100
+
+
+def test_counts(bench: Bench) -> None:
+    computed = bench.engine.num_computed
+    seq = bench.read(bench.random(23, 77))
+    bench.engine.recompute(seq, [(10, 20)])
+    bench.engine.export(bench.engine.fork(seq, 30), 0, 30)
+    assert bench.engine.num_computed == computed + 87
