@@ -26,7 +26,14 @@ log = logging.getLogger(__name__)
 
 _INTERNAL = "the server failed to answer; its log says why"
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-_JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+_JSON_TYPES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    float: "a fraction",
+    bool: "a boolean",
+    type(None): "null",
+}
 _EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
     "bool_type": "a boolean",
     "dict_type": "an object",
@@ -39,16 +46,19 @@ _EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
     "string_type": "a string",
     "too_short": "at least one element",
     "string_too_short": "at least one character",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
 }
 
 
 class Json(Response):
-    """A JSON response in ASCII, which no text can break."""
+    """A JSON response, which no text can break: what UTF-8 cannot say becomes a question mark."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8", "replace")
 
 
 def refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -135,22 +145,27 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 
 def _reason(error: Mapping[str, Any]) -> str:
-    """What pydantic says, with the type that came instead of the value, which may be anybody's text."""
+    """What was expected and what came."""
     if error["type"] == "missing":
         return "this field is required"
     if expected := _EXPECTED.get(error["type"]):
-        return f"expected {expected}, got {_json_type(error['input'])}"
+        return f"expected {expected.format_map(error.get('ctx', {}))}, got {_json_type(error['input'])}"
     return str(error["msg"]).replace("Input should be", "expected")
 
 
 def _code(kind: str) -> str:
-    return "missing_field" if kind == "missing" else "invalid_type" if kind in _EXPECTED else "invalid_value"
+    if kind == "missing":
+        return "missing_field"
+    return "invalid_type" if kind.endswith("_type") or kind == "int_from_float" else "invalid_value"
 
 
 def _json_type(value: object) -> str:
-    if value in ([], ""):
-        return "an empty array" if value == [] else "an empty string"
-    return _JSON_TYPES.get(type(value), "a number")
+    """The type instead of the value, which may be anybody's text; whole numbers as they are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 1 << 63 else "a number that is too large"
+    if value in ("", []):
+        return "an empty string" if value == "" else "an empty array"
+    return _JSON_TYPES.get(type(value), "a value of another type")
 
 
 def _dotted(location: Sequence[str | int]) -> str:

@@ -1,8 +1,9 @@
 """Server-sent events: one JSON value per event, as a codec.
 
-Events are written as ASCII (JSON escapes the rest), so that no character of a token, be it a newline or U+2028, can be
-taken for the end of a line by any client. `Decoder` is the way back, for clients and tests; it follows the event stream
-format of the HTML standard, but for lines that end in a bare carriage return, and knows only `data` fields.
+JSON escapes all control characters, so no newline in a token can break an event. The three other characters that
+Unicode counts as line ends are escaped too: many clients split lines by Unicode's rules instead of the format's.
+`Decoder` is the way back, for clients and tests; it follows the event stream format of the HTML standard, but for lines
+that end in a bare carriage return, and knows only `data` fields.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"  # the end of a stream that was not broken off
 
-_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 
 
 def encode(value: object) -> bytes:
     """One event with `value` as JSON."""
-    return b"data: " + _to_json(value).encode("ascii") + b"\n\n"
+    text = _to_json(value)
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 class Decoder:

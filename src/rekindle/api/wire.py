@@ -65,7 +65,7 @@ def _plain_json(value: dict[str, Any], handler: Any) -> Any:
 # Arrays fail at their first bad element: a large array of the wrong kind makes one error, not millions.
 TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
 Str = Annotated[str, AfterValidator(_is_text)]
-Text = Annotated[Str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
