@@ -1,0 +1,103 @@
+"""Ember's tokenizer: byte-level BPE in which every piece of the language is one token.
+
+It is trained on the language's own pieces until each has a token of its own; any other text falls back to shorter
+tokens and in the end to bytes, so every text round-trips. The pre-tokenizer is GPT-2's regular expression: it is the
+one that both `tokenizers` and llama.cpp (`tokenizer.ggml.pre = gpt-2`) have built in, so both give the same ids.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from rekindle.model.ember import dialogue, grammar
+
+VOCABULARY_SIZE = 4096
+PASSAGE_MARKS = ("\n", "\n\n", "\n \n")
+_LETTERS = tuple(" " + chr(letter) for letter in (*range(65, 91), *range(97, 123)))
+_COMMON_WORDS = (
+    "and or not he she it they we you I this that these those then there here who what when where why which how "
+    "one two three four five six seven eight nine ten person people firm firms town towns city name day year old "
+    "new first last also but because with without after before please answer question document text again only "
+    "between both her his their its has have had do did does was were be been will would can could should may "
+    "must of to from by at for so"
+)
+
+
+def language_pieces() -> tuple[str, ...]:
+    """Every piece that a document, a question or an answer of the language can contain."""
+    found: dict[str, None] = dict.fromkeys(PASSAGE_MARKS)
+
+    def add(text: str) -> None:
+        found.update(dict.fromkeys(grammar.pieces_of(text)))
+
+    for pool in grammar.POOLS.values():
+        found.update(dict.fromkeys(" " + name for name in pool))
+    for relation in grammar.RELATIONS.values():
+        found.update(dict.fromkeys((*relation.before, *relation.after)))
+        for value in relation.values:
+            found.update(dict.fromkeys(value))
+    asked = [way for relation in grammar.RELATIONS.values() for way in relation.questions]
+    asked += [way for path in grammar.PATHS for way in path.questions]
+    asked += [relation.reverse for relation in grammar.RELATIONS.values()]
+    said = [way for ways, _ in dialogue.SMALL_TALK for way in ways] + [reply for _, reply in dialogue.SMALL_TALK]
+    said += [*dialogue.SYSTEM_PROMPTS, *dialogue.INTRODUCTIONS, *dialogue.LEAD_INS, *dialogue.RECAP_REQUESTS]
+    said += [dialogue.NOTED, dialogue.OUT_OF_SCOPE, grammar.NOT_STATED, grammar.REST_NOT_STATED, "This one."]
+    for way in asked:
+        add(" " + way.replace("{}", "Xx"))
+        add(" " + (way[:1].lower() + way[1:]).replace("{}", "Xx"))
+    for text in said:
+        add(" " + text)
+    for filler in grammar.FILLERS:
+        found.update(dict.fromkeys(filler))
+    found.pop(" Xx")
+    return tuple(found)
+
+
+def _corpus() -> Iterator[str]:
+    yield from language_pieces() * 50
+    yield from (" " + word for word in _COMMON_WORDS.split() * 20)
+    yield from _LETTERS * 10
+    yield from (f" {number}" for number in range(100))
+
+
+def train_tokenizer() -> Tokenizer:
+    """The tokenizer, trained on the language alone; the same every time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in dialogue.SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{dialogue.BOS} $A", special_tokens=[(dialogue.BOS, token_id(tokenizer, dialogue.BOS))]
+    )
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that is in the vocabulary."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, f"{token!r} is not in the vocabulary"
+    return found
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`."""
+    return Tokenizer.from_file(str(path))
+
+
+def piece_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each special token and of each piece, which is one token or an error in the vocabulary."""
+    ids = {token: token_id(tokenizer, token) for token in dialogue.SPECIAL_TOKENS}
+    for piece in language_pieces():
+        encoded = tokenizer.encode(piece, add_special_tokens=False).ids
+        assert len(encoded) == 1, f"{piece!r} has {len(encoded)} tokens, not one"
+        ids[piece] = encoded[0]
+    return ids
