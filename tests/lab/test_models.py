@@ -22,37 +22,7 @@ from rekindle.lab.shapes import SHAPES, shape_named
 from rekindle.lab.vocabulary import read_vocabulary
 
 TINY = sorted(name for name in SHAPES if name.startswith("tiny-"))
-SPECIAL = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 TEXT = "the house that jack built, and the people who lived in the house: " * 8
-
-
-def write_tokenizer(path: Path) -> Path:
-    """A byte-level BPE with four special tokens and three merges, in a GGUF that holds nothing else."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    tokens = [*SPECIAL, *alphabet, "Ġt", "Ġth", "Ġthe"]
-    writer = gguf.GGUFWriter(None, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([int(gguf.TokenType.CONTROL)] * 4 + [int(gguf.TokenType.NORMAL)] * (len(tokens) - 4))
-    writer.add_token_merges(["Ġ t", "Ġt h", "Ġth e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_add_bos_token(True)
-    writer.add_chat_template(TEMPLATE)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.gguf")
 
 
 @pytest.mark.parametrize("quant", ["f16", "bf16", "f32", "q8_0", "q4_k_m"])
@@ -62,7 +32,7 @@ def test_tiny_models_load_and_decode_with_sane_logits(shape: str, quant: str, tm
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     assert report.bytes == report.path.stat().st_size < 3_000_000
     with BareModel(report.path, threads=1, context=2_048) as model:
-        assert model.parameters == report.parameters
+        assert model.file.num_parameters == report.parameters
         logits = model.append(model.tokenize(TEXT)).copy()
         assert np.isfinite(logits).all()
         assert 2.0 < logits.std() < 4.5
@@ -141,7 +111,7 @@ def test_the_tokenizer_is_padded_with_unused_tokens(tmp_path: Path, tokenizer: P
     assert padded.tokens[:own] == read_vocabulary(tokenizer).tokens
     assert padded.tokens[own] == "<|unused_0|>"
     assert padded.fields["tokenizer.ggml.token_type"].value[own:] == [int(gguf.TokenType.UNUSED)] * 50
-    assert padded.fields["tokenizer.chat_template"].value == TEMPLATE
+    assert padded.fields["tokenizer.chat_template"] == read_vocabulary(tokenizer).fields["tokenizer.chat_template"]
     with (
         BareModel(report.path, threads=1, context=64) as model,
         BareModel(
@@ -149,7 +119,7 @@ def test_the_tokenizer_is_padded_with_unused_tokens(tmp_path: Path, tokenizer: P
         ) as plain,
     ):
         text = "<|user|> the café<|end|>"
-        assert model.num_vocabulary == own + 50
+        assert model.file.vocab_size == own + 50
         assert model.tokenize(text) == plain.tokenize(text)
         assert model.tokenize(text)[:3] == [0, 2, own - 1]
 

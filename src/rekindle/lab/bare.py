@@ -1,13 +1,12 @@
-"""The shortest honest loop over llama.cpp: what its own API can do with one sequence, and nothing of ours.
+"""The shortest honest loop over llama.cpp: what its own API can do with one sequence, and nothing of ours around it.
 
-It is the yardstick of the lab's measurements and the judge of its models. It uses none of the engine's code on purpose:
-a measurement of our worker against this loop would mean little if both shared what is slow.
+It is the yardstick of the lab's measurements and the judge of its models. It shares the opening of the file with the
+engine, and none of what computes: a comparison of our worker with this loop would mean little if both had what is slow.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,33 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.errors import ModelError
-from rekindle.lab import llama_log
+from rekindle.model import llama_log
+from rekindle.model.gguf import GgufModel
 
 _BATCH_TOKENS = 512  # llama.cpp's usual size of one prefill step
 
 
 class BareModel:
-    """A model and one sequence, flash attention on, KV in f16. A context manager: it frees what llama.cpp holds.
+    """A model on the CPU and one sequence, flash attention on, KV in f16. A context manager: it frees what it holds.
 
     Raises ModelError if llama.cpp cannot load the file or make the context.
     """
 
     def __init__(self, path: Path, *, threads: int, context: int) -> None:
-        llama_cpp.llama_backend_init()
-        self._context = self._model = None
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        with llama_log.heard() as last_lines:
-            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-            if self._model:
-                self._context = llama_cpp.llama_init_from_model(self._model, _context_params(threads, context))
+        self.file = GgufModel(path)
+        self._context = llama_cpp.llama_init_from_model(self.file.handle, _context_params(threads, context))
         if not self._context:
             self.close()
-            raise ModelError(f"llama.cpp cannot load {path} with {context} tokens: {'; '.join(last_lines)}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.num_vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.description = _description(self._model)
-        self.parameters: int = llama_cpp.llama_model_n_params(self._model)
+            raise ModelError(f"llama.cpp cannot make a context of {context} tokens: {llama_log.take_errors()}")
+        self._logits_type = ctypes.c_float * self.file.vocab_size
 
     def __enter__(self) -> BareModel:
         return self
@@ -55,19 +46,17 @@ class BareModel:
 
     def close(self) -> None:
         """Free the context and the model; harmless when done twice."""
-        with llama_log.heard():
-            if self._context:
-                llama_cpp.llama_free(self._context)
-            if self._model:
-                llama_cpp.llama_model_free(self._model)
-        self._context = self._model = None
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context = None
+        self.file.close()
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the tokens that the model wants at a beginning; special tokens are recognised."""
         data = text.encode()
         room = len(data) + 8  # a token has a byte at least, and few are added at the ends
         ids = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, True, True)
+        count = llama_cpp.llama_tokenize(self.file.vocab, data, len(data), ids, room, True, True)
         assert count >= 0
         return list(ids[:count])
 
@@ -86,8 +75,9 @@ class BareModel:
             status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(ids, len(part)))
             if status != 0:
                 raise ModelError(f"llama.cpp refused {len(part)} tokens (status {status})")
-        logits = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(logits, shape=(self.num_vocabulary,))
+        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
+        row = self._logits_type.from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(memoryview(row), np.float32)
 
     def state_bytes(self) -> int:
         """What the sequence's KV (or recurrent state) takes now, in bytes."""
@@ -103,9 +93,3 @@ def _context_params(threads: int, context: int) -> llama_cpp.llama_context_param
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.no_perf = True
     return params
-
-
-def _description(model: llama_cpp.llama_model_p) -> str:
-    buffer = ctypes.create_string_buffer(128)
-    llama_cpp.llama_model_desc(model, buffer, len(buffer))
-    return buffer.value.decode(errors="replace")

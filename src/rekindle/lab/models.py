@@ -34,6 +34,7 @@ from rekindle.lab.architectures import Tensor, tensors, write_metadata
 from rekindle.lab.quants import Quantisation, known_quantisations, quantisation_named, quantise
 from rekindle.lab.shapes import Shape, shape_named
 from rekindle.lab.vocabulary import Vocabulary, read_vocabulary
+from rekindle.model.source import BUILTIN, locate
 
 Progress = Callable[[int, int], None]  # parameters done, of how many; a quantised file counts each of them twice
 
@@ -81,7 +82,7 @@ def make_model(
     out = Path(out)
     with _file_errors(out):
         _check_target(out)
-    vocabulary = read_vocabulary(tokenizer or _ember_weights())
+    vocabulary = read_vocabulary(tokenizer or locate(BUILTIN))
     if shape.vocabulary is not None:
         vocabulary = vocabulary.padded(shape.vocabulary)
     parameters = sum(tensor.num_values for tensor in tensors(shape, len(vocabulary)))
@@ -105,12 +106,6 @@ def make_model(
 
 def _ignore(done: int, total: int) -> None:
     pass
-
-
-def _ember_weights() -> Path:
-    from rekindle.model.ember import weights_path  # here: a tokenizer given by path needs no built-in model
-
-    return weights_path()
 
 
 def _check_target(out: Path) -> None:

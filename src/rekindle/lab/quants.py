@@ -11,14 +11,15 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
 
 from rekindle.errors import InvalidRequest, ModelError, nearest
-from rekindle.lab import llama_log
 
 # what to take instead, about the same number of bits per weight
 _NEEDS_IMPORTANCE = {
@@ -95,7 +96,28 @@ def quantise(source: Path, target: Path, quantisation: Quantisation, *, progress
             progress(int(match[1]) / int(match[2]))
 
     llama_cpp.llama_backend_init()
-    with llama_log.heard(follow) as last_lines:
+    with _llama_log(follow) as last_lines:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status != 0:
         raise ModelError(f"llama.cpp could not quantise to {quantisation.name}: {'; '.join(last_lines)}")
+
+
+@contextmanager
+def _llama_log(line: Callable[[str], None]) -> Iterator[deque[str]]:
+    """Send llama.cpp's log, one per process, to `line` while inside; yields its last few lines as they come."""
+    last_lines: deque[str] = deque(maxlen=3)
+
+    def hear(_level: int, text: bytes, _data: int | None) -> None:
+        words = text.decode(errors="replace").strip(" .\r\n")
+        if words:
+            last_lines.append(words)
+            line(words)
+
+    previous, previous_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(previous_data))
+    callback = llama_cpp.llama_log_callback(hear)  # llama.cpp holds a bare pointer to it, so it must outlive the block
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
+    try:
+        yield last_lines
+    finally:
+        llama_cpp.llama_log_set(previous, previous_data)
