@@ -1,0 +1,173 @@
+"""The commands of `rekindle`, their arguments and their help. What they do is in the modules beside this one.
+
+Those modules are imported when their command runs, so that `rekindle --help` needs no model library and is instant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rekindle.cli.options import SERVER_ONLY, with_settings
+from rekindle.cli.refusals import FAILED, guarded
+from rekindle.settings import Settings
+
+app = typer.Typer(
+    name="rekindle",
+    help="An LLM server and library that never computes the same KV twice.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+lab = typer.Typer(help="Experiments: what the KV cache buys, beside the physical limit.", no_args_is_help=True)
+app.add_typer(lab, name="lab")
+
+MaxTokens = Annotated[int | None, typer.Option(help="longest answer in tokens; default: until the end of turn")]
+Temperature = Annotated[float, typer.Option(help="0 for the most probable token each time")]
+
+
+@app.command()
+@guarded
+@with_settings()
+def serve(settings: Settings) -> None:
+    """Serve a model over HTTP: OpenAI's endpoints, /generate, /cache/stats. Ctrl-C ends it."""
+    from rekindle.cli.serve import run_server
+
+    run_server(settings)
+
+
+@app.command()
+@guarded
+@with_settings(leave_out=SERVER_ONLY)
+def chat(
+    settings: Settings,
+    url: Annotated[
+        str | None, typer.Option(help="talk to a running server; the settings below then have no effect")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="instructions to begin with")] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="text file to talk about; may be given several times")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+) -> None:
+    """Talk with a model. Ctrl-C interrupts an answer, Ctrl-D or /quit ends. Lines may also be piped in."""
+    from rekindle.cli.chat import run_chat
+    from rekindle.cli.talk import Wish
+
+    wish = Wish(max_tokens=max_tokens, temperature=temperature)
+    if run_chat(settings, wish, url=url, system=system, files=file or ()):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@guarded
+@with_settings(leave_out=SERVER_ONLY)
+def generate(
+    settings: Settings,
+    prompt: Annotated[str, typer.Argument(help="what to answer; - reads it from stdin")],
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="as a user's message, or as text to go on with; default: a message if the model has a chat template",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object: text, usage, timings, plan")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="say on stderr what was reused and how long it took")] = False,
+) -> None:
+    """Answer one prompt."""
+    from rekindle.cli.generate import run_generate
+    from rekindle.cli.talk import Wish
+
+    wish = Wish(max_tokens=max_tokens, temperature=temperature)
+    run_generate(settings, prompt, wish, chat=chat, as_json=as_json, stats=stats)
+
+
+@app.command()
+@guarded
+def info(
+    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Describe a model: size, KV per token, and which kinds of reuse it allows."""
+    import json
+
+    from rekindle.cli.info import print_info, read_info
+
+    facts = read_info(model)
+    if as_json:
+        typer.echo(json.dumps(facts.as_dict()))
+    else:
+        print_info(facts, Console())
+
+
+@app.command()
+@guarded
+def demo(
+    url: Annotated[str | None, typer.Option(help="a running server; default: one is started for the tour")] = None,
+    rounds: Annotated[int, typer.Option(help="times are medians of so many rounds", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object with all figures")] = False,
+) -> None:
+    """A short tour over HTTP: cold, repeated, shared prefix, second turn. Fails if anything was computed twice."""
+    from rekindle.cli.demo import run_demo
+
+    if not run_demo(url, rounds=rounds, as_json=as_json):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@guarded
+def version() -> None:
+    """Print the versions of Rekindle and of what it computes with."""
+    import platform
+    from importlib.metadata import version as version_of
+
+    import rekindle
+
+    typer.echo(f"rekindle {rekindle.__version__}")
+    typer.echo(f"llama-cpp-python {version_of('llama-cpp-python')}, Python {platform.python_version()}")
+
+
+@lab.command("model")
+@guarded
+def lab_model(
+    shape: Annotated[str, typer.Argument(help="published model whose shape is taken, such as qwen3-0.6b")],
+    out: Annotated[Path, typer.Argument(help="the .gguf file to write; it must not exist")],
+    quant: Annotated[str, typer.Option(help="llama.cpp's name of a file type, such as f16, q8_0, q4_k_m")] = "f16",
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+) -> None:
+    """Write a GGUF of random weights in the shape of a real model, to measure with."""
+    from rekindle.cli.lab import write_model
+
+    write_model(shape, quant, out, seed)
+
+
+@lab.command("decode")
+@guarded
+def lab_decode(
+    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="pairs of runs that count", min=1)] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens read before the clock starts", min=1)] = 128,
+    decode_tokens: Annotated[int, typer.Option(help="tokens decoded under the clock", min=1)] = 128,
+    context: Annotated[int, typer.Option(help="KV cells", min=64)] = 2048,
+) -> None:
+    """Decode speed through the worker, beside a bare llama.cpp loop and the memory's limit."""
+    from rekindle.lab.decode import print_report, run_decode
+
+    report = run_decode(
+        model,
+        threads=threads,
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        context=context,
+    )
+    print_report(report, Console())

@@ -1,0 +1,102 @@
+"""A small HTTP client for a running Rekindle server: JSON in, JSON or server-sent events out.
+
+It speaks plain `http.client`, so the command needs no HTTP library, and no proxy set in the environment comes between a
+terminal and its own machine.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from rekindle.errors import InvalidRequest, RekindleError
+
+CONNECT_SECONDS = 10.0
+
+
+class ServerError(RekindleError):
+    """The server can't be reached, or it refused."""
+
+
+class Client:
+    """One server, by its base URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises InvalidRequest if this is no http(s) URL."""
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._address = parts.netloc.rpartition("@")[2]
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON at a path. Raises ServerError."""
+        with self._response("GET", path, None) as response:
+            return _json(response.read(), self.url)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON answer to a JSON body. Raises ServerError; InvalidRequest if the server blames the request."""
+        with self._response("POST", path, body) as response:
+            return _json(response.read(), self.url)
+
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a stream as they come, up to `[DONE]`. Closing the iterator hangs up."""
+        with self._response("POST", path, body) as response:
+            for line in response:
+                data = line.decode("utf-8").rstrip("\r\n")
+                if not data.startswith("data:"):
+                    continue
+                data = data.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                event = _json(data.encode(), self.url)
+                if "error" in event:
+                    raise ServerError(_reason(event))
+                yield event
+        raise ServerError(f"{self.url} broke the answer off")
+
+    @contextmanager
+    def _response(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
+        connection = self._make(self._address, timeout=CONNECT_SECONDS)
+        try:
+            connection.connect()
+            connection.sock.settimeout(None)  # an answer may take its time
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise _refusal(response, self.url)
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"cannot talk to {self.url}: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
+
+
+def _json(data: bytes, url: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ServerError(f"{url} answered with something else than a JSON object; is it a Rekindle server?")
+    return value
+
+
+def _refusal(response: http.client.HTTPResponse, url: str) -> RekindleError:
+    try:
+        reason = _reason(json.loads(response.read()))
+    except ValueError:
+        reason = response.reason
+    message = f"{url} refused ({response.status}): {reason}"
+    return InvalidRequest(message) if response.status in (400, 413, 422) else ServerError(message)
+
+
+def _reason(event: Any) -> str:
+    error = event.get("error", event) if isinstance(event, dict) else event
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

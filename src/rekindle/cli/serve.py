@@ -1,0 +1,43 @@
+"""`rekindle serve`: open the model, put it on a socket, say where, and end cleanly on a signal."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import closing
+from types import FrameType
+
+import typer
+
+from rekindle.api.server import serve
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; both are a normal end, while the model loads too. Raises RekindleError."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        typer.echo(f"Loading {settings.model} …", err=True)
+        with closing(Service.open(settings)) as service:
+            serve(service, settings.host, settings.port, lambda url: _announce(service, url))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _announce(service: Service, url: str) -> None:
+    typer.echo(f"Rekindle is listening on {url} ({describe(service)})")
+
+
+def describe(service: Service) -> str:
+    """Model, engine, cells, threads and KV type, in one line."""
+    health, settings = service.health(), service.settings
+    return (
+        f"model {service.model_name}, engine {health['engine']}, {service.max_tokens} cells, "
+        f"{settings.threads} threads, {settings.kv_type} KV"
+    )
