@@ -1,0 +1,30 @@
+"""What the store keeps: KV of a few tokens, as bytes it cannot read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rekindle.kv.keys import Key
+from rekindle.tokens import Tokens
+
+_RECORD_BYTES = 400  # a block's Python objects, about
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block, or the tail of a prompt."""
+
+    key: Key
+    parent: Key
+    tokens: Tokens  # [count]; a tail may have none
+    position: int  # of the first token
+    payload: memoryview  # in the engine's format; empty for no tokens
+    logits: npt.NDArray[np.float32] | None = None  # [vocab_size] after the last token; only tails have them
+
+    @property
+    def num_bytes(self) -> int:
+        logits = 0 if self.logits is None else self.logits.nbytes
+        return _RECORD_BYTES + self.payload.nbytes + self.tokens.nbytes + logits

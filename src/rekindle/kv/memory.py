@@ -1,0 +1,102 @@
+"""The memory tier: blocks within a byte budget, least recently used first out, tails before heads.
+
+A use of a chain touches its blocks from the tail to the head, so a block is never younger than its predecessor, and the
+oldest block is always one that nothing depends on: chains die from the tail.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rekindle.kv.block import Block
+from rekindle.kv.keys import Key
+
+
+class MemoryTier:
+    """A byte budget of blocks. Not thread-safe; the store guards it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.evictions = 0
+        self._blocks: OrderedDict[Key, Block] = OrderedDict()  # oldest first
+        self._tails: dict[Key, set[Key]] = {}  # parent -> its tails
+        self._pins: dict[Key, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get(self, key: Key) -> Block | None:
+        """Without touching it."""
+        return self._blocks.get(key)
+
+    def tails(self, parent: Key) -> list[Block]:
+        """Tails that follow a block (or a root)."""
+        return [self._blocks[key] for key in self._tails.get(parent, ())]
+
+    def put(self, chain: Iterable[Block]) -> None:
+        """Add the blocks of one chain, head first, and make room. What can't fit beside the pinned is left out."""
+        keys = []
+        for block in chain:
+            self._change(block.key, block)
+            keys.append(block.key)
+        self.touch(keys)
+        self._make_room()
+
+    def touch(self, chain: Iterable[Key]) -> None:
+        """Mark the blocks of one chain, given head first, as just used."""
+        for key in reversed(list(chain)):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+
+    def clear(self) -> None:
+        for key in list(self._blocks):
+            self._change(key, None)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[Key]) -> Iterator[None]:
+        """Keep these keys while the context lasts."""
+        keys = list(keys)
+        for key in keys:
+            self._pins[key] = self._pins.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            for key in keys:
+                self._pins[key] -= 1
+                if not self._pins[key]:
+                    del self._pins[key]
+
+    def check_integrity(self) -> None:
+        """Recount. Raises AssertionError."""
+        assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values())
+        assert all(key == block.key for key, block in self._blocks.items())
+        tails = {key for keys in self._tails.values() for key in keys}
+        assert tails == {key for key, block in self._blocks.items() if block.logits is not None}
+        assert all(self._tails.values()), "an empty set of tails"
+        assert self.num_bytes <= self.max_bytes or self._pins
+
+    def _make_room(self) -> None:
+        while self.num_bytes > self.max_bytes:
+            victim = next((key for key in self._blocks if key not in self._pins), None)
+            if victim is None:
+                return
+            self._change(victim, None)
+            self.evictions += 1
+
+    def _change(self, key: Key, block: Block | None) -> None:
+        """The one place where bytes come and go."""
+        old = self._blocks.pop(key, None)
+        if old is not None:
+            self.num_bytes -= old.num_bytes
+            if old.logits is not None:
+                self._tails[old.parent].discard(key)
+                if not self._tails[old.parent]:
+                    del self._tails[old.parent]
+        if block is not None:
+            self._blocks[key] = block
+            self.num_bytes += block.num_bytes
+            if block.logits is not None:
+                self._tails.setdefault(block.parent, set()).add(key)
