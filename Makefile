@@ -29,7 +29,6 @@ test: lint
 
 lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff check
-	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 ember: $(VENV)/.installed-for-development
