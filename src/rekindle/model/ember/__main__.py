@@ -2,6 +2,7 @@
 
 - `train --minutes 60`: go on from the folder's checkpoint, or begin
 - `export`: write ember.gguf and hf/ from the checkpoint
+- `village FOLDER`: write the example passages
 - `evaluate`: accuracy on held-out documents, one JSON line last
 """
 
@@ -25,6 +26,7 @@ from rekindle.model.ember.export import export as write_weights
 from rekindle.model.ember.language import Kind
 from rekindle.model.ember.network import Network, Shape, load_network
 from rekindle.model.ember.tokenizer import load_tokenizer, piece_ids, train_tokenizer
+from rekindle.model.ember.village import write_village
 
 app = typer.Typer(help="Train, evaluate and export ember, the built-in model.", no_args_is_help=True)
 console = Console()
@@ -89,6 +91,13 @@ def _export(out: Path, folder: Path) -> None:
 def export(out: Folder = _DEFAULT_FOLDER, weights: Weights = None) -> None:
     """Write ember.gguf and hf/ from the checkpoint."""
     _export(out, _weights_folder(weights))
+
+
+@app.command()
+def village(folder: Annotated[Path, typer.Argument(help="Where to write the passages and questions.json.")]) -> None:
+    """Write the example passages and their questions."""
+    write_village(folder)
+    console.print(f"Wrote {folder}")
 
 
 @app.command()

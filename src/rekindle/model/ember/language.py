@@ -49,7 +49,7 @@ from rekindle.model.ember.grammar import (
 
 __all__ = [
     "Document", "Fact", "Kind", "Question", "Questioner", "Sentence", "Split", "generate_document",
-    "generate_questions", "pair_is_held_out", "pieces_of",
+    "generate_questions", "pair_is_held_out", "pieces_of", "recut",
 ]  # fmt: skip
 
 
@@ -234,6 +234,11 @@ def generate_document(
     return Document(tuple(sentences), _cut(rng, len(sentences)))
 
 
+def recut(document: Document, seed: int | str) -> Document:
+    """The same sentences in the same order, cut into passages elsewhere."""
+    return Document(document.sentences, _cut(random.Random(f"cut:{seed}"), len(document.sentences)))
+
+
 class Questioner:
     """Draws questions about one document."""
 
@@ -345,15 +350,15 @@ class Questioner:
 def generate_questions(
     document: Document, seed: int | str, *, kinds: Sequence[Kind] = tuple(Kind), count: int = 1
 ) -> list[Question]:
-    """Up to `count` different questions of each kind, in the order of `kinds`."""
+    """Up to `count` questions of each kind about different facts, in the order of `kinds`."""
     questioner = Questioner(document, random.Random(f"questions:{seed}"))
     questions: list[Question] = []
     for kind in kinds:
-        found: dict[str, Question] = {}
+        found: dict[object, Question] = {}
         for _ in range(4 * count):
             question = questioner.draw(kind)
             if question is None or len(found) == count:
                 break
-            found.setdefault(question.text, question)
+            found.setdefault(question.facts or question.text, question)
         questions += found.values()
     return questions
