@@ -20,6 +20,7 @@ from rekindle.lab.models import make_model
 from rekindle.lab.quants import known_quantisations, quantisation_named
 from rekindle.lab.shapes import SHAPES, shape_named
 from rekindle.lab.vocabulary import read_vocabulary
+from rekindle.model.source import BUILTIN, locate
 
 TINY = sorted(name for name in SHAPES if name.startswith("tiny-"))
 TEXT = "the house that jack built, and the people who lived in the house: " * 8
@@ -28,9 +29,10 @@ TEXT = "the house that jack built, and the people who lived in the house: " * 8
 @pytest.mark.parametrize("quant", ["f16", "bf16", "f32", "q8_0", "q4_k_m"])
 @pytest.mark.parametrize("shape", TINY)
 def test_tiny_models_load_and_decode_with_sane_logits(shape: str, quant: str, tmp_path: Path, tokenizer: Path) -> None:
-    report = make_model(shape, quant, tmp_path / "m.gguf", tokenizer=tokenizer)
+    sized = replace(SHAPES[shape], vocabulary=2_048)  # of so few tokens as the test's tokenizer has, loops are likely
+    report = make_model(sized, quant, tmp_path / "m.gguf", tokenizer=tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    assert report.bytes == report.path.stat().st_size < 3_000_000
+    assert report.bytes == report.path.stat().st_size
     with BareModel(report.path, threads=1, context=2_048) as model:
         assert model.file.num_parameters == report.parameters
         logits = model.append(model.tokenize(TEXT)).copy()
@@ -41,19 +43,20 @@ def test_tiny_models_load_and_decode_with_sane_logits(shape: str, quant: str, tm
             answer.append(int(logits.argmax()))
             logits = model.append(answer[-1:])
         assert np.isfinite(logits).all()
-        assert len(set(answer)) > 10, f"greedy decoding is stuck: {answer}"
+        assert len(set(answer)) > 12, f"greedy decoding is stuck: {answer}"
 
 
 @pytest.mark.parametrize("shape", TINY)
-def test_a_token_far_back_changes_the_logits(shape: str, tmp_path: Path, tokenizer: Path) -> None:
-    """Otherwise a test with this model would not notice that the KV is wrong."""
+def test_tokens_far_back_change_the_logits(shape: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Otherwise a test with this model would not notice that the KV is wrong. Rounding changes them by 0.05 at most."""
     report = make_model(shape, "f16", tmp_path / "m.gguf", tokenizer=tokenizer)
     with BareModel(report.path, threads=1, context=2_048) as model:
         tokens = model.tokenize(TEXT)
         logits = model.append(tokens).copy()
+        middle = len(tokens) // 2
+        tokens[middle : middle + 16] = [(token * 7 + 3) % 256 for token in tokens[middle : middle + 16]]
         model.clear()
-        tokens[len(tokens) // 2] += 1
-        assert np.abs(model.append(tokens) - logits).max() > 0.05
+        assert np.abs(model.append(tokens) - logits).max() > 0.1
 
 
 def test_gemma3_has_local_and_global_layers(tmp_path: Path, tokenizer: Path) -> None:
@@ -122,6 +125,17 @@ def test_the_tokenizer_is_padded_with_unused_tokens(tmp_path: Path, tokenizer: P
         assert model.file.vocab_size == own + 50
         assert model.tokenize(text) == plain.tokenize(text)
         assert model.tokenize(text)[:3] == [0, 2, own - 1]
+
+
+def test_the_built_in_tokenizer_is_the_default(tmp_path: Path) -> None:
+    ember = read_vocabulary(locate(BUILTIN))
+    report = make_model("tiny-qwen3", "f16", tmp_path / "m.gguf")
+    assert read_vocabulary(report.path) == ember
+
+
+@pytest.mark.parametrize("shape", TINY)
+def test_tiny_models_are_tiny(shape: str, tmp_path: Path) -> None:
+    assert make_model(shape, "f16", tmp_path / "m.gguf").bytes < 3_000_000
 
 
 def test_padding_never_repeats_a_name(tokenizer: Path) -> None:

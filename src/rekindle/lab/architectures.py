@@ -33,6 +33,7 @@ from rekindle.lab.shapes import Shape
 
 _SCORE_SPREAD = 2.5  # standard deviation of attention scores before the softmax
 _LOGIT_SPREAD = 3.0  # standard deviation of logits
+_EMBEDDING_RMS = 0.5  # of untied embeddings: less than the updates, so that the context outweighs the last token
 _SELF_VOTE = 0.5  # by how many standard deviations a tied embedding may favour its own token
 _NORM_JITTER = 0.1
 _SILU_GAIN = 0.6  # RMS of silu(x) for standard normal x, rounded
@@ -114,7 +115,7 @@ def _ends(shape: Shape, vocabulary: int) -> Iterator[Tensor]:
     width = shape.width
     last_norm = "token_embd_norm" if shape.arch == "lfm2" else "output_norm"
     if not shape.tied:
-        yield Tensor("token_embd.weight", (vocabulary, width), spread=1.0)
+        yield Tensor("token_embd.weight", (vocabulary, width), spread=_EMBEDDING_RMS)
         yield _norm(last_norm, width)
         yield _matrix("output", vocabulary, width, _LOGIT_SPREAD)
         return

@@ -118,8 +118,8 @@ def _check_target(out: Path) -> None:
 
 
 def _check_space(out: Path, parameters: int, quantisation: Quantisation) -> None:
-    """Refuse before a long run what the disk cannot hold. Quantised files are taken at a byte a parameter, the most."""
-    per_parameter = {"f32": 4, "f16": 2, "bf16": 2}.get(quantisation.name, 2 + 1)
+    """Refuse before a long run what the disk cannot hold. A quantised file needs the f16 one beside it."""
+    per_parameter = {"f32": 4, "f16": 2, "bf16": 2}.get(quantisation.name, 2 + 1.07)
     needed, free = parameters * per_parameter, shutil.disk_usage(out.parent).free
     if needed > free:
         raise ModelError(f"{out.parent} has {free / 1e9:.1f} GB free; this model needs {needed / 1e9:.1f} GB to make")
