@@ -27,12 +27,15 @@ class Client:
 
     def __init__(self, url: str) -> None:
         """Raises InvalidRequest if this is no http(s) URL."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:  # a bracket that is not closed, a port that is no number
+            self._host = ""
+        if not self._host or parts.scheme not in ("http", "https"):
             raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._address = parts.netloc.rpartition("@")[2]
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON at a path. Raises ServerError."""
@@ -62,7 +65,7 @@ class Client:
 
     @contextmanager
     def _response(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
-        connection = self._make(self._address, timeout=CONNECT_SECONDS)
+        connection = self._make(self._host, self._port, timeout=CONNECT_SECONDS)
         try:
             connection.connect()
             connection.sock.settimeout(None)  # an answer may take its time

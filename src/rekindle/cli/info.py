@@ -155,7 +155,7 @@ def print_info(info: ModelInfo, console: Console) -> None:
 
 def _rows(info: ModelInfo) -> list[tuple[str, str]]:
     kv = ", ".join(f"{size:,} bytes in {kind}" for kind, size in info.kv_bytes_per_token.items())
-    window = f"{info.sliding_window:,} tokens" if info.sliding_window else "none, every layer sees everything"
+    window = f"{info.sliding_window:,} tokens" if info.sliding_window else "none"
     return [
         ("model", info.name),
         ("file", info.path),
