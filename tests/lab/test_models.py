@@ -7,13 +7,14 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 
 from rekindle.errors import InvalidRequest, ModelError
-from rekindle.lab import models
+from rekindle.lab import models, quants
 from rekindle.lab.architectures import tensors
 from rekindle.lab.bare import BareModel
 from rekindle.lab.models import make_model
@@ -221,10 +222,10 @@ def fail_with_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail_with_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object, **__: object) -> None:
+    def interrupt(line: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "quantise", interrupt)
+    monkeypatch.setattr(quants, "_PROGRESS_LINE", SimpleNamespace(match=interrupt))  # while the quantiser runs
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ worth measuring.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
 
 from rekindle.errors import InvalidRequest, ModelError, nearest
+from rekindle.lab.machine import usable_cores
 
 # what to take instead, about the same number of bits per weight
 _NEEDS_IMPORTANCE = {
@@ -37,8 +37,7 @@ _NEEDS_IMPORTANCE = {
 _READ_ONLY = {"nvfp4"}
 _SHORT_NAMES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
-_BUFFER_BYTES = 256 << 20  # of rows that the quantiser holds at once
-_PROGRESS_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+_PROGRESS_LINE = re.compile(r"\s*\[\s*(\d+)/\s*(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -86,38 +85,27 @@ def quantise(source: Path, target: Path, quantisation: Quantisation, *, progress
 
     Raises ModelError with llama.cpp's own last words if it fails; then `target` may hold a part of the file.
     """
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = quantisation.file_type
-    params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    params.max_buf_size = _BUFFER_BYTES
-
-    def follow(line: str) -> None:
-        if match := _PROGRESS_LINE.match(line):
-            progress(int(match[1]) / int(match[2]))
-
-    llama_cpp.llama_backend_init()
-    with _llama_log(follow) as last_lines:
-        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
-    if status != 0:
-        raise ModelError(f"llama.cpp could not quantise to {quantisation.name}: {'; '.join(last_lines)}")
-
-
-@contextmanager
-def _llama_log(line: Callable[[str], None]) -> Iterator[deque[str]]:
-    """Send llama.cpp's log, one per process, to `line` while inside; yields its last few lines as they come."""
+    program = Path(__file__).with_name("quantiser.py")
+    arguments = (source, target, quantisation.file_type, usable_cores())
+    command = [sys.executable, "-P", str(program), *map(str, arguments)]
     last_lines: deque[str] = deque(maxlen=3)
-
-    def hear(_level: int, text: bytes, _data: int | None) -> None:
-        words = text.decode(errors="replace").strip(" .\r\n")
-        if words:
-            last_lines.append(words)
-            line(words)
-
-    previous, previous_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(previous_data))
-    callback = llama_cpp.llama_log_callback(hear)  # llama.cpp holds a bare pointer to it, so it must outlive the block
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
-    try:
-        yield last_lines
-    finally:
-        llama_cpp.llama_log_set(previous, previous_data)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if match := _PROGRESS_LINE.match(line):
+                    progress(int(match[1]) / int(match[2]))
+                elif line.strip(" .\n"):
+                    last_lines.append(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise ModelError(f"llama.cpp could not quantise to {quantisation.name}: {'; '.join(last_lines)}")
