@@ -1,22 +1,23 @@
 """Running generations for a request: from the worker's events to whole answers or one merged stream.
 
-`Answers` submits all generations of a request at once (several for n > 1 or several prompts). The worker's sinks only
-hand events over to the event loop. Leaving the context cancels what still runs: so a client that goes away, an error in
-one choice and a normal end are all the same to the worker.
+A `Runner` submits all generations of a request at once (several for n > 1 or several prompts) and gives their
+`Answers`. The worker's sinks only hand events over to the event loop. Whoever has answers closes them when done with
+them, which cancels what still runs: so a client that goes away, an error in one choice and a normal end are all the
+same to the worker. A server that is stopped tells the runner, and who still waits gets an error instead of silence.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from rekindle.errors import RekindleError
-from rekindle.serve.request import Done, Event, Failed, Generation, Piece, TokenInfo
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink, TokenInfo
 from rekindle.serve.service import Service, Ticket
 
 T = TypeVar("T")
@@ -37,48 +38,67 @@ class Answer:
     tokens: tuple[TokenInfo, ...]  # of all its pieces
 
 
-class Answers:
-    """The events of several generations, in the order in which they happen, each with its generation's index."""
+class Runner:
+    """Runs generations on a service, and knows the answers that are not closed. Belongs to one event loop."""
 
-    def __init__(self, num: int) -> None:
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._num = num
-        self._running: dict[int, Ticket] = {}
-        self._first: tuple[int, Event] | None = None
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._open: set[Answers] = set()
 
-    @classmethod
-    def submit(cls, service: Service, generations: Sequence[Generation]) -> Answers:
+    def submit(self, generations: Sequence[Generation]) -> Answers:
         """Raises what `Service.submit` raises; then none of them runs."""
-        answers = cls(len(generations))
-        loop = asyncio.get_running_loop()
+        answers = Answers(len(generations), self._open.discard)
+        self._open.add(answers)
         try:
             for index, generation in enumerate(generations):
-                answers._running[index] = service.submit(generation, answers._sink(loop, index))
+                answers.tickets[index] = self.service.submit(generation, answers.sink(index))
         except BaseException:
-            answers.cancel()
+            answers.close()
             raise
         return answers
 
-    def _sink(self, loop: asyncio.AbstractEventLoop, index: int) -> Any:
-        def sink(event: Event) -> None:
+    def stop(self) -> None:
+        """End all that run: their clients get a StoppingError."""
+        for answers in self._open:
+            for ticket in answers.tickets.values():
+                ticket.cancel()
+
+
+class Answers:
+    """The events of several generations, in the order in which they happen, each with its generation's index.
+
+    A context manager; leaving it closes it.
+    """
+
+    def __init__(self, num: int, closed: Callable[[Answers], None]) -> None:
+        self.tickets: dict[int, Ticket] = {}  # of those that have not ended
+        self._num = num
+        self._closed = closed
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._first: tuple[int, Event] | None = None
+
+    def sink(self, index: int) -> Sink:
+        """For the worker: hands the events of one generation over to the event loop."""
+
+        def hand_over(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        return sink
+        return hand_over
 
-    def cancel(self) -> None:
-        """Stop what still runs."""
-        for ticket in self._running.values():
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for ticket in self.tickets.values():
             ticket.cancel()
-        self._running.clear()
+        self.tickets.clear()
+        self._closed(self)
 
-    @contextmanager
-    def cancelling(self) -> Iterator[None]:
-        """Whatever happens inside, nothing runs on after it."""
-        try:
-            yield
-        finally:
-            self.cancel()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     async def begin(self) -> None:
         """Wait for the first event, so that a failure before it can still be answered with a status."""
@@ -87,11 +107,11 @@ class Answers:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | Done]]:
         """Until all have ended. Raises the error of the first that fails."""
-        while self._running:
+        while self.tickets:
             index, event = self._first or await self._events.get()
             self._first = None
             if not isinstance(event, Piece):
-                self._running.pop(index, None)
+                self.tickets.pop(index, None)
             yield index, _check(event)
 
     async def whole(self) -> list[Answer]:
@@ -109,7 +129,7 @@ class Answers:
 def _check(event: Event) -> Piece | Done:
     if isinstance(event, Failed):
         raise event.error
-    if isinstance(event, Done) and event.reason == "cancelled":  # by the service: after our own cancel nobody listens
+    if isinstance(event, Done) and event.reason == "cancelled":  # not by us: after `close` nobody listens
         raise StoppingError("the server is being stopped")
     return event
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rekindle.api.answers import Answer
+from rekindle.api.answers import Answer, Runner
 from rekindle.api.door import arrived
 from rekindle.api.logprobs import chat_logprobs
 from rekindle.api.openai import Choice, answer, built, check_model, check_num_answers
@@ -49,17 +49,17 @@ def _delta(index: int, delta: dict[str, str]) -> Choice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def chat_router(service: Service) -> APIRouter:
+def chat_router(runner: Runner) -> APIRouter:
     """The endpoint."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Continue a conversation."""
-        check_model(service, body.model)
-        check_num_answers(service, body.num_choices)
-        generations = await _generations(service, body, arrived(request))
-        return await answer(request, service, body, ChatForm(bool(body.logprobs)), generations)
+        check_model(runner.service, body.model)
+        check_num_answers(runner.service, body.num_choices)
+        generations = await _generations(runner.service, body, arrived(request))
+        return await answer(request, runner, body, ChatForm(bool(body.logprobs)), generations)
 
     return router
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rekindle.api.answers import Answer
+from rekindle.api.answers import Answer, Runner
 from rekindle.api.door import arrived
 from rekindle.api.logprobs import CompletionLogprobs
 from rekindle.api.openai import Choice, answer, built, check_model, check_num_answers
@@ -50,9 +50,10 @@ def _more(index: int, text: str) -> Choice:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
 
 
-def completions_router(service: Service) -> APIRouter:
+def completions_router(runner: Runner) -> APIRouter:
     """The endpoint."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    service = runner.service
 
     @router.post("/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -68,7 +69,7 @@ def completions_router(service: Service) -> APIRouter:
         ]
         echoes = [_echo(service, body, prompt) for prompt in body.prompts for _ in range(body.num_choices)]
         form = CompletionForm(len(generations), body.logprobs is not None, echoes)
-        return await answer(request, service, body, form, generations)
+        return await answer(request, runner, body, form, generations)
 
     return router
 

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rekindle.api import sse
-from rekindle.api.answers import Answers, while_connected
+from rekindle.api.answers import Answers, Runner, while_connected
 from rekindle.api.door import arrived
-from rekindle.api.openai import built
+from rekindle.api.openai import begun, built
 from rekindle.api.refusals import Json, refusal_of
 from rekindle.api.wire import GenerateRequest
 from rekindle.errors import RekindleError
@@ -20,28 +20,23 @@ from rekindle.serve.request import Done, Generation
 from rekindle.serve.service import Service
 
 
-def generate_router(service: Service) -> APIRouter:
+def generate_router(runner: Runner) -> APIRouter:
     """Both endpoints."""
     router = APIRouter(tags=["simple"])
 
     @router.post("/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt. `tokens_per_sec` counts generated tokens over the whole latency, queueing included."""
-        answers = Answers.submit(service, [await _generation(service, body, arrived(request))])
-        with answers.cancelling():
+        generation = await _generation(runner.service, body, arrived(request))
+        with runner.submit([generation]) as answers:
             (answer,) = await while_connected(request, answers.whole())
         return Json({"text": answer.done.text} | _numbers(body, answer.done))
 
     @router.post("/generate_stream")
     async def generate_stream(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt, one event {"token", "index"} at a time; then the numbers of /generate, then [DONE]."""
-        answers = Answers.submit(service, [await _generation(service, body, arrived(request))])
-        try:
-            await while_connected(request, answers.begin())
-        except BaseException:
-            answers.cancel()
-            raise
-        return sse.EventStream(_stream(body, answers), answers.cancel)
+        answers = runner.submit([await _generation(runner.service, body, arrived(request))])
+        return await begun(request, answers, _stream(body, answers))
 
     return router
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rekindle.api import sse
-from rekindle.api.answers import Answer, Answers, while_connected
+from rekindle.api.answers import Answer, Answers, Runner, while_connected
 from rekindle.api.refusals import Json, refusal_of
 from rekindle.api.wire import OpenAIFields
 from rekindle.errors import InvalidRequest, RekindleError
@@ -125,20 +125,25 @@ class Writer:
 
 
 async def answer(
-    request: Request, service: Service, fields: OpenAIFields, form: Form, generations: Sequence[Generation]
+    request: Request, runner: Runner, fields: OpenAIFields, form: Form, generations: Sequence[Generation]
 ) -> Response:
     """Run the generations and answer as the request asked, whole or as a stream."""
-    writer = Writer(form, service.model_name, len(generations), fields)
-    answers = Answers.submit(service, generations)
+    writer = Writer(form, runner.service.model_name, len(generations), fields)
+    answers = runner.submit(generations)
+    if fields.stream:
+        return await begun(request, answers, _stream(writer, answers))
+    with answers:
+        return Json(writer.whole(await while_connected(request, answers.whole())))
+
+
+async def begun(request: Request, answers: Answers, stream: AsyncGenerator[bytes, None]) -> Response:
+    """A stream of the answers, after their first event: a failure before it is still answered with a status."""
     try:
-        if not fields.stream:
-            with answers.cancelling():
-                return Json(writer.whole(await while_connected(request, answers.whole())))
         await while_connected(request, answers.begin())
-        return sse.EventStream(_stream(writer, answers), answers.cancel)
     except BaseException:
-        answers.cancel()
+        answers.close()
         raise
+    return sse.EventStream(stream, answers.close)
 
 
 async def _stream(writer: Writer, answers: Answers) -> AsyncGenerator[bytes, None]:

@@ -45,7 +45,6 @@ _EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
     "model_type": "an object",
     "string_type": "a string",
     "too_short": "at least one element",
-    "string_too_short": "at least one character",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
 }

@@ -7,6 +7,7 @@ wait 40 ms for the client's acknowledgement of the one before.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from types import FrameType
 
 import uvicorn
 
+from rekindle.api.answers import Runner
 from rekindle.api.app import create_app
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.serve.service import Service
@@ -27,25 +29,33 @@ _BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
-    """Tells when it accepts connections."""
+    """Tells when it accepts connections. Answers that run when it is to stop have `grace_seconds`, then they end."""
 
     def __init__(self, service: Service, ready: Callable[[], None], grace_seconds: int) -> None:
+        app = create_app(service)
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=grace_seconds,
+                timeout_graceful_shutdown=grace_seconds + 2,  # connections are cut then
             )
         )
         self._ready = ready
+        self._grace_seconds = grace_seconds
+        self._runner: Runner = app.state.runner
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stop = asyncio.get_running_loop().call_later(self._grace_seconds, self._runner.stop)
+        await super().shutdown(sockets)
+        stop.cancel()
 
 
 def serve(
@@ -79,7 +89,7 @@ def running(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterato
     """A server in a thread, for tests and scripts; gives its base URL. Raises InvalidRequest as `serve` does."""
     listener = _listen(host, port)
     ready = threading.Event()
-    server = _Server(service, ready.set, grace_seconds=1)
+    server = _Server(service, ready.set, grace_seconds=0)
     thread = threading.Thread(target=server.run, args=([listener],), name="rekindle-http", daemon=True)
     thread.start()
     try:

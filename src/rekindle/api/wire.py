@@ -53,6 +53,12 @@ def _is_text(value: str) -> str:
     return value
 
 
+def _is_some(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("empty", "expected at least one character, got an empty string")
+    return value
+
+
 def _plain_json(value: dict[str, Any], handler: Any) -> Any:
     """Refuse what Python's JSON reader lets in although it isn't JSON, where no type says so."""
     try:
@@ -65,7 +71,7 @@ def _plain_json(value: dict[str, Any], handler: Any) -> Any:
 # Arrays fail at their first bad element: a large array of the wrong kind makes one error, not millions.
 TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
 Str = Annotated[str, AfterValidator(_is_text)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
+Text = Annotated[Str, AfterValidator(_is_some)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
@@ -262,6 +268,6 @@ class GenerateRequest(SamplingFields):
     """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
 
     prompt: Text
-    max_new_tokens: int = 128
+    max_new_tokens: int = Field(128, ge=1)
     use_cache: bool = Field(True, description="false: read the whole sequence again for every token")
     use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")

@@ -1,0 +1,164 @@
+"""A client that goes away stops its generation, whatever it had asked for and wherever that was."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from rekindle.api.server import running
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink
+from rekindle.serve.service import Service, Ticket
+from rekindle.settings import Settings
+
+CONTEXT = 16384  # long enough for a generation that only ends by being cancelled
+DEADLINE_SECONDS = 30.0
+
+
+class Listener:
+    """Hears what the real worker tells the real sinks."""
+
+    def __init__(self, service: Service, patch: pytest.MonkeyPatch) -> None:
+        self._submit = service.submit
+        self._changed = threading.Condition()
+        self._events: list[Event] = []
+        patch.setattr(service, "submit", self._listen)
+
+    def _listen(self, generation: Generation, sink: Sink) -> Ticket:
+        def both(event: Event) -> None:
+            sink(event)
+            with self._changed:
+                self._events.append(event)
+                self._changed.notify_all()
+
+        return self._submit(generation, both)
+
+    def wait(self, happened: Callable[[list[Event]], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: happened(self._events), DEADLINE_SECONDS), self._events[-3:]
+
+    @property
+    def ends(self) -> list[str]:
+        return [event.reason for event in self._events if isinstance(event, Done)]
+
+    @property
+    def num_pieces(self) -> int:
+        return sum(isinstance(event, Piece) for event in self._events)
+
+
+@pytest.fixture(scope="module")
+def long_service() -> Iterator[Service]:
+    with Service.open(Settings(engine="toy", context=CONTEXT)) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def address(long_service: Service) -> Iterator[tuple[str, int]]:
+    with running(long_service) as url:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        yield host, int(port)
+
+
+@pytest.fixture
+def listener(long_service: Service, monkeypatch: pytest.MonkeyPatch) -> Listener:
+    return Listener(long_service, monkeypatch)
+
+
+def post(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
+    connection = socket.create_connection(address, timeout=DEADLINE_SECONDS)
+    data = json.dumps(body | {"ignore_eos": True}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+ASK = {"messages": [{"role": "user", "content": "Talk for ever."}]}
+LONG = {"prompt": "Talk for ever.", "max_new_tokens": 100_000}
+REQUESTS = {
+    "chat": ("/v1/chat/completions", ASK, 1),
+    "chat of three": ("/v1/chat/completions", ASK | {"n": 3}, 3),
+    "completions": ("/v1/completions", {"prompt": ["Talk", "Talk more"]}, 2),
+    "generate": ("/generate", LONG, 1),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "num"), REQUESTS.values(), ids=REQUESTS)
+def test_leaving_while_waiting_for_a_whole_answer(
+    address: tuple[str, int], listener: Listener, path: str, body: dict[str, Any], num: int
+) -> None:
+    connection = post(address, path, body)
+    listener.wait(lambda events: len(events) >= 5)
+    connection.close()
+    listener.wait(lambda events: sum(isinstance(event, Done | Failed) for event in events) == num)
+    assert listener.ends == ["cancelled"] * num
+
+
+STREAMS = REQUESTS | {"generate": ("/generate_stream", LONG, 1)}
+
+
+@pytest.mark.parametrize(("path", "body", "num"), STREAMS.values(), ids=STREAMS)
+def test_leaving_in_the_middle_of_a_stream(
+    address: tuple[str, int], listener: Listener, path: str, body: dict[str, Any], num: int
+) -> None:
+    connection = post(address, path, body | {"stream": True})
+    received = b""
+    while received.count(b"\ndata: ") < 5:
+        received += connection.recv(4096)
+    connection.close()
+    listener.wait(lambda events: sum(isinstance(event, Done | Failed) for event in events) == num)
+    assert listener.ends == ["cancelled"] * num
+
+
+def test_a_cancelled_generation_makes_room(address: tuple[str, int], long_service: Service, listener: Listener) -> None:
+    connections = [post(address, "/generate_stream", LONG) for _ in range(4)]
+    listener.wait(lambda events: len(events) >= 20)
+    for connection in connections:
+        connection.close()
+    listener.wait(lambda events: len(listener.ends) == 4)
+    assert (long_service.health()["running"], long_service.health()["queued"]) == (0, 0)
+
+
+def test_a_client_that_never_reads_is_no_trouble_when_it_leaves(address: tuple[str, int], listener: Listener) -> None:
+    connection = post(address, "/generate_stream", LONG)
+    listener.wait(lambda events: len(events) >= 200)
+    connection.close()
+    listener.wait(lambda events: listener.ends == ["cancelled"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate_stream"])
+@pytest.mark.parametrize("who", ["server", "service"])
+def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(path: str, who: str) -> None:
+    service = Service.open(Settings(engine="toy", context=CONTEXT))
+    with ExitStack() as server:
+        host, _, port = server.enter_context(running(service)).removeprefix("http://").rpartition(":")
+        with post((host, int(port)), path, ASK | LONG | {"stream": True}) as connection:
+            received = b""
+            while received.count(b"\ndata: ") < 3:
+                received += connection.recv(4096)
+            service.close() if who == "service" else server.close()
+            while data := connection.recv(4096):
+                received += data
+                if received.endswith(b"\r\n0\r\n\r\n"):
+                    break
+    assert b'data: {"error":{"message":"the server is being stopped"' in received
+    assert received.endswith(b"\r\n0\r\n\r\n"), "the stream was cut"
+    assert b"[DONE]" not in received
+    service.close()
+
+
+def test_a_server_that_stops_refuses_those_who_wait_for_a_whole_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with Service.open(Settings(engine="toy", context=CONTEXT)) as service:
+        with running(service) as url:
+            host, _, port = url.removeprefix("http://").rpartition(":")
+            connection = post((host, int(port)), "/generate", LONG)
+            while not service.health()["running"]:
+                threading.Event().wait(0.01)
+        assert b" 503 " in connection.recv(4096)
+        connection.close()
+        assert service.health()["status"] == "ok"
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]

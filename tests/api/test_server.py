@@ -1,0 +1,56 @@
+"""The server itself: ports, signals, several at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from rekindle.api.server import running
+from rekindle.errors import InvalidRequest
+from rekindle.serve.service import Service
+
+PROGRAM = """
+from rekindle.api.server import serve
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+with Service.open(Settings(engine="toy")) as service:
+    serve(service, port=0, ready=lambda url: print(url, flush=True))
+print("closed", flush=True)
+"""
+
+
+def test_a_port_in_use_is_told_at_once(service: Service, url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(InvalidRequest, match=f"127.0.0.1:{port}: .*; choose another port"), running(service, port=port):
+        pass
+
+
+def test_an_address_that_is_not_ours(service: Service) -> None:
+    with pytest.raises(InvalidRequest, match=r"cannot listen on 192\.0\.2\.1"), running(service, host="192.0.2.1"):
+        pass
+
+
+def test_two_servers_on_one_service(service: Service, url: str) -> None:
+    with running(service) as other:
+        assert other != url
+        for base in (url, other):
+            assert httpx.get(f"{base}/health").status_code == 200
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_lets_its_caller_clean_up(number: signal.Signals) -> None:
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REKINDLE_")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        process.send_signal(number)
+        assert process.stdout.read().split() == ["closed"]
+    assert process.returncode == 0
