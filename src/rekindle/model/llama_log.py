@@ -17,7 +17,7 @@ _log = logging.getLogger("rekindle.llama")
 _errors: deque[str] = deque(maxlen=8)
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     message = text.decode("utf-8", "replace").rstrip()
     if level == 4 and message:

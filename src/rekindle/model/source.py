@@ -73,7 +73,7 @@ def _list(repo: str) -> list[str]:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        return list_repo_files(repo)
+        return list(list_repo_files(repo))
     except (httpx.TransportError, OfflineModeIsEnabled):
         folder = Path(snapshot_download(repo, local_files_only=True))
         return [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]

@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def is_end(self, token: int) -> bool:
         """Whether generation ends with this token."""
 
+    def is_special(self, token: int) -> bool:
+        """Whether it is a control token, at which text is always cut."""
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
 
@@ -38,11 +41,11 @@ class GgufTokenizer:
 
     def __init__(self, model: GgufModel) -> None:
         self._model = model  # keeps the vocabulary alive
-        self._vocab = model.vocab
+        self.vocab = model.vocab
         self.vocab_size = model.vocab_size
-        self.bos = _known(llama_cpp.llama_vocab_bos(self._vocab))
-        self.eos = _known(llama_cpp.llama_vocab_eos(self._vocab))
-        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.bos = _known(llama_cpp.llama_vocab_bos(self.vocab))
+        self.eos = _known(llama_cpp.llama_vocab_eos(self.vocab))
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
         self._pieces: dict[int, bytes] = {}
 
     def encode(self, text: str, *, bos: bool = False) -> Tokens:
@@ -53,7 +56,7 @@ class GgufTokenizer:
         size = len(data) + 2
         buffer = np.empty(size, dtype=np.int32)
         pointer = buffer.ctypes.data_as(llama_cpp.llama_token_p)
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, size, bos and self.adds_bos, True)
+        count = llama_cpp.llama_tokenize(self.vocab, data, len(data), pointer, size, bos and self.adds_bos, True)
         if count < 0:
             raise ModelError(f"the tokenizer of {self._model.name} failed on {len(data)} bytes of text")
         return as_tokens(buffer[:count].copy())
@@ -68,7 +71,7 @@ class GgufTokenizer:
         size = 64
         while True:
             buffer = (llama_cpp.ctypes.c_char * size)()
-            count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if count >= 0:
                 return bytes(buffer[:count])
             size = -count
@@ -78,7 +81,10 @@ class GgufTokenizer:
         return "" if token is None else self._piece(token, special=True).decode("utf-8", "replace")
 
     def is_end(self, token: int) -> bool:
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def is_special(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_control(self.vocab, token))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(self.piece(int(token)) for token in tokens).decode("utf-8", "replace")

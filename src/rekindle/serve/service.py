@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import queue
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
+import numpy as np
+
+from rekindle.engine.llama import LlamaEngine
+from rekindle.engine.protocol import Engine
+from rekindle.engine.toy import ToyEngine
+from rekindle.errors import InvalidRequest, PromptTooLong
+from rekindle.kv.store import Store
+from rekindle.model.model import Model
+from rekindle.model.spec import ModelSpec
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.request import Event, Generation, Sink
+from rekindle.serve.grammar import Grammars
+from rekindle.serve.request import Done, Event, Failed, Generation, Sink
+from rekindle.serve.run import Clock, Run
+from rekindle.serve.scheduler import Scheduler
+from rekindle.serve.transcripts import Transcripts
+from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
+from rekindle.tokens import as_tokens
+
+DEFAULT_CELLS = 8192
 
 
 class Ticket(Protocol):
@@ -47,67 +69,251 @@ class CacheStats:
 
 
 class Service:
-    """Thread-safe, but for `open` and `close`. A context manager."""
+    """One served model. Thread-safe, but for `open` and `close`. A context manager."""
 
-    settings: Settings
+    def __init__(self, settings: Settings, model: Model, engine: Engine) -> None:
+        self.settings = settings
+        self.model = model
+        self.engine_spec = engine.spec
+        self.num_cells = engine.num_cells
+        self.max_tokens = min(engine.num_cells, engine.spec.train_context)  # of one sequence, prompt and answer
+        self._engine = engine
+        self._store = Store(
+            engine.spec.fingerprint, max_bytes=settings.store_memory, block_tokens=settings.block_tokens
+        )
+        scheduler = Scheduler(
+            engine,
+            self._store,
+            model.tokenizer,
+            max_running=settings.max_running,
+            max_residents=settings.max_residents,
+            prefill_budget=settings.prefill_budget,
+            min_tokens=settings.min_tokens,
+            max_length=self.max_tokens,
+        )
+        self._worker = Worker(scheduler, max_queue=settings.max_queue)
+        self._grammars = Grammars(model.tokenizer)
+        self._transcripts = Transcripts()
+        self._started = time.monotonic()
 
     @classmethod
-    def open(cls, settings: Settings) -> Service:
+    def open(cls, settings: Settings) -> Self:
         """Load the model and start the worker. Raises ModelError or InvalidRequest."""
-        raise NotImplementedError
+        toy = settings.engine == "toy"
+        model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=toy)
+        try:
+            return cls(settings, model, _toy_engine(settings, model) if toy else _llama_engine(settings, model))
+        except BaseException:
+            model.close()
+            raise
 
     def close(self) -> None:
         """Stop the worker; running generations end as cancelled."""
-        raise NotImplementedError
+        self._worker.stop()
+        self._engine.shutdown()
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def model_name(self) -> str:
         """What `/v1/models` lists, e.g. "ember"."""
-        raise NotImplementedError
+        return self.model.name
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest sequence (prompt and answer) in tokens."""
-        raise NotImplementedError
+    # Prompts.
 
     def text_prompt(self, text: str, *, salt: bytes = b"") -> Prompt:
         """Tokenise plain text, with the model's BOS. Raises InvalidRequest."""
-        raise NotImplementedError
+        if not text:
+            raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
+        return self._prompt(text, salt, bos=True)
 
     def token_prompt(self, ids: Sequence[int], *, salt: bytes = b"") -> Prompt:
         """Use ids as they are. Raises InvalidRequest for ids that the vocabulary lacks."""
-        raise NotImplementedError
+        if not len(ids):
+            raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+        bad = next((token for token in ids if not 0 <= token < self.model.tokenizer.vocab_size), None)
+        if bad is not None:
+            size = self.model.tokenizer.vocab_size
+            raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {bad}", param="prompt")
+        return Prompt(as_tokens(ids), salt=salt)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"", **arguments: Any) -> Prompt:
         """Render messages with the model's chat template (`tools`, `documents` … as arguments) and tokenise them.
 
         Raises InvalidRequest if the template refuses them or the model has none.
         """
-        raise NotImplementedError
+        if self.model.template is None:
+            raise InvalidRequest(f"{self.model_name} has no chat template; use completions", param="messages")
+        return self._prompt(self.model.template.render(messages, **arguments), salt, bos=False)
 
-    def submit(self, generation: Generation, sink: Sink) -> Ticket:
-        """Queue a generation. Raises PromptTooLong, Overloaded, InvalidRequest at once; later errors reach the sink."""
-        raise NotImplementedError
-
-    def events(self, generation: Generation) -> Iterator[Event]:
-        """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels."""
-        raise NotImplementedError
-
-    def stream(self, generation: Generation) -> AsyncIterator[Event]:
-        """The same for asyncio. Closing the iterator, or cancelling its task, cancels the generation."""
-        raise NotImplementedError
+    def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
+        """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
+        tokenizer = self.model.tokenizer
+        known = self._transcripts.longest(salt, text)
+        if known is not None:
+            rest = tokenizer.encode(text[len(known.text) :])
+            if len(rest) and tokenizer.is_special(int(rest[0])):
+                return Prompt(np.concatenate([known.tokens, rest]), text, salt)
+        return Prompt(tokenizer.encode(text, bos=bos), text, salt)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
-        raise NotImplementedError
+        return self.model.tokenizer.decode(ids)
+
+    # Generating.
+
+    def submit(self, generation: Generation, sink: Sink) -> Ticket:
+        """Queue a generation. Raises PromptTooLong, Overloaded, InvalidRequest at once; later errors reach the sink."""
+        length = len(generation.prompt)
+        if length >= self.max_tokens:
+            raise PromptTooLong(
+                f"the prompt has {length} tokens; the context holds {self.max_tokens}, prompt and answer together",
+                param="prompt",
+            )
+        schema = generation.json_schema
+        grammar = None if schema is None else self._grammars.for_schema(schema)
+        now = time.perf_counter()
+        arrived = now - generation.tokenize_ms / 1000 if generation.arrived is None else generation.arrived
+        run = Run(generation, self._remembering(generation, sink), grammar, Clock(arrived=arrived, submitted=now))
+        self._worker.submit(run)
+        return run
+
+    def _remembering(self, generation: Generation, sink: Sink) -> Sink:
+        """Note the whole text of a finished sequence before its end is told."""
+        prompt = generation.prompt
+        if prompt.text is None:
+            return sink
+
+        def remember(event: Event) -> None:
+            if isinstance(event, Done) and event.text and self.model.tokenizer.decode(event.tokens) == event.text:
+                tokens = np.concatenate([prompt.tokens, as_tokens(event.tokens)])
+                self._transcripts.add(prompt.salt, f"{prompt.text}{event.text}", tokens)
+            sink(event)
+
+        return remember
+
+    def events(self, generation: Generation) -> Iterator[Event]:
+        """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels."""
+        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ticket = self.submit(generation, inbox.put)
+        try:
+            while True:
+                event = inbox.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            ticket.cancel()
+
+    async def stream(self, generation: Generation) -> AsyncIterator[Event]:
+        """The same for asyncio. Closing the iterator, or cancelling its task, cancels the generation."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Event] = asyncio.Queue()
+
+        def sink(event: Event) -> None:
+            loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+        ticket = self.submit(generation, sink)
+        try:
+            while True:
+                event = await inbox.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            ticket.cancel()
+
+    # What is kept, and how it goes.
 
     def stats(self) -> CacheStats:
-        raise NotImplementedError
+        worker, store = self._worker.snapshot, self._store.stats()
+        return CacheStats(
+            total_requests=worker.requests,
+            hits=worker.hits,
+            misses=worker.requests - worker.hits,
+            prompt_tokens=worker.prompt_tokens,
+            cached_tokens=worker.cached_tokens,
+            cache_size=worker.residents + store.blocks,
+            residents=worker.residents,
+            resident_tokens=worker.resident_tokens,
+            blocks=store.blocks,
+            bytes=store.bytes,
+            max_bytes=store.max_bytes,
+            evictions=store.evictions,
+        )
 
     def clear_cache(self) -> None:
         """Forget all residents and everything stored. Running requests go on."""
-        raise NotImplementedError
+        self._transcripts.clear()
+        self._worker.call(Scheduler.clear_cache)
+
+    def check_integrity(self) -> None:
+        """Recount engine and store from scratch. Raises AssertionError."""
+        self._worker.call(lambda scheduler: scheduler.check_integrity())
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens the engine has computed since the start."""
+        return self._engine.num_computed
+
+    @property
+    def num_calls(self) -> int:
+        """Model calls since the start."""
+        return self._engine.num_calls
 
     def health(self) -> dict[str, Any]:
         """{"status": "ok" | "failed", "model", "engine", "uptime_seconds", "running", "queued"}."""
-        raise NotImplementedError
+        worker = self._worker.snapshot
+        return {
+            "status": "ok" if self._worker.failure is None else "failed",
+            "model": self.model_name,
+            "engine": "toy" if isinstance(self._engine, ToyEngine) else "llama.cpp",
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+            "running": worker.running,
+            "queued": worker.waiting,
+        }
+
+
+def _num_cells(settings: Settings, model: Model) -> int:
+    """As asked, or room for a few conversations of the length that the model was trained for."""
+    return settings.context or min(DEFAULT_CELLS, 2 * model.gguf.train_context)
+
+
+def _num_sequences(settings: Settings) -> int:
+    return min(settings.max_running + settings.max_residents + 8, 127)
+
+
+def _llama_engine(settings: Settings, model: Model) -> Engine:
+    return LlamaEngine(
+        model.gguf,
+        num_cells=_num_cells(settings, model),
+        threads=settings.threads or len(os.sched_getaffinity(0)),
+        kv_type=settings.kv_type,
+        max_sequences=_num_sequences(settings),
+    )
+
+
+def _toy_engine(settings: Settings, model: Model) -> Engine:
+    spec = ModelSpec(
+        name=model.name,
+        architecture="toy",
+        vocab_size=model.tokenizer.vocab_size,
+        num_layers=1,
+        train_context=4096,
+        kv_bytes_per_token=8,
+        window=0,
+        can_shift=True,
+        fingerprint=b"toy" + bytes(13),
+    )
+    return ToyEngine(spec, settings.context or DEFAULT_CELLS, _num_sequences(settings))

@@ -1,0 +1,60 @@
+"""Answers that must be JSON of a schema, through llguidance: it says which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import llguidance
+import llguidance.llamacpp
+import llguidance.numpy
+import numpy as np
+
+from rekindle.errors import InvalidRequest
+from rekindle.model.tokenizer import GgufTokenizer
+from rekindle.serve.sampling import Vector
+
+
+class Grammars:
+    """Makes a `Grammar` per request; the tokenizer's tables are built once, at the first use."""
+
+    def __init__(self, tokenizer: GgufTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tables: Any = None
+
+    def for_schema(self, schema: Mapping[str, object]) -> Grammar:
+        """Raises InvalidRequest if the schema can't be followed."""
+        if self._tables is None:
+            self._tables = llguidance.llamacpp.lltokenizer_from_vocab(self._tokenizer.vocab)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        except ValueError as error:
+            raise InvalidRequest(f"the JSON schema cannot be used: {error}", param="response_format") from None
+        matcher = llguidance.LLMatcher(self._tables, grammar)
+        if matcher.is_error():
+            reason = matcher.get_error().splitlines()[0]
+            raise InvalidRequest(f"the JSON schema cannot be used: {reason}", param="response_format")
+        return Grammar(matcher, self._tokenizer.vocab_size)
+
+
+class Grammar:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
+
+    def mask(self, logits: Vector) -> Vector:
+        """A copy with -inf for tokens that may not come next."""
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
+        allowed = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")[: len(logits)]
+        return np.where(allowed.astype(bool), logits, np.float32(-np.inf))
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow."""
+        return bool(self._matcher.is_stopped())

@@ -1,0 +1,97 @@
+"""The Python API: `rekindle.load()` and a few methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rekindle.reuse.prompt import Prompt
+from rekindle.serve.request import Done, Generation, Piece, Sampling
+from rekindle.serve.service import CacheStats, Service
+from rekindle.settings import Settings
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model in this process. A context manager; thread-safe but for `close`.
+
+    A prompt is a string (a user's message, put through the chat template unless `raw=True` or the model has none), a list
+    of chat messages, or a list of token ids.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.last: Done | None = None  # how the latest answer ended: usage, timings, plan
+
+    @classmethod
+    def open(cls, model: str = "builtin", /, **settings: Any) -> Self:
+        """Raises ModelError, InvalidRequest."""
+        return cls(Service.open(Settings.load(None, model=model, **settings)))
+
+    def generate(
+        self,
+        prompt: str | Messages | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        **sampling: Any,
+    ) -> str:
+        """The whole answer. Further arguments are those of `Sampling` (top_p, top_k, min_p, seed …)."""
+        pieces = self.stream(prompt, max_tokens=max_tokens, temperature=temperature, stop=stop, raw=raw, **sampling)
+        return "".join(pieces)
+
+    def stream(
+        self,
+        prompt: str | Messages | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The answer piece by piece. Closing the iterator stops the generation."""
+        generation = Generation(
+            prompt=self._prompt(prompt, raw),
+            max_tokens=max_tokens,
+            sampling=Sampling(temperature=temperature, **sampling),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_eos=ignore_eos,
+        )
+        for event in self.service.events(generation):
+            if isinstance(event, Piece) and event.text:
+                yield event.text
+            elif isinstance(event, Done):
+                self.last = event
+
+    def stats(self) -> CacheStats:
+        return self.service.stats()
+
+    def clear_cache(self) -> None:
+        self.service.clear_cache()
+
+    def close(self) -> None:
+        self.service.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prompt(self, prompt: str | Messages | Sequence[int], raw: bool) -> Prompt:
+        service = self.service
+        if isinstance(prompt, str):
+            if raw or service.model.template is None:
+                return service.text_prompt(prompt)
+            return service.chat_prompt([{"role": "user", "content": prompt}])
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return service.chat_prompt(prompt)  # type: ignore[arg-type]  # a list of messages, all of one kind
+        return service.token_prompt(prompt)  # type: ignore[arg-type]

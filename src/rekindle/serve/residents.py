@@ -1,0 +1,121 @@
+"""Idle sequences that stay in the engine for the next request, and their way to the store.
+
+A finished request leaves its sequence here. The next prompt that begins alike forks it, at any token. When cells or
+sequences run out, or when there is nothing else to do, residents are saved to the store, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+from rekindle.engine.protocol import Engine, SequenceId
+from rekindle.kv.store import Store
+from rekindle.reuse import plan
+from rekindle.serve.sampling import Vector
+from rekindle.tokens import Tokens, common_length
+
+MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
+
+
+@dataclass(eq=False)
+class Resident:
+    """One idle sequence."""
+
+    seq: SequenceId
+    tokens: Tokens
+    salt: bytes
+    marks: dict[int, Vector]  # sequence length -> logits after it
+    saved: bool = False  # all of it is in the store
+
+
+class Residents:
+    """The idle sequences of one engine, least recently used first."""
+
+    def __init__(self, engine: Engine, store: Store, *, max_residents: int) -> None:
+        self._engine = engine
+        self._store = store
+        self._max = max_residents
+        self._all: list[Resident] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(resident.tokens) for resident in self._all)
+
+    def views(self, salt: bytes) -> list[plan.Resident]:
+        """What a tenant's plan may fork."""
+        return [plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt]
+
+    def touch(self, seq: SequenceId) -> Resident | None:
+        """Mark as just used."""
+        for resident in self._all:
+            if resident.seq == seq:
+                self._all.remove(resident)
+                self._all.append(resident)
+                return resident
+        return None
+
+    def add(self, seq: SequenceId, salt: bytes, marks: dict[int, Vector]) -> None:
+        """Take over a sequence. Residents that are a beginning of it are ended, their logits kept."""
+        new = Resident(seq, self._engine.tokens(seq), salt, dict(marks))
+        for old in [r for r in self._all if r.salt == salt and _begins(r.tokens, new.tokens)]:
+            new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
+            new.saved = new.saved or (old.saved and len(old.tokens) == len(new.tokens))
+            self._end(old)
+        for length in sorted(new.marks)[:-MAX_MARKS]:
+            del new.marks[length]
+        self._all.append(new)
+        while len(self._all) > self._max:
+            self.evict()
+
+    def evict(self, keep: Iterable[SequenceId] = ()) -> bool:
+        """Save the least recently used to the store and end it. False if there is none but those to keep."""
+        kept = set(keep)
+        victim = next((resident for resident in self._all if resident.seq not in kept), None)
+        if victim is None:
+            return False
+        self._save(victim)
+        self._end(victim)
+        return True
+
+    def save_one(self) -> bool:
+        """Save one resident that is not in the store yet; it stays. False if there is none."""
+        unsaved = next((resident for resident in self._all if not resident.saved), None)
+        if unsaved is not None:
+            self._save(unsaved)
+        return unsaved is not None
+
+    def clear(self) -> None:
+        """End all without saving."""
+        for resident in list(self._all):
+            self._end(resident)
+
+    def _end(self, resident: Resident) -> None:
+        self._all.remove(resident)
+        self._engine.close(resident.seq)
+
+    def _save(self, resident: Resident) -> None:
+        if resident.saved:
+            return
+        size, tokens, seq = self._store.block_tokens, resident.tokens, resident.seq
+        payloads = {
+            start: self._engine.export(seq, start, start + size).data
+            for start in self._store.missing(tokens, resident.salt)
+        }
+        empty = memoryview(b"")
+        tails = [
+            (length, self._engine.export(seq, length - length % size, length).data if length % size else empty, logits)
+            for length, logits in sorted(resident.marks.items())
+        ]
+        self._store.put(tokens, payloads, salt=resident.salt, tails=tails)
+        resident.saved = True
+
+
+def _begins(one: Tokens, other: Tokens) -> bool:
+    return len(one) <= len(other) and common_length(one, other) == len(one)
+
+

@@ -1,0 +1,159 @@
+"""One request on its way through the scheduler.
+
+    waiting -> reading (prefill) -> decoding -> done
+                  ^  swapped out and in again  ^
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.reuse.plan import Plan
+from rekindle.serve.grammar import Grammar
+from rekindle.serve.request import Done, Event, FinishReason, Generation, Piece, Sink, Timings, TokenInfo, Usage
+from rekindle.serve.sampling import Sampler, Vector, log_softmax
+from rekindle.serve.text import TextStream
+from rekindle.tokens import Tokens, as_tokens
+
+_log = logging.getLogger(__name__)
+Bytes = Callable[[int], bytes]
+
+
+@dataclass
+class Clock:
+    """Moments of a request, in seconds of time.perf_counter."""
+
+    arrived: float
+    submitted: float
+    admitted: float = 0.0
+    planned: float = 0.0
+    restored: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+@dataclass(eq=False)
+class Run:
+    """The state of one request. Owned by the scheduler; only `cancelled` is set from outside."""
+
+    generation: Generation
+    sink: Sink
+    grammar: Grammar | None
+    clock: Clock
+    cancelled: bool = False
+    seq: SequenceId | None = None  # None: waiting or swapped out
+    swapped: Payload | None = None
+    plan: Plan | None = None
+    read: int = 0  # prompt tokens in the engine
+    pending: int | None = None  # sampled, its KV not computed yet
+    generated: list[int] = field(default_factory=list)
+    marks: dict[int, Vector] = field(default_factory=dict)  # sequence length -> logits after it
+    prefill_calls: int = 0
+    text: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._sampler = Sampler(self.generation.sampling)
+        self._stream = TextStream(self.generation.stop)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    @property
+    def prompt(self) -> Tokens:
+        return self.generation.prompt.tokens
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of the prompt is still to be computed."""
+        return self.read < len(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(self.generated)
+
+    def work(self, count: int) -> Tokens:
+        """The next tokens to compute, at most `count`."""
+        if not self.generation.use_kv_cache:
+            return np.concatenate([self.prompt, as_tokens(self.generated)])
+        if self.reading:
+            return self.prompt[self.read : self.read + count]
+        assert self.pending is not None
+        return as_tokens([self.pending])
+
+    def advance(self, logits: Vector, piece: Bytes, is_end: Callable[[int], bool]) -> FinishReason | None:
+        """Sample the next token and send it. Returns why the answer is complete, if it is."""
+        token, info = self._sample(logits, piece)
+        now = time.perf_counter()
+        self.clock.first_token = self.clock.first_token or now
+        self.clock.last_token = now
+        if is_end(token) and not self.generation.ignore_eos:
+            return "stop"
+        self.generated.append(token)
+        self.pending = token
+        text = self._stream.add(info.piece)
+        self.text.append(text)
+        self.send(Piece(text, (info,)))
+        if self._stream.stopped or (self.grammar is not None and self.grammar.finished):
+            return "stop"
+        return "length" if len(self.generated) == self.generation.max_tokens else None
+
+    def _sample(self, logits: Vector, piece: Bytes) -> tuple[int, TokenInfo]:
+        wanted = self.generation.sampling.top_logprobs
+        token = self._sampler.choose(logits if self.grammar is None else self.grammar.mask(logits))
+        if self.grammar is not None:
+            self.grammar.accept(token)
+        if wanted is None:
+            return token, TokenInfo(token, piece(token))
+        logprobs = log_softmax(logits)
+        best = np.argsort(logprobs)[: -wanted - 1 : -1]
+        top = tuple((int(each), piece(int(each)), float(logprobs[each])) for each in best)
+        return token, TokenInfo(token, piece(token), float(logprobs[token]), top)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Send what was held back, and the end."""
+        rest = self._stream.flush()
+        if rest:
+            self.text.append(rest)
+            self.send(Piece(rest, ()))
+        assert self.plan is not None or reason == "cancelled"
+        plan = self.plan or Plan((), 0, None)
+        usage = Usage(
+            prompt_tokens=len(self.prompt), cached_tokens=plan.reused, completion_tokens=len(self.generated)
+        )
+        tokens = tuple(self.generated)
+        self.send(
+            Done(reason=reason, usage=usage, timings=self._timings(), plan=plan, text="".join(self.text), tokens=tokens)
+        )
+
+    def send(self, event: Event) -> None:
+        """A sink that fails has no reader any more: the request ends."""
+        try:
+            self.sink(event)
+        except Exception:
+            _log.exception("a request's sink failed; the request is cancelled")
+            self.cancelled = True
+
+    def _timings(self) -> Timings:
+        clock, now = self.clock, time.perf_counter()
+
+        def span(start: float, stop: float) -> float:
+            return max(0.0, stop - start) * 1000 if start and stop else 0.0
+
+        return Timings(
+            tokenize_ms=self.generation.tokenize_ms,
+            queue_ms=span(clock.submitted, clock.admitted or now),
+            lookup_ms=span(clock.admitted, clock.planned),
+            restore_ms=span(clock.planned, clock.restored),
+            prefill_ms=span(clock.restored, clock.first_token),
+            ttft_ms=span(clock.arrived, clock.first_token),
+            decode_ms=span(clock.first_token, clock.last_token),
+            total_ms=span(clock.arrived, now),
+            prefill_calls=self.prefill_calls,
+        )

@@ -1,0 +1,49 @@
+"""What was said before, as the tokens it was said in.
+
+A chat client sends the whole conversation again with each turn. Tokenising an answer's text need not give the tokens that
+were generated, and then nothing after the difference could be reused. So the text and tokens of recent sequences are
+remembered: a prompt that begins with such a text begins with its tokens, and only the rest is tokenised. The seam must lie
+before a special token (the end of a turn), where tokenisers always cut.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from rekindle.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """A prompt and its answer."""
+
+    text: str
+    tokens: Tokens
+
+
+class Transcripts:
+    """The latest sequences, by tenant. Thread-safe."""
+
+    def __init__(self, max_entries: int = 256) -> None:
+        self._max = max_entries
+        self._entries: OrderedDict[tuple[bytes, str], Transcript] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, salt: bytes, text: str, tokens: Tokens) -> None:
+        with self._lock:
+            self._entries[salt, text] = Transcript(text, tokens)
+            self._entries.move_to_end((salt, text))
+            while len(self._entries) > self._max:
+                self._entries.popitem(last=False)
+
+    def longest(self, salt: bytes, text: str) -> Transcript | None:
+        """The longest remembered text that `text` begins with."""
+        with self._lock:
+            fitting = [t for (owner, known), t in self._entries.items() if owner == salt and text.startswith(known)]
+        return max(fitting, key=lambda transcript: len(transcript.text), default=None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()

@@ -1,0 +1,154 @@
+"""The one thread: it owns the scheduler and the engine, and steps as long as there is work.
+
+Everything reaches it as a command in its inbox, so no lock guards the engine. When nothing is to be computed it saves
+residents to the store, one at a time, and then waits for the next command.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rekindle.errors import EngineError, Overloaded
+from rekindle.serve.run import Run
+from rekindle.serve.scheduler import Counts, Scheduler
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The worker's state after its latest step."""
+
+    running: int = 0
+    waiting: int = 0
+    residents: int = 0
+    resident_tokens: int = 0
+    requests: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Worker:
+    """Runs a scheduler in a thread. All methods may be called from any thread."""
+
+    def __init__(self, scheduler: Scheduler, *, max_queue: int) -> None:
+        self._scheduler = scheduler
+        self._max_queue = max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._snapshot = Snapshot()
+        self._posted = 0  # submissions that the thread has not taken yet
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name="rekindle-worker", daemon=True)
+        self.failure: Exception | None = None
+        self._thread.start()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    def submit(self, run: Run) -> None:
+        """Queue a request. Raises Overloaded, or EngineError when the worker is gone."""
+        with self._lock:
+            self._check_alive()
+            waiting = self._snapshot.waiting + self._posted
+            if waiting >= self._max_queue:
+                raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_queue}; try again later")
+            self._posted += 1
+            self._inbox.put(lambda: self._take(run))
+
+    def call(self, action: Callable[[Scheduler], None]) -> None:
+        """Do something on the worker's thread, between two steps, and wait for it. Raises what it raises."""
+        done = threading.Event()
+        errors: list[Exception] = []
+
+        def command() -> None:
+            try:
+                action(self._scheduler)
+            except Exception as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        with self._lock:
+            self._check_alive()
+            self._inbox.put(command)
+        done.wait()
+        if errors:
+            raise errors[0]
+
+    def stop(self) -> None:
+        """End the thread; what is running ends as cancelled."""
+        with self._lock:
+            self._inbox.put(self._stop)
+        self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey()
+                if not self._stopping:
+                    step = self._scheduler.step()
+                    self._publish()
+                    if step.idle and not self._scheduler.residents.save_one():
+                        self._inbox_wait()
+        except Exception as error:
+            _log.exception("the worker failed")
+            self.failure = error
+            self._scheduler.fail_all(EngineError("the worker failed; see the server's log"))
+        self._close()
+
+    def _inbox_wait(self) -> None:
+        if not self._scheduler.running:
+            self._inbox.get()()
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _take(self, run: Run) -> None:
+        with self._lock:
+            self._posted -= 1
+        self._scheduler.submit(run)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for run in (*self._scheduler.waiting, *self._scheduler.running):
+            run.cancel()
+        self._scheduler.step()
+
+    def _close(self) -> None:
+        """Answer whatever was posted too late."""
+        with self._lock:
+            self._stopping = True
+        self._obey()
+        self._scheduler.fail_all(EngineError("the server is shutting down"))
+        self._publish()
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise EngineError("the worker failed; see the server's log")
+        if self._stopping:
+            raise EngineError("the server is shutting down")
+
+    def _publish(self) -> None:
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        self._snapshot = Snapshot(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            residents=len(scheduler.residents),
+            resident_tokens=scheduler.residents.num_tokens,
+            **{name: getattr(counts, name) for name in Counts.__dataclass_fields__ if name != "swaps"},
+        )
+
+
