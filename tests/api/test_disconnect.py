@@ -151,13 +151,15 @@ def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(path: str
     service.close()
 
 
-def test_a_server_that_stops_refuses_those_who_wait_for_a_whole_answer(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_stops_refuses_those_who_wait_for_a_whole_answer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Service.open(Settings(engine="toy", context=CONTEXT)) as service:
+        listener = Listener(service, monkeypatch)
         with running(service) as url:
             host, _, port = url.removeprefix("http://").rpartition(":")
             connection = post((host, int(port)), "/generate", LONG)
-            while not service.health()["running"]:
-                threading.Event().wait(0.01)
+            listener.wait(lambda events: len(events) > 0)
         assert b" 503 " in connection.recv(4096)
         connection.close()
         assert service.health()["status"] == "ok"
