@@ -225,13 +225,21 @@ def generate_document(
     if num_tokens is not None:
         num_people = min(len(names.PEOPLE), num_tokens // 30 + 3)
     sentences = _tell(rng, _draw_facts(rng, num_people, split), filler)
+    starts = _cut(rng, len(sentences))
     if num_tokens is not None:
-        total, keep = 0, 0
-        while keep < len(sentences) and total + len(sentences[keep].pieces) <= num_tokens * 0.985:
-            total += len(sentences[keep].pieces)
-            keep += 1
-        sentences = sentences[:keep]
-    return Document(tuple(sentences), _cut(rng, len(sentences)))
+        keep = _num_fitting(sentences, starts, num_tokens)
+        sentences, starts = sentences[:keep], tuple(start for start in starts if start < keep)
+    return Document(tuple(sentences), starts)
+
+
+def _num_fitting(sentences: Sequence[Sentence], starts: Sequence[int], num_tokens: int) -> int:
+    """How many sentences fit, with a mark before each passage but the first."""
+    total = -1
+    for index, sentence in enumerate(sentences):
+        total += len(sentence.pieces) + (index in starts)
+        if total > num_tokens:
+            return index
+    return len(sentences)
 
 
 def recut(document: Document, seed: int | str) -> Document:
