@@ -20,7 +20,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """A plain terminal of 120 columns, a home of its own, no settings but small ones."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("REKINDLE_", "HF_"))}
     own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120", "TERM": "dumb"}
-    return kept | own | SMALL | {"PYTHONWARNINGS": "error", "NO_COLOR": "1"}
+    return kept | own | SMALL | {"NO_COLOR": "1"}
 
 
 @pytest.fixture

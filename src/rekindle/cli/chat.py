@@ -114,9 +114,8 @@ class Chat:
                         self._end_line(heard)
                         self._note(part.summary)
                     else:
+                        self._show(part if heard.strip() else part.lstrip())
                         heard += part
-                        self._out.print(part, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
-                        self._out.file.flush()
         except KeyboardInterrupt:
             self._end_line(heard)
             self._note("Interrupted.")
@@ -130,6 +129,10 @@ class Chat:
         else:
             self._messages.pop()
         return True
+
+    def _show(self, piece: str) -> None:
+        self._out.print(piece, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._out.file.flush()
 
     def _end_line(self, heard: str) -> None:
         if heard and not heard.endswith("\n"):

@@ -147,17 +147,9 @@ def _figures(stops: Sequence[Stop]) -> dict[str, Any]:
 
 def tour_table(steps: Sequence[dict[str, Any]]) -> Table:
     """The figures for people."""
-    table = Table()
-    table.add_column("")
-    headings = (
-        "prompt tokens",
-        "reused",
-        "computed",
-        "model calls before\nthe first token",
-        "TTFT",
-        "TTFT without\nreuse",
-    )
-    for heading in headings:
+    table = Table(caption="calls: model calls before the first token", caption_justify="left")
+    table.add_column("tokens of the prompt:")
+    for heading in ("in all", "reused", "computed", "calls", "TTFT", "without reuse"):
         table.add_column(heading, justify="right")
     for step in steps:
         counts = (
@@ -181,7 +173,7 @@ def _print(
     stopped: bool,
 ) -> None:
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"\n{health.get('model')} reads {len(village.passages)} passages about a village and answers questions.\n")
     for stop in tour[0]:

@@ -45,15 +45,6 @@ def run_generate(settings: Settings, prompt: str, wish: Wish, *, chat: bool | No
 def _answering(service: Service, text: str, wish: Wish, chat: bool | None) -> Answering:
     """As a message if asked to, or if nothing was asked and the model has a chat template."""
     talker = Local(service)
-    if chat is False or (chat is None and not has_template(service)):
+    if chat is False or (chat is None and service.model.template is None):
         return talker.complete(text, wish)
     return talker.chat([{"role": "user", "content": text}], wish)
-
-
-def has_template(service: Service) -> bool:
-    """Whether the model can chat."""
-    try:
-        service.chat_prompt([{"role": "user", "content": "Hello."}])
-    except InvalidRequest:
-        return False
-    return True

@@ -9,6 +9,7 @@ from types import FrameType
 import typer
 
 from rekindle.api.server import serve
+from rekindle.lab.machine import usable_cores
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -36,8 +37,8 @@ def _announce(service: Service, url: str) -> None:
 
 def describe(service: Service) -> str:
     """Model, engine, cells, threads and KV type, in one line."""
-    health, settings = service.health(), service.settings
+    threads = service.settings.threads or usable_cores()
     return (
-        f"model {service.model_name}, engine {health['engine']}, {service.max_tokens} cells, "
-        f"{settings.threads} threads, {settings.kv_type} KV"
+        f"model {service.model_name}, engine {service.health()['engine']}, {service.num_cells} cells, "
+        f"{threads} {'thread' if threads == 1 else 'threads'}, {service.settings.kv_type} KV"
     )
