@@ -1,9 +1,9 @@
 """Rekindle: an LLM server and library that never computes the same KV twice.
 
-    import rekindle
+import rekindle
 
-    llm = rekindle.load()
-    print(llm.generate("…"))
+llm = rekindle.load()
+print(llm.generate("…"))
 """
 
 from __future__ import annotations

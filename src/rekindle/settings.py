@@ -42,9 +42,7 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
 
     @classmethod
-    def load(
-        cls, file: Path | None = None, environ: Mapping[str, str] | None = None, /, **flags: Any
-    ) -> Settings:
+    def load(cls, file: Path | None = None, environ: Mapping[str, str] | None = None, /, **flags: Any) -> Settings:
         """Merge the three sources; a flag that is None was not given. Raises InvalidRequest."""
         merged: dict[str, Any] = {}
         if file is not None:

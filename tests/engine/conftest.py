@@ -93,5 +93,3 @@ def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     engine.check_integrity()
     engine.shutdown()
     model.close()
-
-

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from tests.engine.conftest import Bench
 
 from rekindle.engine.protocol import Payload, SequenceId, Work
 from rekindle.errors import BadRange, ContextFull, EngineError, ForeignPayload, UnknownSequence
 from rekindle.tokens import as_tokens
-from tests.engine.conftest import Bench
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,11 @@ def test_export_after_a_shift_saves_rotated_keys(bench: Bench) -> None:
 
 
 REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], object]]] = [
-    ("prompt larger than the cache", ContextFull, lambda b, s: b.engine.forward([Work(s, b.random(1, b.engine.num_cells))])),
+    (
+        "prompt larger than the cache",
+        ContextFull,
+        lambda b, s: b.engine.forward([Work(s, b.random(1, b.engine.num_cells))]),
+    ),
     ("no tokens", BadRange, lambda b, s: b.engine.forward([Work(s, as_tokens([]))])),
     ("a sequence twice", BadRange, lambda b, s: b.engine.forward([Work(s, as_tokens([20]))] * 2)),
     ("token too large", EngineError, lambda b, s: b.engine.forward([Work(s, as_tokens([b.engine.spec.vocab_size]))])),
@@ -192,14 +196,20 @@ REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], objec
     ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),
     ("recompute beyond the end", BadRange, lambda b, s: b.engine.recompute(s, [(50, 61)])),
     ("recompute overlapping", BadRange, lambda b, s: b.engine.recompute(s, [(10, 20), (15, 30)])),
-    ("payload of another model", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, fingerprint=b"x" * 16), 60)),
+    (
+        "payload of another model",
+        ForeignPayload,
+        lambda b, s: b.engine.place(s, altered(b, s, fingerprint=b"x" * 16), 60),
+    ),
     ("payload cut short", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, keep=-5), 60)),
     ("payload without content", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, keep=0), 60)),
     ("payload of fewer tokens", ForeignPayload, lambda b, s: b.engine.place(s, altered(b, s, tokens=5), 60)),
 ]
 
 
-def altered(bench: Bench, seq: SequenceId, *, fingerprint: bytes | None = None, keep: int | None = None, tokens: int = 8) -> Payload:
+def altered(
+    bench: Bench, seq: SequenceId, *, fingerprint: bytes | None = None, keep: int | None = None, tokens: int = 8
+) -> Payload:
     payload = bench.engine.export(seq, 0, 8)
     return Payload(payload.tokens[:tokens], 0, payload.data[:keep], fingerprint or payload.fingerprint)
 

@@ -1,15 +1,15 @@
-"""Random programs of verbs: whatever is done, an engine's book-keeping is that of plain lists, and what was refused did nothing."""
+"""Random programs of verbs: an engine's book-keeping is that of plain lists, and what was refused did nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.engine.conftest import Bench
 
 from rekindle.engine.protocol import Payload, SequenceId, Work
 from rekindle.errors import EngineError, UnknownSequence
 from rekindle.tokens import as_tokens
-from tests.engine.conftest import Bench
 
 index = st.integers(0, 300)
 step = st.one_of(

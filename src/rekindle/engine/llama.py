@@ -57,7 +57,9 @@ class LlamaEngine:
         kv_type: str = "f16",
         max_sequences: int = 64,
     ) -> None:
-        """At most MAX_SEQUENCES. Raises ModelError if the model's cache can't be cut at a token, or llama.cpp refuses the settings."""
+        """At most MAX_SEQUENCES sequences. Raises ModelError if the model's cache can't be cut at a token, or llama.cpp
+        refuses the settings.
+        """
         if model.uncuttable is not None:
             raise ModelError(
                 f"{model.name} ({model.architecture}) is {model.uncuttable}; Rekindle serves models whose cache can be "
@@ -152,7 +154,9 @@ class LlamaEngine:
         if not ranges:
             return
         tokens, length = self._table.tokens(seq), self.length(seq)
-        self._share(seq, SCRATCH, ranges[0][0], length)  # a batch must follow a sequence's last token: set the rest aside
+        self._share(
+            seq, SCRATCH, ranges[0][0], length
+        )  # a batch must follow a sequence's last token: set the rest aside
         try:
             for start, stop in ranges:
                 self._remove(seq, start)

@@ -71,7 +71,9 @@ class ToyEngine:
     def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
         check_payload(self._table, seq, payload, position, self.spec)
         if len(payload.data) != 8 * len(payload):
-            raise ForeignPayload(f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}")
+            raise ForeignPayload(
+                f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}"
+            )
         states = np.frombuffer(payload.data, dtype=np.uint64)
         self._states[self._table.append(seq, payload.tokens)] = states
 

@@ -65,7 +65,9 @@ class Store:
             tail, shared = self._best_tail(parent, tokens[length:])
             if tail is not None and shared:
                 blocks.append(tail)
-            self._memory.touch([block.key for block in blocks] + ([tail.key] if tail is not None and not shared else []))
+            self._memory.touch(
+                [block.key for block in blocks] + ([tail.key] if tail is not None and not shared else [])
+            )
             whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
             return Match(tuple(blocks), length + shared, tail.logits if tail is not None and whole else None)
 

@@ -62,7 +62,9 @@ def _choose(repo: str) -> str:
         if len(files) > 1 and len(fitting) == 1:
             return fitting[0]
     if len(files) > 1:
-        raise ModelError(f"the hub repository {repo!r} has several models; name one, as hf:{repo}:FILE: {', '.join(files)}")
+        raise ModelError(
+            f"the hub repository {repo!r} has several models; name one, as hf:{repo}:FILE: {', '.join(files)}"
+        )
     return files[0]
 
 

@@ -100,7 +100,13 @@ class Plan:
             {"kind": kinds[type(step)], "start": step.start, "stop": step.stop, "reason": step.reason}
             for step in self.steps
         ]
-        return {"steps": steps, "total": self.total, "reused": self.reused, "computed": self.computed, "miss": self.miss}
+        return {
+            "steps": steps,
+            "total": self.total,
+            "reused": self.reused,
+            "computed": self.computed,
+            "miss": self.miss,
+        }
 
 
 def make_plan(prompt: Prompt, residents: Sequence[Resident], stored: Stored) -> Plan:

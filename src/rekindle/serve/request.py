@@ -60,7 +60,9 @@ class Generation:
     stop: tuple[str, ...] = ()  # generation ends before the first of these strings
     json_schema: Mapping[str, object] | None = None  # the answer must be JSON of this schema; {} for any object
     ignore_eos: bool = False  # go on after the end of turn (for measurements)
-    use_kv_cache: bool = True  # False: read the whole sequence again for every token (to show what the KV cache is worth)
+    use_kv_cache: bool = (
+        True  # False: read the whole sequence again for every token (to show what the KV cache is worth)
+    )
     use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
     tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
 from rekindle.engine.protocol import Engine, SequenceId
 from rekindle.kv.store import Store
 from rekindle.reuse import plan
@@ -117,5 +116,3 @@ class Residents:
 
 def _begins(one: Tokens, other: Tokens) -> bool:
     return len(one) <= len(other) and common_length(one, other) == len(one)
-
-

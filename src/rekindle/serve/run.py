@@ -1,7 +1,7 @@
 """One request on its way through the scheduler.
 
-    waiting -> reading (prefill) -> decoding -> done
-                  ^  swapped out and in again  ^
+waiting -> reading (prefill) -> decoding -> done
+              ^  swapped out and in again  ^
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ class Run:
             self.send(Piece(rest, ()))
         assert self.plan is not None or reason == "cancelled"
         plan = self.plan or Plan((), 0, None)
-        usage = Usage(
-            prompt_tokens=len(self.prompt), cached_tokens=plan.reused, completion_tokens=len(self.generated)
-        )
+        usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=plan.reused, completion_tokens=len(self.generated))
         tokens = tuple(self.generated)
         self.send(
             Done(reason=reason, usage=usage, timings=self._timings(), plan=plan, text="".join(self.text), tokens=tokens)

@@ -150,5 +150,3 @@ class Worker:
             resident_tokens=scheduler.residents.num_tokens,
             **{name: getattr(counts, name) for name in Counts.__dataclass_fields__ if name != "swaps"},
         )
-
-
