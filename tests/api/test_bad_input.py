@@ -94,7 +94,7 @@ CASES = [
     Bad("prompt as number, simple", GENERATE, generate(prompt=5), 422, "expected a string, got 5", "prompt"),
     Bad("use_cache as text", GENERATE, generate(use_cache="no"), 422, "expected a boolean", "use_cache"),
     Bad("model as number", CHAT, chat(model=5), 400, "expected a string", "model"),
-    Bad("logit_bias of words", CHAT, chat(logit_bias={"cat": 1}), 400, "token ids as keys", "logit_bias"),
+    Bad("logit_bias of words", CHAT, chat(logit_bias={"cat": 1}), 400, "expected token ids", "logit_bias"),
     Bad("rekindle as text", CHAT, chat(rekindle="plan"), 400, "expected an object", "rekindle"),
     # missing and empty
     Bad("no messages", CHAT, b"{}", 400, "messages: this field is required", "messages", "missing_field"),

@@ -45,13 +45,20 @@ class Runner:
         self.service = service
         self._open: set[Answers] = set()
 
-    def submit(self, generations: Sequence[Generation]) -> Answers:
+    async def submit(self, generations: Sequence[Generation]) -> Answers:
         """Raises what `Service.submit` raises; then none of them runs."""
         answers = Answers(len(generations), self._open.discard)
         self._open.add(answers)
-        try:
+
+        def submit() -> None:
             for index, generation in enumerate(generations):
                 answers.tickets[index] = self.service.submit(generation, answers.sink(index))
+
+        try:
+            if any(generation.json_schema is not None for generation in generations):
+                await asyncio.to_thread(submit)  # a schema is compiled first, which streams should not wait for
+            else:
+                submit()
         except BaseException:
             answers.close()
             raise

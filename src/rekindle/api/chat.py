@@ -73,7 +73,7 @@ async def _generations(service: Service, body: ChatRequest, arrived: float) -> l
         Generation(
             prompt=prompt,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-            sampling=body.sampling(choice=choice, top_logprobs=top_logprobs),
+            sampling=body.sampling(service.engine_spec.vocab_size, choice=choice, top_logprobs=top_logprobs),
             stop=body.stops,
             json_schema=body.constraint,
             ignore_eos=bool(body.ignore_eos),

@@ -63,7 +63,16 @@ def completions_router(runner: Runner) -> APIRouter:
         num_characters = sum(len(prompt) for prompt in body.prompts)
         prompts, tokenize_ms = await built(num_characters, lambda: _prompts(service, body))
         generations = [
-            _generation(body, prompt, choice, arrived(request), tokenize_ms)
+            Generation(
+                prompt=prompt,
+                max_tokens=body.max_tokens,
+                sampling=body.sampling(service.engine_spec.vocab_size, choice=choice, top_logprobs=body.logprobs),
+                stop=body.stops,
+                json_schema=body.constraint,
+                ignore_eos=bool(body.ignore_eos),
+                arrived=arrived(request),
+                tokenize_ms=tokenize_ms,
+            )
             for prompt in prompts
             for choice in range(body.num_choices)
         ]
@@ -87,16 +96,3 @@ def _echo(service: Service, body: CompletionRequest, prompt: str | list[int]) ->
     if not body.echo:
         return ""
     return prompt if isinstance(prompt, str) else service.detokenize(prompt)
-
-
-def _generation(body: CompletionRequest, prompt: Prompt, choice: int, arrived: float, tokenize_ms: float) -> Generation:
-    return Generation(
-        prompt=prompt,
-        max_tokens=body.max_tokens,
-        sampling=body.sampling(choice=choice, top_logprobs=body.logprobs),
-        stop=body.stops,
-        json_schema=None if body.response_format is None else body.response_format.constraint,
-        ignore_eos=bool(body.ignore_eos),
-        arrived=arrived,
-        tokenize_ms=tokenize_ms,
-    )

@@ -28,14 +28,14 @@ def generate_router(runner: Runner) -> APIRouter:
     async def generate(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt. `tokens_per_sec` counts generated tokens over the whole latency, queueing included."""
         generation = await _generation(runner.service, body, arrived(request))
-        with runner.submit([generation]) as answers:
+        with await runner.submit([generation]) as answers:
             (answer,) = await while_connected(request, answers.whole())
         return Json({"text": answer.done.text} | _numbers(body, answer.done))
 
     @router.post("/generate_stream")
     async def generate_stream(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt, one event {"token", "index"} at a time; then the numbers of /generate, then [DONE]."""
-        answers = runner.submit([await _generation(runner.service, body, arrived(request))])
+        answers = await runner.submit([await _generation(runner.service, body, arrived(request))])
         return await begun(request, answers, _stream(body, answers))
 
     return router
@@ -46,7 +46,7 @@ async def _generation(service: Service, body: GenerateRequest, arrived: float) -
     return Generation(
         prompt=prompt,
         max_tokens=body.max_new_tokens,
-        sampling=body.sampling(temperature=0.0),
+        sampling=body.sampling(service.engine_spec.vocab_size, temperature=0.0),
         stop=body.stops,
         ignore_eos=bool(body.ignore_eos),
         use_kv_cache=body.use_cache,

@@ -129,7 +129,7 @@ async def answer(
 ) -> Response:
     """Run the generations and answer as the request asked, whole or as a stream."""
     writer = Writer(form, runner.service.model_name, len(generations), fields)
-    answers = runner.submit(generations)
+    answers = await runner.submit(generations)
     if fields.stream:
         return await begun(request, answers, _stream(writer, answers))
     with answers:

@@ -100,7 +100,9 @@ class SamplingFields(Wire):
     stop: Stop = None
     ignore_eos: bool | None = Field(None, description="go on after the end of turn, for measurements")
 
-    def sampling(self, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None) -> Sampling:
+    def sampling(
+        self, vocab_size: int, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None
+    ) -> Sampling:
         """How choice number `choice` is sampled; a seed makes the choices differ, the same way each time."""
         return Sampling(
             temperature=temperature if self.temperature is None else self.temperature,
@@ -109,7 +111,7 @@ class SamplingFields(Wire):
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=_by_token(self.logit_bias or {}),
+            logit_bias=_by_token(self.logit_bias or {}, vocab_size),
             seed=None if self.seed is None else (self.seed + choice) & _SEEDS,
             top_logprobs=top_logprobs,
         )
@@ -119,11 +121,39 @@ class SamplingFields(Wire):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-def _by_token(biases: dict[str, float]) -> dict[int, float]:
+def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
     for name in biases:
-        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) <= _MAX_ID):
-            raise InvalidRequest(f"logit_bias: expected token ids as keys, got {name[:20]!r}", param="logit_bias")
+        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < vocab_size):
+            expected = f"token ids from 0 to {vocab_size - 1} as keys"
+            raise InvalidRequest(f"logit_bias: expected {expected}, got {name[:20]!r}", param="logit_bias")
     return {int(name): bias for name, bias in biases.items()}
+
+
+class JsonSchema(Wire):
+    """A named schema, as OpenAI sends it."""
+
+    name: Str | None = None
+    schema_: JsonObject = Field(alias="schema")
+
+
+class ResponseFormat(Wire):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("invalid_value", 'type "json_schema" needs the field json_schema')
+        return self
+
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        """The schema of the answer, {} for any object, None for any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        return {} if self.type == "json_object" else None
 
 
 class StreamOptions(Wire):
@@ -145,12 +175,17 @@ class OpenAIFields(SamplingFields):
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
     rekindle: RekindleOptions | None = None
 
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        return None if self.response_format is None else self.response_format.constraint
 
     @property
     def salt(self) -> bytes:
@@ -183,33 +218,6 @@ class Message(Wire):
         return message if self.name is None else message | {"name": self.name}
 
 
-class JsonSchema(Wire):
-    """A named schema, as OpenAI sends it."""
-
-    name: Str | None = None
-    schema_: JsonObject = Field(alias="schema")
-
-
-class ResponseFormat(Wire):
-    """What the answer must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> Self:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise PydanticCustomError("invalid_value", 'type "json_schema" needs the field json_schema')
-        return self
-
-    @property
-    def constraint(self) -> dict[str, Any] | None:
-        """The schema of the answer, {} for any object, None for any text."""
-        if self.type == "json_schema" and self.json_schema is not None:
-            return self.json_schema.schema_
-        return {} if self.type == "json_object" else None
-
-
 class ChatRequest(OpenAIFields):
     """`POST /v1/chat/completions`."""
 
@@ -217,7 +225,6 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
 
@@ -229,10 +236,6 @@ class ChatRequest(OpenAIFields):
             raise InvalidRequest("tools are not supported by this server", param="tools")
         return self
 
-    @property
-    def constraint(self) -> dict[str, Any] | None:
-        return None if self.response_format is None else self.response_format.constraint
-
 
 class CompletionRequest(OpenAIFields):
     """`POST /v1/completions`."""
@@ -242,7 +245,6 @@ class CompletionRequest(OpenAIFields):
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
     suffix: Str | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
