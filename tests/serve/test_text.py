@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ def test_the_pieces_make_the_text_up_to_the_first_stop_string(text: str, cuts: l
     data = text.encode()
     borders = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     stream = TextStream(tuple(stops))
-    got = [stream.add(data[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    got = [stream.add(data[start:stop]) for start, stop in pairwise(borders)]
     for piece in got:
         piece.encode()
     whole = "".join(got) + stream.flush()

@@ -30,7 +30,13 @@ class GgufModel:
         self.handle: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise ModelError(f"llama.cpp cannot load {path}: {llama_log.take_errors() or 'no reason given'}")
-        self.vocab: Any = llama_cpp.llama_model_get_vocab(self.handle)
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary handle. Raises ModelError after `close`."""
+        if not self.handle:
+            raise ModelError(f"the model {self.name} is closed")
+        return llama_cpp.llama_model_get_vocab(self.handle)
 
     def close(self) -> None:
         if self.handle:

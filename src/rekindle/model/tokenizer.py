@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
@@ -40,13 +40,17 @@ class GgufTokenizer:
     """The tokenizer in a GGUF file, run by llama.cpp."""
 
     def __init__(self, model: GgufModel) -> None:
-        self._model = model  # keeps the vocabulary alive
-        self.vocab = model.vocab
+        self._model = model
         self.vocab_size = model.vocab_size
         self.bos = _known(llama_cpp.llama_vocab_bos(self.vocab))
         self.eos = _known(llama_cpp.llama_vocab_eos(self.vocab))
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
         self._pieces: dict[int, bytes] = {}
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary handle. Raises ModelError when the model is closed."""
+        return self._model.vocab
 
     def encode(self, text: str, *, bos: bool = False) -> Tokens:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +24,12 @@ class Grammars:
     def __init__(self, tokenizer: GgufTokenizer) -> None:
         self._tokenizer = tokenizer
         self._tables: Any = None
+        self._lock = threading.Lock()
 
     def for_schema(self, schema: Mapping[str, object]) -> Grammar:
         """Raises InvalidRequest if the schema can't be followed."""
-        if self._tables is None:
-            self._tables = llguidance.llamacpp.lltokenizer_from_vocab(self._tokenizer.vocab)
+        with self._lock:
+            self._tables = self._tables or _tables(self._tokenizer)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
         except ValueError as error:
@@ -36,6 +39,12 @@ class Grammars:
             reason = matcher.get_error().splitlines()[0]
             raise InvalidRequest(f"the JSON schema cannot be used: {reason}", param="response_format")
         return Grammar(matcher, self._tokenizer.vocab_size)
+
+
+def _tables(tokenizer: GgufTokenizer) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # llguidance calls llama.cpp by some old names
+        return llguidance.llamacpp.lltokenizer_from_vocab(tokenizer.vocab)
 
 
 class Grammar:
