@@ -73,7 +73,7 @@ def test_a_second_turn_computes_only_what_follows_the_answer(service: Service) -
 def test_answers_stay_the_same_when_everything_has_left_the_engine(real: Service) -> None:
     real.clear_cache()
     cold = answer(real, generation(real))
-    real._worker.call(lambda scheduler: [scheduler.residents.evict() for _ in range(64)] and None)
+    real.evict_residents()
     warm = answer(real, generation(real))
     assert (warm.text, warm.timings.prefill_calls) == (cold.text, 0)
     assert {step["kind"] for step in warm.plan.as_dict()["steps"]} == {"place"}
@@ -89,7 +89,12 @@ def test_without_kv_cache_the_answer_is_the_same(real: Service) -> None:
 
 
 def test_a_json_schema_is_kept_to(service: Service) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     for seed in range(3):
         wanted = Sampling(temperature=1.0, seed=seed)
         done = answer(service, generation(service, json_schema=schema, max_tokens=100, sampling=wanted))
@@ -183,7 +188,7 @@ def test_closing_the_service_ends_what_runs() -> None:
 def test_a_worker_that_fails_answers_everybody() -> None:
     service = Service.open(Settings(engine="toy"))
     with pytest.raises(ZeroDivisionError):  # a command's own error is its caller's
-        service._worker.call(lambda scheduler: 1 // 0 and None)
+        service._worker.call(lambda scheduler: 1 // 0)
     assert answer(service, generation(service)).text
 
     def fail(*_: object) -> None:

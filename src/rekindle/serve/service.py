@@ -6,7 +6,7 @@ import asyncio
 import os
 import queue
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -257,6 +257,19 @@ class Service:
         """Forget all residents and everything stored. Running requests go on."""
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
+
+    def evict_residents(self) -> None:
+        """Let every idle sequence leave the engine for the store."""
+
+        def evict(scheduler: Scheduler) -> None:
+            while scheduler.residents.evict():
+                pass
+
+        self._worker.call(evict)
+
+    def run_on_engine(self, action: Callable[[Engine], object]) -> None:
+        """Do something with the engine between two steps, on its thread; for experiments. Raises what it raises."""
+        self._worker.call(lambda scheduler: action(self._engine))
 
     def check_integrity(self) -> None:
         """Recount engine and store from scratch. Raises AssertionError."""

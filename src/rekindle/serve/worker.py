@@ -63,7 +63,7 @@ class Worker:
             self._posted += 1
             self._inbox.put(lambda: self._take(run))
 
-    def call(self, action: Callable[[Scheduler], None]) -> None:
+    def call(self, action: Callable[[Scheduler], object]) -> None:
         """Do something on the worker's thread, between two steps, and wait for it. Raises what it raises."""
         done = threading.Event()
         errors: list[Exception] = []
