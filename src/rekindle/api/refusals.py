@@ -114,11 +114,11 @@ async def _on_failure(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = error.detail
+    message, path = error.detail, request.url.path[:200]
     if error.status_code == 404:
-        message = f"there is no {request.method} {request.url.path} here"
+        message = f"there is no {request.method} {path} here"
     elif error.status_code == 405:
-        message = f"{request.url.path} cannot be asked with {request.method}"
+        message = f"{path} cannot be asked with {request.method}"
     elif error.status_code == 400:
         message = "the body cannot be read as JSON"
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
