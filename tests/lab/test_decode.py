@@ -21,6 +21,7 @@ from rekindle.lab.decode import (
     bare_arm,
     measure_decode,
     print_report,
+    run_decode,
     weight_bytes_per_token,
     worker_arm,
 )
@@ -129,6 +130,12 @@ def test_ratio_is_the_median_of_pairs_and_the_limit_is_bandwidth_over_bytes(mode
     assert report.ratio == 1.0
     assert report.limit_rate == 1000.0
     assert report.bare_rate == 5.0
+
+
+def test_the_whole_experiment_runs_on_a_real_worker(model_file: Path) -> None:
+    report = run_decode(str(model_file), threads=1, prompt_tokens=16, decode_tokens=16, rounds=2, context=256)
+    assert len(report.worker_seconds) == len(report.bare_seconds) == 2
+    assert min(report.worker_seconds) > 0
 
 
 def test_an_embedding_table_counts_only_if_it_is_the_output_matrix(tmp_path: Path, tokenizer: Path) -> None:

@@ -6,7 +6,7 @@ hides behind that reading, so no program decodes faster than
     memory bandwidth / (bytes of weights + bytes of KV)      tokens per second.
 
 The embedding table counts only where it is also the output matrix; otherwise one row of it is read. Of a mixture of
-experts only the active ones count.
+experts only the active ones count. A model of a few megabytes lies in the processor's cache and is bound by other things.
 
 **The comparison.** Both arms have the same file, threads, context length and prompt, make the same number of decode
 calls of one token, and choose each token greedily from its logits. The bare arm is a loop of `llama_decode` and argmax.
@@ -135,11 +135,8 @@ def run_decode(
         context=context,
     )
     settings = Settings.load(model=model, threads=workload.threads, context=context)
-    service = Service.open(settings)
-    try:
+    with Service.open(settings) as service:
         return measure_decode(locate(model), workload, lambda prompt: worker_arm(service, prompt))
-    finally:
-        service.close()
 
 
 def measure_decode(path: Path, workload: Workload, open_worker: Callable[[Sequence[int]], DecodeArm]) -> DecodeReport:
