@@ -1,0 +1,81 @@
+"""`rekindle chat` on a terminal, with the keys that people press."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+
+
+class Terminal:
+    """One end of a pseudo-terminal."""
+
+    def __init__(self, end: int) -> None:
+        self._end = end
+        self._seen = b""
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def wait_for(self, text: bytes) -> bytes:
+        """All that was shown up to and with `text` since the last call."""
+        while text not in self._seen:
+            self._seen += os.read(self._end, 4096)
+        shown, found, self._seen = self._seen.partition(text)
+        return shown + found
+
+
+# Opening it as the leader of a session makes a terminal the controlling one: then Ctrl-C on it is a signal.
+TAKE_AND_RUN = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)
+from rekindle.cli import main
+sys.argv[0] = "rekindle"
+main()
+"""
+
+
+@contextmanager
+def chatting(environment: dict[str, str], *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TAKE_AND_RUN, "chat", *options]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        try:
+            yield process, Terminal(ours)
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def test_a_conversation_with_ctrl_c_at_the_prompt_and_ctrl_d_at_the_end(environment: dict[str, str]) -> None:
+    with chatting(environment, "--max-tokens", "8") as (process, terminal):
+        assert b"Talking with ember." in terminal.wait_for(b"> ")
+        terminal.press(b"Hello.\n")
+        assert b"tokens reused" in terminal.wait_for(b"tokens/s")
+        terminal.wait_for(b"> ")
+        terminal.press(b"never mind" + CTRL_C)
+        terminal.wait_for(b"> ")
+        terminal.press(b"/help\n")
+        assert b"/reset" in terminal.wait_for(b"> ")
+        terminal.press(CTRL_D)
+        assert process.wait(60) == 0
+
+
+def test_ctrl_c_while_the_model_answers_leaves_the_chat_open(environment: dict[str, str]) -> None:
+    """The answer may have ended before the key arrives; then the key drops an empty line. Either way the chat goes on."""
+    with chatting(environment, "--max-tokens", "1000") as (process, terminal):
+        terminal.wait_for(b"> ")
+        terminal.press(b"Hello.\n")
+        terminal.wait_for(b"Hello.")
+        terminal.press(CTRL_C)
+        terminal.wait_for(b"> ")
+        terminal.press(b"/quit\n")
+        assert process.wait(60) == 0
