@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from rekindle.errors import InvalidRequest, ModelError
+from rekindle.lab import machine
 from rekindle.lab.bare import BareModel
 from rekindle.lab.decode import (
     DecodeReport,
@@ -29,6 +30,11 @@ from rekindle.lab.machine import read_bandwidth, this_machine
 from rekindle.lab.models import make_model
 from rekindle.lab.shapes import SHAPES
 from rekindle.serve.request import Event, Generation, Piece, TokenInfo
+
+
+@pytest.fixture(autouse=True)
+def small_bandwidth_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_BUFFER_BYTES", 8 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +177,8 @@ def test_a_workload_that_does_not_fit_is_refused() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    machine = this_machine()
-    assert machine.processor and machine.cores >= 1
+    here = this_machine()
+    assert here.processor and here.cores >= 1
     assert 1e8 < read_bandwidth(1) < 1e13
 
 
