@@ -47,6 +47,13 @@ class Overloaded(RekindleError):
     code = "overloaded"
 
 
+class Stopping(RekindleError):
+    """The server is being stopped; nothing new is taken and what runs is given up."""
+
+    status = 503
+    code = "stopping"
+
+
 class StoreError(RekindleError):
     """The store, or one of its tiers, failed."""
 

@@ -16,18 +16,11 @@ from typing import Any, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from rekindle.errors import RekindleError
+from rekindle.errors import Stopping
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink, TokenInfo
 from rekindle.serve.service import Service, Ticket
 
 T = TypeVar("T")
-
-
-class StoppingError(RekindleError):
-    """The server is being stopped and gave this generation up."""
-
-    status = 503
-    code = "stopping"
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Runner:
         return answers
 
     def stop(self) -> None:
-        """End all that run: their clients get a StoppingError."""
+        """End all that run: their clients get a Stopping."""
         for answers in self._open:
             for ticket in answers.tickets.values():
                 ticket.cancel()
@@ -137,7 +130,7 @@ def _check(event: Event) -> Piece | Done:
     if isinstance(event, Failed):
         raise event.error
     if isinstance(event, Done) and event.reason == "cancelled":  # not by us: after `close` nobody listens
-        raise StoppingError("the server is being stopped")
+        raise Stopping("the server is being stopped")
     return event
 
 

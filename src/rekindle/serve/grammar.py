@@ -17,6 +17,8 @@ from rekindle.errors import InvalidRequest
 from rekindle.model.tokenizer import GgufTokenizer
 from rekindle.serve.sampling import Vector
 
+_COMPACT = {"whitespace_flexible": False}  # else a small model may write spaces until its tokens run out
+
 
 class Grammars:
     """Makes a `Grammar` per request; the tokenizer's tables are built once, at the first use."""
@@ -31,7 +33,7 @@ class Grammars:
         with self._lock:
             self._tables = self._tables or _tables(self._tokenizer)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
         except ValueError as error:
             raise InvalidRequest(f"the JSON schema cannot be used: {error}", param="response_format") from None
         matcher = llguidance.LLMatcher(self._tables, grammar)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -177,6 +176,10 @@ class Service:
                 f"the prompt has {length} tokens; the context holds {self.max_tokens}, prompt and answer together",
                 param="prompt",
             )
+        size = self.engine_spec.vocab_size
+        for token in generation.sampling.logit_bias:
+            if not 0 <= token < size:
+                raise InvalidRequest(f"logit_bias names token {token}; ids go from 0 to {size - 1}", param="logit_bias")
         schema = generation.json_schema
         grammar = None if schema is None else self._grammars.for_schema(schema)
         now = time.perf_counter()
@@ -206,26 +209,6 @@ class Service:
         try:
             while True:
                 event = inbox.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            ticket.cancel()
-
-    async def stream(self, generation: Generation) -> AsyncIterator[Event]:
-        """The same for asyncio. Closing the iterator, or cancelling its task, cancels the generation."""
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Event] = asyncio.Queue()
-
-        def sink(event: Event) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-        ticket = self.submit(generation, sink)
-        try:
-            while True:
-                event = await inbox.get()
                 if isinstance(event, Failed):
                     raise event.error
                 yield event

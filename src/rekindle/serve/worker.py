@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rekindle.errors import EngineError, Overloaded
+from rekindle.errors import EngineError, Overloaded, Stopping
 from rekindle.serve.run import Run
 from rekindle.serve.scheduler import Counts, Scheduler
 
@@ -54,7 +54,7 @@ class Worker:
         return self._snapshot
 
     def submit(self, run: Run) -> None:
-        """Queue a request. Raises Overloaded, or EngineError when the worker is gone."""
+        """Queue a request. Raises Overloaded, Stopping, or EngineError when the worker has failed."""
         with self._lock:
             self._check_alive()
             waiting = self._snapshot.waiting + self._posted
@@ -132,14 +132,14 @@ class Worker:
         with self._lock:
             self._stopping = True
         self._obey()
-        self._scheduler.fail_all(EngineError("the server is shutting down"))
+        self._scheduler.fail_all(Stopping("the server is being stopped"))
         self._publish()
 
     def _check_alive(self) -> None:
         if self.failure is not None:
             raise EngineError("the worker failed; see the server's log")
         if self._stopping:
-            raise EngineError("the server is shutting down")
+            raise Stopping("the server is being stopped")
 
     def _publish(self) -> None:
         scheduler, counts = self._scheduler, self._scheduler.counts
