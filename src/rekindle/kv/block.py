@@ -24,6 +24,11 @@ class Block:
     payload: memoryview  # in the engine's format; empty for no tokens
     logits: npt.NDArray[np.float32] | None = None  # [vocab_size] after the last token; only tails have them
 
+    def holds(self, parent: Key, position: int, tokens: Tokens) -> bool:
+        """Whether it is what its key promises: these tokens, after those of `parent`. Keys could collide, this can't."""
+        same_place = self.parent == parent and self.position == position
+        return same_place and np.array_equal(self.tokens, tokens)
+
     @property
     def num_bytes(self) -> int:
         logits = 0 if self.logits is None else self.logits.nbytes

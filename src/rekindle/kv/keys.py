@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
+
 from rekindle.tokens import Tokens
 
 KEY_BYTES = 16
@@ -31,12 +33,17 @@ def root_key(fingerprint: bytes, salt: bytes) -> Key:
 
 def block_key(parent: Key, tokens: Tokens) -> Key:
     """These tokens after exactly those of `parent`."""
-    return digest(b"block", parent, tokens.tobytes())
+    return digest(b"block", parent, _bytes(tokens))
 
 
 def tail_key(parent: Key, tokens: Tokens) -> Key:
     """A prompt that ends with these tokens, fewer than a block and perhaps none, after those of `parent`."""
-    return digest(b"tail", parent, tokens.tobytes())
+    return digest(b"tail", parent, _bytes(tokens))
+
+
+def _bytes(tokens: Tokens) -> bytes:
+    """The same on every machine, whatever integer type the ids have come in."""
+    return np.ascontiguousarray(tokens, dtype="<i4").tobytes()
 
 
 def chain(root: Key, tokens: Tokens, block_tokens: int) -> Iterator[tuple[Key, Key, Tokens]]:

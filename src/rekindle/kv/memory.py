@@ -37,9 +37,15 @@ class MemoryTier:
         return [self._blocks[key] for key in self._tails.get(parent, ())]
 
     def put(self, chain: Iterable[Block]) -> None:
-        """Add the blocks of one chain, head first, and make room. What can't fit beside the pinned is left out."""
+        """Add the blocks of one chain, head first, and make room. What can't fit beside the pinned is left out.
+
+        Where another block has the same key, the chain ends: what follows would be found after the wrong tokens.
+        """
         keys = []
         for block in chain:
+            old = self._blocks.get(block.key)
+            if old is not None and not old.holds(block.parent, block.position, block.tokens):
+                break
             self._change(block.key, block)
             keys.append(block.key)
         self.touch(keys)
@@ -57,7 +63,7 @@ class MemoryTier:
 
     @contextmanager
     def pinned(self, keys: Iterable[Key]) -> Iterator[None]:
-        """Keep these keys while the context lasts."""
+        """Keep these keys and what they follow while the context lasts."""
         keys = list(keys)
         for key in keys:
             self._pins[key] = self._pins.get(key, 0) + 1
@@ -68,6 +74,7 @@ class MemoryTier:
                 self._pins[key] -= 1
                 if not self._pins[key]:
                     del self._pins[key]
+            self._make_room()
 
     def check_integrity(self) -> None:
         """Recount. Raises AssertionError."""
@@ -76,15 +83,28 @@ class MemoryTier:
         tails = {key for keys in self._tails.values() for key in keys}
         assert tails == {key for key, block in self._blocks.items() if block.logits is not None}
         assert all(self._tails.values()), "an empty set of tails"
+        assert all(block.position == 0 or block.parent in self._blocks for block in self._blocks.values()), "a hole"
         assert self.num_bytes <= self.max_bytes or self._pins
 
     def _make_room(self) -> None:
+        if self.num_bytes <= self.max_bytes:
+            return
+        kept = self._pinned_chains()
         while self.num_bytes > self.max_bytes:
-            victim = next((key for key in self._blocks if key not in self._pins), None)
+            victim = next((key for key in self._blocks if key not in kept), None)
             if victim is None:
                 return
             self._change(victim, None)
             self.evictions += 1
+
+    def _pinned_chains(self) -> set[Key]:
+        """Pinned keys and the blocks that they follow."""
+        kept: set[Key] = set()
+        for key in self._pins:
+            while key not in kept and (block := self._blocks.get(key)) is not None:
+                kept.add(key)
+                key = block.parent
+        return kept
 
     def _change(self, key: Key, block: Block | None) -> None:
         """The one place where bytes come and go."""

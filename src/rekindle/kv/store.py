@@ -54,15 +54,15 @@ class Store:
         """What is stored of this prompt's beginning; counts as a use of it."""
         with self._lock:
             blocks: list[Block] = []
-            parent = root_key(self._fingerprint, salt)
-            for _, key, part in chain(parent, tokens, self.block_tokens):
+            root = root_key(self._fingerprint, salt)
+            for parent, key, part in chain(root, tokens, self.block_tokens):
                 block = self._memory.get(key)
-                if block is None or not np.array_equal(block.tokens, part):
+                if block is None or not block.holds(parent, len(blocks) * self.block_tokens, part):
                     break
                 blocks.append(block)
-                parent = key
             length = len(blocks) * self.block_tokens
-            tail, shared = self._best_tail(parent, tokens[length:])
+            parent = blocks[-1].key if blocks else root
+            tail, shared = self._best_tail(parent, length, tokens[length:])
             if tail is not None and shared:
                 blocks.append(tail)
             self._memory.touch(
@@ -71,14 +71,14 @@ class Store:
             whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
             return Match(tuple(blocks), length + shared, tail.logits if tail is not None and whole else None)
 
-    def _best_tail(self, parent: Key, rest: Tokens) -> tuple[Block | None, int]:
+    def _best_tail(self, parent: Key, start: int, rest: Tokens) -> tuple[Block | None, int]:
         """The tail after `parent` that shares most with `rest`; among equals the one that is just that."""
         exact = self._memory.get(tail_key(parent, rest)) if len(rest) < self.block_tokens else None
-        if exact is not None and np.array_equal(exact.tokens, rest):
+        if exact is not None and exact.holds(parent, start, rest):
             return exact, len(rest)
         best, best_shared = None, 0
         for tail in self._memory.tails(parent):
-            shared = common_length(tail.tokens, rest)
+            shared = common_length(tail.tokens, rest) if tail.position == start else 0
             if shared > best_shared:
                 best, best_shared = tail, shared
         return best, best_shared
@@ -99,25 +99,30 @@ class Store:
     ) -> None:
         """Store whole blocks, given as start -> payload, and tails, given as (length, payload, logits), of a sequence.
 
-        A tail of `length` holds the tokens from the last block boundary at or before `length`.
+        A tail of `length` holds the tokens from the last block boundary at or before `length`. A block without all its
+        predecessors is worth nothing, so the first one that is neither given nor stored ends the chain: what follows is
+        left out.
         """
         root = root_key(self._fingerprint, salt)
         with self._lock:
-            keys = [root]
+            keys = [root]  # of the chain so far
             blocks = []
             for index, (parent, key, part) in enumerate(chain(root, tokens, self.block_tokens)):
                 start = index * self.block_tokens
-                keys.append(key)
                 known = self._memory.get(key)
                 if start in payloads:
                     blocks.append(Block(key, parent, part.copy(), start, payloads[start]))
-                elif known is not None:
+                elif known is not None and known.holds(parent, start, part):
                     blocks.append(known)
+                else:
+                    break
+                keys.append(key)
             for length, payload, logits in tails:
-                parent = keys[length // self.block_tokens]
-                start = length - length % self.block_tokens
-                part = tokens[start:length].copy()
-                blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
+                if length // self.block_tokens < len(keys):
+                    parent = keys[length // self.block_tokens]
+                    start = length - length % self.block_tokens
+                    part = tokens[start:length].copy()
+                    blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
             self._memory.put(blocks)
 
     def clear(self) -> None:
