@@ -10,9 +10,14 @@ Answers go to stdout; all that is said about them goes to stderr, so that stdout
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Entry point of the `rekindle` command."""
-    from rekindle.cli.app import app
+    try:
+        from rekindle.cli.app import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # pressed before a command began
+        sys.exit(130)

@@ -6,13 +6,14 @@ import signal
 import sys
 from contextlib import closing
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 
-from rekindle.api.server import serve
-from rekindle.lab.machine import usable_cores
-from rekindle.serve.service import Service
 from rekindle.settings import Settings
+
+if TYPE_CHECKING:
+    from rekindle.serve.service import Service
 
 # The HTTP thread and the worker share Python's interpreter lock. By default a thread that computes may keep another
 # waiting for 5 ms, which is most of the TTFT of a repeated prompt; this is how long it may now.
@@ -24,6 +25,9 @@ def run_server(settings: Settings) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        from rekindle.api.server import serve  # these take a while; signals are ours already
+        from rekindle.serve.service import Service
+
         typer.echo(f"Loading {settings.model} …", err=True)
         with closing(Service.open(settings)) as service:
             serve(service, settings.host, settings.port, lambda url: _announce(service, url))
@@ -43,6 +47,8 @@ def _announce(service: Service, url: str) -> None:
 
 def describe(service: Service) -> str:
     """Model, engine, cells, threads and KV type, in one line."""
+    from rekindle.lab.machine import usable_cores
+
     threads = service.settings.threads or usable_cores()
     return (
         f"model {service.model_name}, engine {service.health()['engine']}, {service.num_cells} cells, "
