@@ -30,7 +30,7 @@ FLOORS = {
 }
 ROOF = 7  # rekindle itself: the public names, which may come from anywhere
 THREADS = {"threading", "_thread", "asyncio", "concurrent", "multiprocessing"}
-LOCKS = {"threading.Lock", "threading.RLock"}
+LOCKS = {"threading.Lock", "threading.RLock", "threading.Condition"}
 OUTSIDE_WORLD = {"time", "datetime", "socket", "os", "io", "pathlib", "random", "http", "urllib", "subprocess"}
 TRAINING = "rekindle.model.ember.train"  # a program of its own, which no other room imports
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -5,22 +5,31 @@ A prompt is kept as a chain of whole blocks and a tail with the logits after its
     | block 0 | block 1 | … | block n-1 | tail + logits |
       64        64            64          0 to 63 tokens
 
-`match` finds the longest stored beginning of a prompt. Whole blocks must be equal; the tail of another prompt serves with
-the tokens it shares. After a key match the tokens themselves are compared, so a collision can't serve other KV.
+`match` finds the longest beginning of a prompt that is in memory. Whole blocks must be equal; the tail of another prompt
+serves with the tokens it shares. After a key match the tokens themselves are compared, so a collision can't serve other KV.
+
+Slower tiers stand behind the memory, in the order of their speed. Writes reach memory at once and them later (`Behind`);
+`fetch` brings what they have of a prompt's beginning into memory, and is called where waiting does no harm.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from rekindle.errors import TierUnavailable
+from rekindle.kv.behind import Behind
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key, chain, root_key, tail_key
 from rekindle.kv.memory import MemoryTier
+from rekindle.kv.speed import Speed
+from rekindle.kv.tier import Place, Tier, TierStats
 from rekindle.tokens import Tokens, common_length
 
 
@@ -35,17 +44,42 @@ class Match:
 
 @dataclass(frozen=True)
 class StoreStats:
+    """The memory tier's totals, and each slower tier's."""
+
     blocks: int
     bytes: int
     max_bytes: int
     evictions: int
+    tiers: tuple[TierStats, ...] = ()
+    dropped: int = 0  # blocks that were never written to slower tiers, because their queue was full
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of a fetch."""
+
+    tokens: dict[str, int] = field(default_factory=dict)  # tier -> tokens brought into memory
+    refused: str | None = None  # why more was there and was not fetched
 
 
 class Store:
-    """Thread-safe."""
+    """Thread-safe. `put` and `match` never wait for a slower tier."""
 
-    def __init__(self, fingerprint: bytes, *, max_bytes: int, block_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        fingerprint: bytes,
+        *,
+        max_bytes: int,
+        block_tokens: int = 64,
+        tiers: Sequence[Tier] = (),
+        max_behind_bytes: int = 256 << 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.block_tokens = block_tokens
+        self.tiers = tuple(tiers)  # behind the memory, fastest first
+        self.behind = Behind(self.tiers, max_bytes=max_behind_bytes)
+        self.speeds = {tier.name: Speed() for tier in tiers}
+        self._clock = clock
         self._fingerprint = fingerprint
         self._memory = MemoryTier(max_bytes)
         self._lock = threading.Lock()
@@ -124,16 +158,113 @@ class Store:
                     part = tokens[start:length].copy()
                     blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
             self._memory.put(blocks)
+        if self.tiers and blocks:
+            self.behind.offer(blocks)
+
+    def fetch(self, tokens: Tokens, salt: bytes = b"", *, compute: Speed | None = None) -> Fetched:
+        """Bring what slower tiers have of this prompt's beginning into memory, in order, as far as it goes.
+
+        A tier from which a token takes longer to fetch than to compute is left alone, if both are known; now and then
+        it is tried again. Faults of tiers are misses.
+        """
+        root = root_key(self._fingerprint, salt)
+        places = [Place(key=key, parent=parent) for parent, key, _ in chain(root, tokens, self.block_tokens)]
+        brought: dict[str, int] = {}
+        refused: str | None = None
+        for tier in self.tiers:
+            known = self._num_in_memory(places)
+            reason = None if compute is None else self.speeds[tier.name].slower_than(compute, tier.name)
+            if reason is not None:
+                refused = refused or self._refusal(tier, places[known:], reason)
+                continue
+            started = self._clock()
+            blocks = self._read(tier, tokens, places, known, root)
+            if blocks:
+                count = sum(len(block.tokens) for block in blocks)
+                self.speeds[tier.name].add(count, self._clock() - started)
+                brought[tier.name] = count
+                self._promote(tier, blocks)
+        return Fetched(brought, refused)
+
+    def _read(self, tier: Tier, tokens: Tokens, places: list[Place], known: int, root: Key) -> list[Block]:
+        """The blocks and tails of a tier that go on where `known` blocks end, put into memory as they come."""
+        blocks: list[Block] = []
+        size = self.block_tokens
+        try:
+            for block in tier.get(places[known:]) if places[known:] else ():
+                start = (known + len(blocks)) * size
+                parent = places[known + len(blocks)].parent
+                if block is None or not block.holds(parent, start, tokens[start : start + size]):
+                    break
+                blocks.append(block)
+                with self._lock:
+                    self._memory.put([block])
+            end = known + len(blocks)
+            tail = self._read_tail(tier, places[end - 1].key if end else root, tokens[end * size :])
+            if tail is not None and tail.position == end * size:
+                blocks.append(tail)
+                with self._lock:
+                    self._memory.put([tail])
+        except TierUnavailable:
+            pass  # the tier counts its faults; what came before is good
+        return blocks
+
+    def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
+        """The longest tail after `parent` that the rest of the prompt begins with, if it is longer than what is here."""
+        longest = min(len(rest), self.block_tokens - 1)
+        parts: dict[Place, Tokens] = {}
+        for length in range(longest, 0 if len(rest) else -1, -1):
+            key = tail_key(parent, rest[:length])
+            with self._lock:
+                if self._memory.get(key) is not None:
+                    break
+            parts[Place(key=key, parent=parent, tail=True)] = rest[:length]
+        there = tier.contains(list(parts)) if parts else []
+        place = next((place for place, found in zip(parts, there, strict=True) if found), None)
+        tail = None if place is None else next(iter(tier.get([place])))
+        return tail if tail is not None and np.array_equal(tail.tokens, parts[place]) else None
+
+    def _promote(self, source: Tier, blocks: Sequence[Block]) -> None:
+        """Keep what a slow tier had in the faster ones too."""
+        faster = self.tiers[: self.tiers.index(source)]
+        if faster:
+            self.behind.offer(blocks, faster)
+
+    def _num_in_memory(self, places: Sequence[Place]) -> int:
+        with self._lock:
+            missing = (i for i, place in enumerate(places) if self._memory.get(place.key) is None)
+            return next(missing, len(places))
+
+    def _refusal(self, tier: Tier, places: Sequence[Place], reason: str) -> str | None:
+        try:
+            return reason if places and tier.contains(places[:1])[0] else None
+        except TierUnavailable:
+            return None
 
     def clear(self) -> None:
+        """Forget everything, in every tier."""
+        self.behind.flush()
         with self._lock:
             self._memory.clear()
+        for tier in self.tiers:
+            with suppress(TierUnavailable):
+                tier.clear()
+
+    def close(self, timeout_seconds: float = 10.0) -> bool:
+        """Write what is queued and close the slower tiers; False if some of it was given up."""
+        done = self.behind.close(timeout_seconds)
+        for tier in self.tiers:
+            tier.close()
+        return done
 
     def stats(self) -> StoreStats:
         with self._lock:
             memory = self._memory
-            return StoreStats(len(memory), memory.num_bytes, memory.max_bytes, memory.evictions)
+            kept = (len(memory), memory.num_bytes, memory.max_bytes, memory.evictions)
+        return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped)
 
     def check_integrity(self) -> None:
         with self._lock:
             self._memory.check_integrity()
+        for tier in self.tiers:
+            tier.check_integrity()

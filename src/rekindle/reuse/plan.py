@@ -68,6 +68,8 @@ class Stored:
     length: int = 0
     has_logits: bool = False  # the logits after the prompt's last token too
     block_tokens: int = 64
+    fetched: str = ""  # what was brought from slower tiers for this prompt, in words
+    refused: str | None = None  # why a slower tier's blocks are computed instead of fetched
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def make_plan(prompt: Prompt, residents: Sequence[Resident], stored: Stored) -> 
     if best is not None and forked:
         steps.append(Fork(best.seq, 0, forked, f"sequence {best.seq} is resident and begins with these tokens"))
     if placed > forked:
-        steps.append(Place(forked, placed, "stored blocks with these tokens after exactly the tokens before them"))
+        reason = "stored blocks with these tokens after exactly the tokens before them"
+        steps.append(Place(forked, placed, f"{reason}; {stored.fetched}" if stored.fetched else reason))
     reused = max(forked, placed)
     if reused < total:
         steps.append(Compute(reused, total, _why(reused, total, usable, shared, stored)))
@@ -145,6 +148,8 @@ def _longest(prompt: Prompt, residents: Sequence[Resident]) -> tuple[Resident | 
 def _why(reused: int, total: int, usable: int, shared: int, stored: Stored) -> str:
     if reused == usable == total - 1 and max(shared, stored.length) >= total:
         return "all KV is at hand, the last token is computed again for its logits"
+    if stored.refused is not None:
+        return stored.refused
     return "not read before" if reused == 0 else "not read before after this beginning"
 
 

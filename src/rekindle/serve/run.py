@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.kv.store import Fetched
 from rekindle.reuse.plan import Plan
 from rekindle.serve.grammar import Grammar
 from rekindle.serve.request import Done, Event, FinishReason, Generation, Piece, Sink, Timings, TokenInfo, Usage
@@ -34,6 +36,8 @@ class Clock:
     admitted: float = 0.0
     planned: float = 0.0
     restored: float = 0.0
+    fetch_started: float = 0.0
+    fetch_ended: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
 
@@ -55,6 +59,7 @@ class Run:
     generated: list[int] = field(default_factory=list)
     marks: dict[int, Vector] = field(default_factory=dict)  # sequence length -> logits after it
     prefill_calls: int = 0
+    fetch: Future[Fetched] | None = None  # of KV from slower tiers; started when something is missing
     text: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,11 +149,12 @@ class Run:
         def span(start: float, stop: float) -> float:
             return max(0.0, stop - start) * 1000 if start and stop else 0.0
 
+        fetch_ms = span(clock.fetch_started, clock.fetch_ended)
         return Timings(
             tokenize_ms=self.generation.tokenize_ms,
-            queue_ms=span(clock.submitted, clock.admitted or now),
+            queue_ms=span(clock.submitted, clock.admitted or now) - fetch_ms,
             lookup_ms=span(clock.admitted, clock.planned),
-            restore_ms=span(clock.planned, clock.restored),
+            restore_ms=span(clock.planned, clock.restored) + fetch_ms,
             prefill_ms=span(clock.restored, clock.first_token),
             ttft_ms=span(clock.arrived, clock.first_token),
             decode_ms=span(clock.first_token, clock.last_token),

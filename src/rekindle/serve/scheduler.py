@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 
 from rekindle.engine.protocol import Engine, Logits, Payload, SequenceId, Work
 from rekindle.errors import EngineError, RekindleError
-from rekindle.kv.store import Match, Store
+from rekindle.kv.speed import Speed
+from rekindle.kv.store import Fetched, Match, Store
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.serve.request import Failed, FinishReason
@@ -82,7 +84,9 @@ class Scheduler:
         prefill_budget: int,
         min_tokens: int,
         max_length: int,
+        fetch: Callable[[Run], Future[Fetched]] | None = None,
     ) -> None:
+        """`fetch` starts to bring a prompt's KV from slower tiers into memory; whoever gives it wakes the worker."""
         self._engine = engine
         self._store = store
         self._tokenizer = tokenizer
@@ -94,6 +98,8 @@ class Scheduler:
         self.waiting: deque[Run] = deque()
         self.running: list[Run] = []  # in the order of admission
         self.counts = Counts()
+        self.prefill_speed = Speed()
+        self._fetch = fetch
 
     def submit(self, run: Run) -> None:
         self.waiting.append(run)
@@ -144,10 +150,13 @@ class Scheduler:
 
     def _start(self, run: Run) -> Admission:
         """Plan a prompt and put what is reused into the engine."""
+        if run.fetch is not None and not run.fetch.done():
+            return Admission.WORTH_WAITING
         started = time.perf_counter()
         residents, match = self._known(run)
-        stored = Stored(match.length, match.logits is not None, self._store.block_tokens)
-        plan = make_plan(run.generation.prompt, residents, stored)
+        plan = make_plan(run.generation.prompt, residents, self._stored(run, match))
+        if self._begin_fetch(run, plan):
+            return Admission.WORTH_WAITING
         if self._readable_soon(run) - plan.reused >= max(1, self._min_tokens):
             return Admission.WORTH_WAITING
         planned = time.perf_counter()
@@ -162,6 +171,22 @@ class Scheduler:
             run.marks[plan.total] = logits
             self._advance(run, logits)
         return Admission.STARTED
+
+    def _begin_fetch(self, run: Run, plan: Plan) -> bool:
+        """Look into slower tiers for what would have to be computed; once for each request."""
+        looks = self._fetch is not None and run.fetch is None and run.generation.use_prefix_cache
+        if not looks or plan.computed < max(1, self._min_tokens):
+            return False
+        assert self._fetch is not None
+        run.clock.fetch_started = time.perf_counter()
+        run.fetch = self._fetch(run)
+        run.fetch.add_done_callback(lambda _: setattr(run.clock, "fetch_ended", time.perf_counter()))
+        return True
+
+    def _stored(self, run: Run, match: Match) -> Stored:
+        fetched = Fetched() if run.fetch is None or run.fetch.exception() else run.fetch.result()
+        words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
+        return Stored(match.length, match.logits is not None, self._store.block_tokens, words, fetched.refused)
 
     def _readable_soon(self, run: Run) -> int:
         """Tokens of this prompt that a request which is being read now will hold in a moment."""
@@ -300,7 +325,10 @@ class Scheduler:
     def _forward(self, batch: _Batch) -> Logits:
         if not batch.work:
             return {}
+        started = time.perf_counter()
         logits = self._engine.forward(batch.work)
+        if all(run.reading for run in batch.runs):
+            self.prefill_speed.add(sum(len(item.tokens) for item in batch.work), time.perf_counter() - started)
         for run, item in zip(batch.runs, batch.work, strict=True):
             if run.reading:
                 run.prefill_calls += 1

@@ -83,6 +83,10 @@ class Worker:
         if errors:
             raise errors[0]
 
+    def wake(self) -> None:
+        """Take another step: something that a waiting request needs has come."""
+        self._inbox.put(_nothing)
+
     def stop(self) -> None:
         """End the thread; what is running ends as cancelled."""
         with self._lock:
@@ -150,3 +154,7 @@ class Worker:
             resident_tokens=scheduler.residents.num_tokens,
             **{name: getattr(counts, name) for name in Counts.__dataclass_fields__ if name != "swaps"},
         )
+
+
+def _nothing() -> None:
+    pass

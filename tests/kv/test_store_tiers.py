@@ -1,0 +1,174 @@
+"""The store over slower tiers: what is written behind comes back, and no fault of a tier reaches a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Thread
+
+import numpy as np
+import pytest
+from tests.kv.doubles import DictTier
+
+from rekindle.kv.block import Block
+from rekindle.kv.speed import Speed
+from rekindle.kv.store import Store
+from rekindle.tokens import Tokens, as_tokens
+
+SIZE = 4
+LOGITS = np.arange(7, dtype=np.float32)
+
+
+class Bench:
+    """Stores over the same tiers, one after the other, as after restarts; a counter as their clock."""
+
+    def __init__(self, *tiers: DictTier, max_behind_bytes: int = 1 << 20) -> None:
+        self.tiers = tiers
+        self.max_behind_bytes = max_behind_bytes
+        self.now = 0.0
+        self.store = self.fresh()
+
+    def fresh(self, *, writing: bool = True) -> Store:
+        self.store = Store(
+            b"f" * 16,
+            max_bytes=1 << 20,
+            block_tokens=SIZE,
+            tiers=self.tiers,
+            max_behind_bytes=self.max_behind_bytes,
+            clock=self.clock,
+        )
+        if writing:
+            Thread(target=self.store.behind.run, daemon=True).start()
+        return self.store
+
+    def clock(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def put(self, tokens: Tokens, salt: bytes = b"", *, store: Store | None = None) -> None:
+        """A prompt's blocks and its tail; a payload is the block's tokens."""
+        end = len(tokens) - len(tokens) % SIZE
+        payloads = {start: memoryview(tokens[start : start + SIZE].tobytes()) for start in range(0, end, SIZE)}
+        tails = [(len(tokens), memoryview(tokens[end:].tobytes()), LOGITS)]
+        (store or self.store).put(tokens, payloads, salt=salt, tails=tails)
+
+    def restart(self) -> Store:
+        assert self.store.close()
+        return self.fresh()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(DictTier("disk"), DictTier("network"))
+    yield bench
+    bench.store.close()
+    bench.store.check_integrity()
+
+
+PROMPT = as_tokens(range(14))
+
+
+def test_a_prompt_survives_a_restart(bench: Bench) -> None:
+    bench.put(PROMPT)
+    store = bench.restart()
+    assert store.match(PROMPT).length == 0
+    assert store.fetch(PROMPT).tokens == {"disk": 14}
+    match = store.match(PROMPT)
+    assert (match.length, b"".join(block.payload for block in match.blocks)) == (14, PROMPT.tobytes())
+    assert match.logits is not None and (match.logits == LOGITS).all()
+    assert store.fetch(PROMPT).tokens == {}
+
+
+def test_a_longer_prompt_gets_the_tail_of_a_shorter_one(bench: Bench) -> None:
+    bench.put(PROMPT)
+    store = bench.restart()
+    longer = np.concatenate([PROMPT, as_tokens(range(50, 70))])
+    assert store.fetch(longer).tokens == {"disk": 14}
+    assert store.match(longer).length == 14
+
+
+def test_a_prompt_of_whole_blocks_gets_its_logits(bench: Bench) -> None:
+    bench.put(PROMPT[:12])
+    store = bench.restart()
+    store.fetch(PROMPT[:12])
+    assert store.match(PROMPT[:12]).logits is not None
+
+
+def test_salts_stay_apart_in_every_tier(bench: Bench) -> None:
+    bench.put(PROMPT, salt=b"one")
+    store = bench.restart()
+    assert store.fetch(PROMPT, b"two").tokens == {}
+    assert store.match(PROMPT, b"two").length == 0
+
+
+def test_what_a_fast_tier_lacks_comes_from_the_slow_one_and_is_kept_in_the_fast_one(bench: Bench) -> None:
+    bench.put(PROMPT)
+    store = bench.restart()
+    disk, network = bench.tiers
+    missing = [key for key, block in disk.blocks.items() if block.position >= 8]
+    for key in missing:
+        del disk.blocks[key]
+    assert store.fetch(PROMPT).tokens == {"disk": 8, "network": 6}
+    assert store.behind.flush(10)
+    assert disk.blocks.keys() == network.blocks.keys()
+
+
+def test_reading_stops_at_the_first_missing_block(bench: Bench) -> None:
+    bench.put(PROMPT)
+    store = bench.restart()
+    for tier in bench.tiers:
+        del tier.blocks[next(key for key, block in tier.blocks.items() if block.position == 4)]
+    assert store.fetch(PROMPT).tokens == {"disk": 4}
+    assert bench.tiers[0].num_read == 2
+
+
+def test_another_blocks_content_under_a_key_is_not_taken(bench: Bench) -> None:
+    bench.put(PROMPT)
+    store = bench.restart()
+    for tier in bench.tiers:
+        for key, block in tier.blocks.items():
+            if block.position == 4:
+                tier.blocks[key] = Block(key, block.parent, block.tokens + 1, 4, block.payload)
+    assert sum(store.fetch(PROMPT).tokens.values()) == 4
+    assert store.match(PROMPT).length == 4
+
+
+def test_a_failing_tier_is_a_miss_and_is_logged_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.tiers[0].failing = True
+    for number in range(3):
+        bench.put(PROMPT + number)
+    assert bench.store.behind.flush(10)
+    assert len([record for record in caplog.records if "cannot be written to" in record.message]) == 1
+    store = bench.restart()
+    assert store.fetch(PROMPT).tokens == {"network": 14}
+    bench.tiers[1].failing = True
+    assert store.fetch(PROMPT + 1).tokens == {}
+    store.clear()
+    bench.tiers[0].failing = bench.tiers[1].failing = False
+
+
+def test_a_full_queue_drops_and_counts_and_does_not_wait() -> None:
+    tier = DictTier()
+    bench = Bench(tier, max_behind_bytes=3000)
+    store = bench.fresh(writing=False)  # nobody empties the queue
+    for number in range(5):
+        bench.put(PROMPT + number, store=store)
+    assert store.stats().dropped == 4 * 4  # three blocks and a tail of each prompt but the first
+    assert not store.close(0)
+    assert store.stats().dropped == 5 * 4
+    assert tier.closed and not tier.blocks
+
+
+def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Bench) -> None:
+    bench.put(PROMPT)
+    assert bench.store.behind.flush(10)
+    compute = Speed()
+    compute.add(1000, 1.0)
+    refusals = 0
+    for _ in range(20):
+        store = bench.store
+        with store._lock:
+            store._memory.clear()
+        fetched = store.fetch(PROMPT, compute=compute)  # the clock makes every fetch take a second
+        refusals += fetched.refused is not None and "computing 1000 us" in fetched.refused
+    assert store.speeds["disk"].seconds_per_token == pytest.approx(1 / 14)
+    assert 15 <= refusals <= 19
