@@ -1,11 +1,12 @@
 """Training examples: token ids, what each token weighs in the loss, and where two attention heads ought to look.
 
 The generator knows which token of the context answers each token of an answer, and whom "This one" stands for. So a
-lesson carries, beside its ids, three lists of supervised attention:
+lesson carries, beside its ids, four lists of supervised attention:
 
 - *subject* pairs: from every token of a sentence (and of a question, and of an answer) to the name of its subject,
 - *value* pairs: from the token before a value in an answer to that value in the context; from `<|assistant|>` to the
   value asked for, or to `<|bos|>` if the document does not state it,
+- *copy* pairs: from the token before a subject in an answer to where it was named last, in the question or the answer,
 - *reverse* pairs: from `<|assistant|>` to the value given in a reverse question, where its sentence's subject is known.
 
 Without them a model of this size learns to name a value of the right type and stays at chance among the candidates.
@@ -32,6 +33,7 @@ from rekindle.model.ember.language import (
 )
 
 CONTEXT_WEIGHT = 0.02
+CHOICE_WEIGHT = 3.0  # of the first word of an answer, and of what follows a fact in it
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ class Lesson:
     subject_targets: list[int] = field(default_factory=list)
     value_rows: list[int] = field(default_factory=list)
     value_targets: list[int] = field(default_factory=list)
+    copy_rows: list[int] = field(default_factory=list)
+    copy_targets: list[int] = field(default_factory=list)
     reverse_rows: list[int] = field(default_factory=list)
     reverse_targets: list[int] = field(default_factory=list)
-    checked: list[int] = field(default_factory=list)  # places of value tokens in answers: accuracy is counted there
+    checked: list[int] = field(default_factory=list)  # places where an answer must choose: accuracy is counted there
 
 
 class Writer:
@@ -99,6 +103,10 @@ class Writer:
         self.lesson.value_rows.append(row)
         self.lesson.value_targets.append(target)
 
+    def _look_at_copy(self, row: int, target: int) -> None:
+        self.lesson.copy_rows.append(row)
+        self.lesson.copy_targets.append(target)
+
     def passages(self, document: Document, first: int, stop: int, mark: str, named: dict[int, int]) -> None:
         """Write the passages first … stop-1; `named` keeps where each sentence's subject is named."""
         for number in range(first, stop):
@@ -115,14 +123,7 @@ class Writer:
                     named[index] = target = start
                 self.look_at_subject(range(start + (0 if sentence.refers else 1), len(self.lesson.ids)), target)
                 head = len(sentence.pieces) - len(sentence.fact.predicate)
-                value = start + head + len(sentence.pieces[head:]) - self._tail(sentence.fact)
-                self._value_places[sentence.fact] = value
-
-    @staticmethod
-    def _tail(fact: Fact) -> int:
-        """How many pieces from the value's first to the sentence's end."""
-        predicate = fact.predicate
-        return len(predicate) - len(_before(fact))
+                self._value_places[sentence.fact] = start + head + len(_before(sentence.fact))
 
     def answer_fact(self, fact: Fact, weight: float = 1.0) -> None:
         """Write a fact as an answer, with all its supervision."""
@@ -156,14 +157,23 @@ class Writer:
         else:
             self.look_at_subject((end, place), self._asked)
             self.look_at_value(place, self._value_places[question.facts[0]] if question.facts else 0)
+            if question.facts:
+                self._look_at_copy(place, self._asked)
         for fact in question.facts:
+            choice = len(self.lesson.ids)
+            self.lesson.checked.append(choice)
+            if fact is not question.facts[0]:
+                tail = _num_after(question.facts[0])
+                self._look_at_copy(len(self.lesson.ids) - 1, len(self.lesson.ids) - tail)
             self.answer_fact(fact)
+            self.lesson.weights[choice] = CHOICE_WEIGHT
         if question.kind is Kind.UNSTATED:
             if question.facts:
                 self.look_at_value(len(self.lesson.ids) - 1, 0)
             self.lesson.checked.append(len(self.lesson.ids))
             self.pieces(pieces_of(" " + (question.answer.split(". ")[-1])), 1.0)
-        self.special(dialogue.END, 1.0)
+            self.lesson.weights[self.lesson.checked[-1]] = CHOICE_WEIGHT
+        self.lesson.checked.append(self.special(dialogue.END, 1.0))
 
     def turn(self, said: Sequence[str], reply: str) -> None:
         """A whole exchange of small talk."""
@@ -181,6 +191,11 @@ class Writer:
 
 def _before(fact: Fact) -> tuple[str, ...]:
     return RELATIONS[fact.relation].before
+
+
+def _num_after(fact: Fact) -> int:
+    """How many pieces from the value's first to the sentence's end."""
+    return len(fact.predicate) - len(_before(fact))
 
 
 def _weighted(rng: random.Random, choices: Sequence[tuple[Kind, float]]) -> Kind:
@@ -249,15 +264,17 @@ class Teacher:
             writer.passages(document, 0, in_system, mark, named)
             writer.special(dialogue.END)
         questioner = Questioner(document, rng)
+        mentioned: set[str] = set()
         pending = in_system < num_passages
         if not pending and rng.random() < mixture.small_talk:
             self._small_talk(writer, rng)
         for _ in range(rng.randint(*mixture.num_turns)):
             if not pending and rng.random() < mixture.small_talk:
                 self._small_talk(writer, rng)
-            question = questioner.draw(_weighted(rng, mixture.kinds))
+            question = self._draw(rng, questioner, mixture, mentioned)
             if question is None:
                 continue
+            mentioned |= {question.subject, *(fact.subject for fact in question.facts)}
             writer.special(dialogue.USER)
             if pending:
                 if rng.random() < varied / 2:
@@ -272,6 +289,18 @@ class Teacher:
                     writer.pieces((mark,) if rng.random() < 0.7 else (rng.choice(self._marks),))
             writer.question(question, self._ask(rng, question.text, varied))
             writer.answer(question)
+
+    def _draw(
+        self, rng: random.Random, questioner: Questioner, mixture: Mixture, mentioned: set[str]
+    ) -> Question | None:
+        """A question, mostly about a subject that was not spoken of in this conversation: names are harder then."""
+        kind = _weighted(rng, mixture.kinds)
+        question = questioner.draw(kind)
+        for _ in range(5):
+            if question is None or not mentioned & {question.subject, *(fact.subject for fact in question.facts)}:
+                break
+            question = questioner.draw(kind)
+        return question
 
     def _ask(self, rng: random.Random, text: str, varied: float) -> Sequence[str]:
         if rng.random() < varied / 4:

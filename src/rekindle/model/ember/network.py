@@ -1,4 +1,4 @@
-"""Ember's network: a Llama of four small layers, with three attention heads that training can watch.
+"""Ember's network: a Llama of four small layers, with four attention heads that training can watch.
 
 The architecture is exactly that of `LlamaForCausalLM` (RMS norm, rotary positions in the half-split layout, grouped
 queries, SwiGLU, tied embeddings), written out so that the attention weights of a few heads can be had for chosen rows
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WATCHED_HEADS = {"subject": (1, 0), "value": (3, 0), "reverse": (3, 2)}  # name: (layer, head)
+WATCHED_HEADS = {"subject": (1, 0), "value": (3, 0), "copy": (3, 1), "reverse": (3, 2)}  # name: (layer, head)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Training: lessons of growing difficulty, three watched attention heads, and checkpoints to go on from.
+"""Training: lessons of growing difficulty, four watched attention heads, and checkpoints to go on from.
 
 Time is the budget, not steps: the learning rate warms up, stays, and falls to a twentieth over the last quarter of the
 minutes given; the weight of attention supervision falls with it. A stage of the curriculum ends when the accuracy on
-values in the lessons (each made once, so never seen before) passes its mark, or when its tokens are spent.
+the choices in answers (each made once, so never seen before) passes its mark, or when its tokens are spent.
 
 On a CPU each worker process computes with one thread on its own lessons, and the gradients are averaged after each
 step: a network this small loses more to threads waiting for one another than it gains from them, above all on a
@@ -32,7 +32,7 @@ from rekindle.model.ember.lessons import Lesson, Mixture, Teacher
 from rekindle.model.ember.network import WATCHED_HEADS, Network, Shape, Watch
 
 SINGLE = ((Kind.DIRECT, 1.0), (Kind.COREFERENCE, 1.0))
-ALL = ((Kind.DIRECT, 1.0), (Kind.COREFERENCE, 1.0), (Kind.TWO_HOP, 1.2), (Kind.REVERSE, 0.6), (Kind.UNSTATED, 0.7))
+ALL = ((Kind.DIRECT, 1.0), (Kind.COREFERENCE, 1.0), (Kind.TWO_HOP, 1.0), (Kind.REVERSE, 1.3), (Kind.UNSTATED, 1.3))
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ STAGES: tuple[Stage, ...] = (
         10_000_000,
     ),
     Stage(
-        Mixture((3, 10), ((600, 0.2),), recap=0.35, kinds=ALL, small_talk=0.03, variety=0.2, num_turns=(6, 16)),
-        0.965,
+        Mixture((2, 9), ((600, 0.15),), recap=0.2, kinds=ALL, small_talk=0.03, variety=0.2, num_turns=(3, 12)),
+        0.95,
         10_000_000,
     ),
     Stage(
         Mixture(
             (4, 12),
             ((600, 0.2), (1200, 0.15), (2000, 0.15), (3600, 0.06)),
-            recap=0.3,
+            recap=0.2,
             kinds=ALL,
             small_talk=0.05,
             variety=0.3,
@@ -130,10 +130,9 @@ def _collate(lessons: list[Lesson], rng: random.Random, context_share: float = 0
         found = list(zip(lesson.subject_rows, lesson.subject_targets, strict=True))
         found = rng.sample(found, min(len(found), 160 + len(found) // 8))
         pairs["subject"] += [(number, row, target) for row, target in found]
-        pairs["value"] += [(number, row, to) for row, to in zip(lesson.value_rows, lesson.value_targets, strict=True)]
-        pairs["reverse"] += [
-            (number, row, to) for row, to in zip(lesson.reverse_rows, lesson.reverse_targets, strict=True)
-        ]
+        for name in ("value", "copy", "reverse"):
+            watched = zip(getattr(lesson, f"{name}_rows"), getattr(lesson, f"{name}_targets"), strict=True)
+            pairs[name] += [(number, row, target) for row, target in watched]
     places = torch.tensor(rows)
     watches = {
         name: Watch(*torch.tensor(found, dtype=torch.long).reshape(-1, 3).unbind(1)) for name, found in pairs.items()
@@ -199,8 +198,9 @@ class Losses:
     loss: float  # of the predicted tokens
     subject: float  # −log attention weight on the subject
     value: float  # … on the value
+    copy: float  # … on the name to be repeated
     reverse: float  # … on the value given in a reverse question
-    right: float  # share of the answers' values predicted right
+    right: float  # share of the answers' choices predicted right
     num_tokens: int
 
 
@@ -294,11 +294,12 @@ class Trainer:
                 gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient) / workers)
                 start += gradient.numel()
             figures = flat[start:]
-        loss, subject, value, reverse, right, checked, tokens = figures.tolist()
+        loss, subject, value, copy, reverse, right, checked, tokens = figures.tolist()
         return Losses(
             loss / workers,
             subject / workers,
             value / workers,
+            copy / workers,
             reverse / workers,
             right / max(1.0, checked),
             int(tokens),
