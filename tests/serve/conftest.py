@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
 from tests.engine.conftest import TOY_SPEC
+from tests.kv.doubles import DictTier
 
 from rekindle.engine.toy import ToyEngine
-from rekindle.kv.store import Store
+from rekindle.kv.store import Fetched, Store
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.serve.run import Clock, Run
@@ -68,11 +70,24 @@ class Answer:
 class Stage:
     """Scheduler, engine and store, with short words for tests."""
 
-    def __init__(self, num_cells: int = 2000, **options: int) -> None:
+    def __init__(self, num_cells: int = 2000, tiers: Sequence[DictTier] = (), **options: int) -> None:
         self.engine = ToyEngine(TOY_SPEC, num_cells)
-        self.store = Store(TOY_SPEC.fingerprint, max_bytes=options.pop("store_bytes", 1 << 30), block_tokens=16)
+        max_bytes = options.pop("store_bytes", 1 << 30)
+        self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers)
+        self.fetches: list[tuple[Run, Future[Fetched]]] = []  # begun, and ended by `end_fetches`
         given = {"max_running": 8, "max_residents": 8, "prefill_budget": 64, "min_tokens": 20, "max_length": num_cells}
-        self.scheduler = Scheduler(self.engine, self.store, Letters(), **(given | options))  # type: ignore[arg-type]
+        begin = self.begin_fetch if tiers else None
+        self.scheduler = Scheduler(self.engine, self.store, Letters(), fetch=begin, **(given | options))  # type: ignore[arg-type]
+
+    def begin_fetch(self, run: Run) -> Future[Fetched]:
+        self.fetches.append((run, Future()))
+        return self.fetches[-1][1]
+
+    def end_fetches(self) -> None:
+        for run, future in self.fetches:
+            prompt = run.generation.prompt
+            future.set_result(self.store.fetch(prompt.tokens, prompt.salt, compute=self.scheduler.prefill_speed))
+        self.fetches.clear()
 
     def submit(
         self, prompt: Sequence[int], max_tokens: int | None = 5, *, salt: bytes = b"", **options: object

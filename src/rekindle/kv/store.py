@@ -221,7 +221,9 @@ class Store:
             parts[Place(key=key, parent=parent, tail=True)] = rest[:length]
         there = tier.contains(list(parts)) if parts else []
         place = next((place for place, found in zip(parts, there, strict=True) if found), None)
-        tail = None if place is None else next(iter(tier.get([place])))
+        if place is None:
+            return None
+        tail = next(iter(tier.get([place])))
         return tail if tail is not None and np.array_equal(tail.tokens, parts[place]) else None
 
     def _promote(self, source: Tier, blocks: Sequence[Block]) -> None:
