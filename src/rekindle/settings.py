@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rekindle.errors import InvalidRequest, nearest
 
@@ -41,6 +41,14 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any) -> Any:
+        """Python counts True as 1; `threads = true` is a mistake all the same."""
+        if isinstance(value, bool):
+            raise ValueError("a number or text is expected")
+        return value
+
     @classmethod
     def load(cls, file: Path | None = None, environ: Mapping[str, str] | None = None, /, **flags: Any) -> Settings:
         """Merge the three sources; a flag that is None was not given. Raises InvalidRequest."""
@@ -59,13 +67,15 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise InvalidRequest(f"setting {name}: {first['msg']}, got {first['input']!r}", param=name) from None
+            raise InvalidRequest(
+                f"setting {name}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}", param=name
+            ) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         raise InvalidRequest(f"cannot read the settings file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, a path no file system holds
         raise InvalidRequest(f"the settings file {file} is not TOML: {error}") from None

@@ -1,19 +1,27 @@
 """What KV depends on, as one digest.
 
 llama.cpp checks a loaded state for layer count, types and row sizes only; that two models of one shape are not confused is
-ours to ensure. The weights' digest takes a second per gigabyte, so it is remembered beside the file's size and time.
+ours to ensure. The weights' digest takes a second per gigabyte, so it is remembered beside what tells that a file is still
+the same: path, size and times. The change time counts too, because the modification time can be set back; and a file
+that has just changed is not trusted yet, because it could change again within the clock's resolution.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
 
 from rekindle.errors import ModelError
+from rekindle.model.source import parts
+
+_SETTLED_NS = 2_000_000_000  # the coarsest file times in use are two seconds apart
+_DIGEST_BYTES = 16
 
 
 def cache_folder() -> Path:
@@ -22,16 +30,26 @@ def cache_folder() -> Path:
 
 
 def weights_digest(path: Path, folder: Path | None = None) -> bytes:
-    """Digest of a file's content, 16 bytes, computed once per (path, size, modification time). Raises ModelError."""
+    """Digest of a model's weights, 16 bytes, all parts of a split one; computed once for each state of the files.
+
+    Raises ModelError.
+    """
+    files = [path.with_name(part) for part in parts(path.name)]
+    digests = [_file_digest(file, folder or cache_folder() / "digests") for file in files]
+    return digests[0] if len(digests) == 1 else _digest(b"".join(digests))
+
+
+def _file_digest(path: Path, folder: Path) -> bytes:
     try:
-        stat = path.stat()
-        identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        note = (folder or cache_folder() / "digests") / f"{_digest(json.dumps(identity).encode()).hex()}.json"
+        now, stat = time.time_ns(), path.stat()
+        identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        note = folder / f"{_digest(json.dumps(identity).encode()).hex()}.json"
         known = _read(note, identity)
         if known is None:
             with path.open("rb") as file:
-                known = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-            _write(note, identity, known)
+                known = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)).digest()
+            if now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+                _write(note, identity, known)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     return known
@@ -43,13 +61,14 @@ def fingerprint(facts: Mapping[str, object]) -> bytes:
 
 
 def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
 def _read(note: Path, identity: list[object]) -> bytes | None:
     try:
         content = json.loads(note.read_text("utf-8"))
-        return bytes.fromhex(content["digest"]) if content["identity"] == identity else None
+        digest = bytes.fromhex(content["digest"])
+        return digest if content["identity"] == identity and len(digest) == _DIGEST_BYTES else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -58,7 +77,7 @@ def _write(note: Path, identity: list[object], digest: bytes) -> None:
     """Best effort: without a writable cache folder the digest is computed at each start."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{id(note)}.tmp")
+        temporary = note.with_suffix(f".{os.getpid()}.{id(note)}.tmp")
         temporary.write_text(json.dumps({"identity": identity, "digest": digest.hex()}), "utf-8")
         temporary.replace(note)
     except OSError:

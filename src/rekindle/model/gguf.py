@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,7 @@ import llama_cpp
 
 from rekindle.errors import ModelError
 from rekindle.model import llama_log
-
-MAGIC = b"GGUF"
+from rekindle.model.header import MAGIC, read_header
 
 
 class GgufModel:
@@ -21,15 +23,25 @@ class GgufModel:
         """Raises ModelError if the file is missing, not a GGUF, torn, or of an architecture llama.cpp lacks."""
         self.path = path
         _check_file(path)
+        self._header = read_header(path)
         llama_log.install()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
         llama_log.take_errors()
-        self.handle: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self.handle: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
-            raise ModelError(f"llama.cpp cannot load {path}: {llama_log.take_errors() or 'no reason given'}")
+            raise ModelError(self._why_not(llama_log.take_errors()))
+
+    def _why_not(self, complaint: str) -> str:
+        """What llama.cpp's refusal means, and what to do."""
+        if "unknown model architecture" in complaint:
+            return (
+                f"{self.path} is a model of the architecture {self._header.get('general.architecture')!r}, which "
+                f"llama-cpp-python {llama_cpp.__version__} does not know; a newer one may, or take another model"
+            )
+        return f"llama.cpp cannot load {self.path}: {complaint or 'no reason given'}; if it was copied, get it again"
 
     @property
     def vocab(self) -> Any:
@@ -110,27 +122,51 @@ class GgufModel:
     def kv_bytes_per_token(self, kv_type: str = "f16") -> int:
         """Bytes of K and V of one token over all layers, from the metadata."""
         bits = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}[kv_type]
-        heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
-        value = int(self.metadata(f"{self.architecture}.attention.value_length") or self.head_size)
-        return int(self.num_layers * heads * (self.head_size + value) * bits / 8)
+        key = self.head_size
+        value = int(self._fact("attention.value_length") or key)
+        return int(self._num_kv_heads * (key + value) * bits / 8)
 
     @property
     def head_size(self) -> int:
         """Width of one attention head's keys."""
-        stated = self.metadata(f"{self.architecture}.attention.key_length")
-        heads = max(1, int(llama_cpp.llama_model_n_head(self.handle)))
-        return int(stated or int(llama_cpp.llama_model_n_embd(self.handle)) // heads)
+        stated = self._fact("attention.key_length")
+        heads = max(1, *_each(self._fact("attention.head_count")))
+        return int(stated or int(self._fact("embedding_length") or 0) // heads)
+
+    @property
+    def _num_kv_heads(self) -> int:
+        """Over all layers; layers without attention have none."""
+        heads = self._fact("attention.head_count_kv")
+        stated = tuple(_each(self._fact("attention.head_count") if heads is None else heads))
+        return sum(stated) if len(stated) > 1 else sum(stated) * int(self._fact("block_count") or 0)
+
+    def _fact(self, key: str) -> Any:
+        """One of the architecture's own metadata values: a number, or a tuple with one for each layer."""
+        return self._header.get(f"{self.architecture}.{key}")
+
+
+def _each(value: int | Iterable[int] | None) -> Iterable[int]:
+    """A value that may be given for each layer."""
+    return (0 if value is None else value,) if isinstance(value, int | None) else value
 
 
 def _check_file(path: Path) -> None:
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ModelError(f"{path} is a folder; the path of a .gguf file is expected")
+        if not stat.S_ISREG(mode):
+            raise ModelError(f"{path} is not a regular file; the path of a .gguf file is expected")
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(len(MAGIC))
     except FileNotFoundError:
-        raise ModelError(f"there is no model file at {path}") from None
-    except IsADirectoryError:
-        raise ModelError(f"{path} is a folder; a .gguf file is expected") from None
+        expected = "expected builtin, the path of a .gguf file, or hf:owner/repo[:file]"
+        raise ModelError(f"there is no model file at {path}; {expected}") from None
     except OSError as error:
         raise ModelError(f"cannot read the model file {path}: {error.strerror}") from None
+    except ValueError as error:  # a path that no file system could hold
+        raise ModelError(f"{str(path)!r} is not a path: {error}") from None
+    if not start:
+        raise ModelError(f"{path} is empty; get it again from where it came")
     if start != MAGIC:
-        raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}")
+        raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}, expected {MAGIC!r}; convert it to GGUF")

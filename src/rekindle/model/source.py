@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from rekindle.errors import ModelError
+from rekindle.errors import ModelError, nearest
 
 BUILTIN = "builtin"
 HUB = "hf:"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_USUAL = ("q4_k_m", "q8_0", "f16")  # quantisations, the most usual first
+_NO_MODELS = ("mmproj", "imatrix")  # companions of a model that are GGUF files too
+_ANSWER_SECONDS = 10.0
 
 
 def locate(name: str) -> Path:
@@ -18,64 +23,105 @@ def locate(name: str) -> Path:
         return ember.weights_path()
     if name.startswith(HUB):
         return _from_hub(name)
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody who has no home
+        raise ModelError(f"{name!r} is not a path: {error}") from None
 
 
 def _from_hub(name: str) -> Path:
-    import httpx
-    from huggingface_hub import hf_hub_download
+    """Ask the hub; where it does not answer, take what was downloaded before."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
 
     repo, _, file = name.removeprefix(HUB).partition(":")
-    if repo.count("/") != 1:
-        raise ModelError(f"expected hf:owner/repo or hf:owner/repo:file.gguf, got {name!r}")
-    unreachable = ModelError(
-        f"the model hub cannot be reached and {name!r} is not in the local cache {HF_HUB_CACHE}; "
-        "go online once, or give the path of a .gguf file"
-    )
+    _check_name(name, repo, file)
     try:
-        return Path(hf_hub_download(repo, file or _choose(repo)))
-    except RepositoryNotFoundError:
-        raise ModelError(f"the hub has no repository {repo!r}, or it is private and no token is set") from None
+        return _fetch(repo, _choose(repo, _files(repo), file), offline=False)
+    except ModelError:
+        raise
+    except (
+        Exception
+    ) as error:  # offline, refused, gone, … : the client's HTTP library, and so its errors, vary with its version
+        reason = _reason(error, repo)
+    try:
+        return _fetch(repo, _choose(repo, _cached_files(repo), file), offline=True)
+    except (ModelError, OSError):
+        raise ModelError(
+            f"cannot get {name!r} from the model hub: {reason}. It is not in the local cache {HF_HUB_CACHE} either; "
+            "check the name and the network, or give the path of a .gguf file"
+        ) from None
+
+
+def _check_name(name: str, repo: str, file: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo.count("/") != 1 or ".." in file.split("/"):
+        raise ModelError(f"expected hf:owner/repo or hf:owner/repo:file.gguf, got {name!r}")
+    try:
+        validate_repo_id(repo)
     except HFValidationError as error:
         raise ModelError(f"{name!r} is not a hub name: {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError):
-        raise unreachable from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"cannot get {name!r} from the model hub (local cache {HF_HUB_CACHE}): {error}") from None
 
 
-def _choose(repo: str) -> str:
-    """The one GGUF file of a repository; of several the usual quantisation. Raises ModelError that lists them."""
-    files = sorted(file for file in _list(repo) if file.endswith(".gguf"))
-    if not files:
-        raise ModelError(f"the hub repository {repo!r} has no .gguf file")
-    for wanted in ("q4_k_m", "q8_0", "f16"):
-        fitting = [file for file in files if wanted in file.lower()]
-        if len(files) > 1 and len(fitting) == 1:
+def _reason(error: Exception, repo: str) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError):
+        return f"it has no repository {repo!r}, or it is private and no token is set"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "it cannot be reached: offline mode is set"
+    text = f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no reason given'}"
+    return text if isinstance(error, OSError) else f"it cannot be reached ({text})"
+
+
+def _fetch(repo: str, file: str, *, offline: bool) -> Path:
+    """A file in the local cache, downloaded if it is not there; of a split model all parts, and the first's path."""
+    from huggingface_hub import hf_hub_download
+
+    paths = [Path(hf_hub_download(repo, part, local_files_only=offline)) for part in parts(file)]
+    return paths[0]
+
+
+def parts(file: str) -> list[str]:
+    """The files that a model is split into, as llama.cpp names them: itself, unless its name says `-00001-of-00003`."""
+    split = _PART.fullmatch(file)
+    if split is None:
+        return [file]
+    stem, count = split[1], int(split[3])
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
+def _choose(repo: str, files: list[str], file: str) -> str:
+    """The file asked for, or the one model there is; of several the usual quantisation. Raises ModelError."""
+    models = [name for name in sorted(files) if name.endswith(".gguf") and parts(name)[0] == name]
+    models = [name for name in models if not any(word in name.lower() for word in _NO_MODELS)]
+    if file:
+        if file not in files:
+            raise ModelError(f"the hub repository {repo!r} has no file {file!r}{nearest(file, models or files)}")
+        return file
+    if not models:
+        raise ModelError(f"the hub repository {repo!r} has no .gguf file; Rekindle needs a model in that format")
+    for wanted in _USUAL:
+        fitting = [name for name in models if wanted in name.lower()]
+        if len(models) > 1 and len(fitting) == 1:
             return fitting[0]
-    if len(files) > 1:
-        raise ModelError(
-            f"the hub repository {repo!r} has several models; name one, as hf:{repo}:FILE: {', '.join(files)}"
-        )
-    return files[0]
+    if len(models) > 1:
+        several = ", ".join(models)
+        raise ModelError(f"the hub repository {repo!r} has several models; name one, as hf:{repo}:FILE: {several}")
+    return models[0]
 
 
-def _list(repo: str) -> list[str]:
-    """Files of a hub repository; offline, those in the local cache."""
-    import httpx
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def _files(repo: str) -> list[str]:
+    """Files of a hub repository. One request, without the retries that would keep an offline user waiting."""
+    from huggingface_hub import model_info
 
-    try:
-        return list(list_repo_files(repo))
-    except (httpx.TransportError, OfflineModeIsEnabled):
-        folder = Path(snapshot_download(repo, local_files_only=True))
-        return [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]
+    return [sibling.rfilename for sibling in model_info(repo, timeout=_ANSWER_SECONDS).siblings or ()]
+
+
+def _cached_files(repo: str) -> list[str]:
+    """Models of a hub repository that were downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, local_files_only=True))
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf")]
