@@ -22,6 +22,7 @@ from rekindle.errors import (
 )
 
 if TYPE_CHECKING:
+    from rekindle.kv.simple import SimpleKVCache
     from rekindle.serve.local import LLM
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "PromptTooLong",
     "RekindleError",
     "SessionError",
+    "SimpleKVCache",
     "StoreError",
     "load",
 ]
@@ -55,4 +57,8 @@ def __getattr__(name: str) -> Any:
         from rekindle.serve.local import LLM
 
         return LLM
+    if name == "SimpleKVCache":
+        from rekindle.kv.simple import SimpleKVCache
+
+        return SimpleKVCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
