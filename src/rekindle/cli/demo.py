@@ -147,9 +147,10 @@ def _figures(stops: Sequence[Stop]) -> dict[str, Any]:
 
 def tour_table(steps: Sequence[dict[str, Any]]) -> Table:
     """The figures for people."""
-    table = Table(caption="calls: model calls before the first token", caption_justify="left")
-    table.add_column("tokens of the prompt:")
-    for heading in ("in all", "reused", "computed", "calls", "TTFT", "without reuse"):
+    caption = "prompt, reused, computed: tokens; calls: model calls before the first token"
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("")
+    for heading in ("prompt", "reused", "computed", "calls", "TTFT", "without reuse"):
         table.add_column(heading, justify="right")
     for step in steps:
         counts = (
