@@ -41,7 +41,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         try:
             self._template: Template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # TemplateError, or what its compiler stumbles over, such as endless nesting
             raise ModelError(f"the model's chat template is not valid: {error}") from None
         self._special = {"bos_token": bos, "eos_token": eos}
 
