@@ -6,12 +6,15 @@ never give a wrong one. One contract test class runs over every tier.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
+from rekindle.tokens import Tokens, common_length
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +53,14 @@ class Tier(Protocol):
     def contains(self, places: Sequence[Place]) -> list[bool]:
         """Which are there, without reading them or counting a use."""
 
-    def tails(self, parent: Key) -> list[Block]:
-        """All tails filed under a parent."""
+    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
+        """All tails filed under a parent; with `like` only the one that shares most tokens with it, if any does."""
 
     def put(self, chain: Sequence[Block]) -> None:
         """Keep the blocks of one chain, given head first. What is there already is not written again."""
+
+    def touch(self, places: Sequence[Place]) -> None:
+        """Count a use of this chain, given head first, which a faster tier served."""
 
     def remove(self, places: Sequence[Place]) -> None:
         """Forget these, if they are there."""
@@ -69,3 +75,19 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Free what is held; nothing may be called afterwards."""
+
+
+def place_of(block: Block) -> Place:
+    """Where a block is looked for. Tails are what has logits."""
+    return Place(key=block.key, parent=block.parent, tail=block.logits is not None)
+
+
+def most_alike(candidates: Iterable[tuple[T, Tokens]], like: Tokens) -> T | None:
+    """Of things with tokens, the one that shares most of them with `like`; among equals the one with fewest others."""
+    best, best_rank = None, (0, 0)
+    for candidate, tokens in candidates:
+        shared = common_length(tokens, like)
+        rank = (shared, -len(tokens))
+        if shared and rank > best_rank:
+            best, best_rank = candidate, rank
+    return best

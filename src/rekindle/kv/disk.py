@@ -1,0 +1,317 @@
+"""The disk tier: the file system is the index, so there is none to lose, and a restart starts warm.
+
+Several processes may use one folder, and any number of models: a key names the model too. They need no agreement but the
+file system's: a block appears whole or not at all, and its modification time is its last use. What is kept in memory is
+only a count of bytes and a list of the next victims, both from the last walk through the folder, which is repeated when
+the victims have run out or much has been written since. So the budget holds at every moment in a folder with one writer;
+each further writer can exceed it by about as much as it writes between two walks, 1/32 of the budget.
+
+Eviction is by last use. A use of a chain marks its head as used last, its tail a little earlier, so chains die from the
+tail. A victim is looked at once more before it goes: if anyone has used it since the walk, it stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rekindle.errors import CorruptBlock, TierUnavailable
+from rekindle.kv.block import Block
+from rekindle.kv.breaker import Breaker
+from rekindle.kv.folder import File, Folder, disk_bytes
+from rekindle.kv.format import decode, encode_parts, peek_tokens
+from rekindle.kv.keys import Key
+from rekindle.kv.tier import Place, TierStats, most_alike, place_of
+from rekindle.tokens import Tokens
+
+_STEP_NS = 1000  # between the marks of a block and its successor, in one use
+_TOUCH_NS = 10 * 10**9  # a mark younger than this is not renewed
+_MAX_VICTIMS = 4096
+_WALK_SHARE = 32  # of the budget: written since the last walk, it asks for another
+_ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
+_DEAD_WRITER_SECONDS = 600
+_MAX_BACKOFF_SECONDS = 30.0
+_PEEK = 256  # tails of one parent that are looked into, at most
+
+
+class DiskTier:
+    """Blocks in a folder. Thread-safe; reading takes no lock. Opening it touches nothing: the first use does."""
+
+    name = "disk"
+
+    def __init__(
+        self, folder: Path, *, fingerprint: bytes, max_bytes: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.max_bytes = max_bytes
+        self._folder = Folder(folder)
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._reads = Breaker(clock, max_backoff_seconds=_MAX_BACKOFF_SECONDS)
+        self._writes = Breaker(clock, max_faults=1, max_backoff_seconds=_MAX_BACKOFF_SECONDS)
+        self._writing = threading.Lock()  # one change at a time
+        self._counting = threading.Lock()  # for the numbers below, held for moments
+        self._blocks = self._block_bytes = self._aside_bytes = 0
+        self._hits = self._misses = self._evictions = self._corrupt = 0
+        self._last_mark = 0
+        self._victims: deque[File] = deque()  # least recently used first, as of the last walk
+        self._bytes_since_walk: int | None = None  # None before the first
+
+    # Reading.
+
+    def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
+        """Read as they are asked for; a caller that stops asking has read no more."""
+        read: list[tuple[Path, int]] = []
+        try:
+            for place in places:
+                path = self._folder.path_of(place)
+                with self._reads.attempt(), self._faults("read"):
+                    block, used_ns = self._load(path, place)
+                if block is not None:
+                    read.append((path, used_ns))
+                yield block
+        finally:
+            self._mark(read)
+
+    def contains(self, places: Sequence[Place]) -> list[bool]:
+        with self._reads.attempt(), self._faults("read"):
+            return [_used_ns(self._folder.path_of(place)) is not None for place in places]
+
+    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
+        with self._reads.attempt(), self._faults("read"):
+            places = self._folder.tails(parent)
+            if like is not None:
+                best = most_alike(self._peek(places[:_PEEK]), like)
+                places = [best] if best is not None else []
+            blocks = (self._load(self._folder.path_of(place), place)[0] for place in places)
+            return [block for block in blocks if block is not None]
+
+    def _peek(self, places: Sequence[Place]) -> Iterator[tuple[Place, Tokens]]:
+        for place in places:
+            with suppress(FileNotFoundError):
+                tokens = peek_tokens(self._folder.read_beginning(self._folder.path_of(place)))
+                if tokens is not None:
+                    yield place, tokens
+
+    def _load(self, path: Path, place: Place) -> tuple[Block | None, int]:
+        """The block and its last use. Counted; a file that is not the block it should be is set aside."""
+        try:
+            data, used_ns = self._folder.read(path)
+            block = decode(data, self._fingerprint)
+            if place_of(block) != place:
+                raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
+        except FileNotFoundError:
+            self._count(misses=1)
+            return None, 0
+        except CorruptBlock:
+            self._count(misses=1, corrupt=1)
+            self._set_aside(path)
+            return None, 0
+        self._count(hits=1)
+        return block, used_ns
+
+    def _set_aside(self, path: Path) -> None:
+        with suppress(OSError):  # in a read-only folder it stays, and is a miss every time
+            num_bytes = disk_bytes(path.stat().st_size)
+            self._folder.set_aside(path, self.max_bytes // _ASIDE_SHARE)
+            self._count(blocks=-1, block_bytes=-num_bytes)
+            self._aside_bytes = self._folder.aside_bytes()
+
+    # Marking uses.
+
+    def touch(self, places: Sequence[Place]) -> None:
+        with self._reads.attempt(), self._faults("read"):
+            paths = [self._folder.path_of(place) for place in places]
+            found = ((path, _used_ns(path)) for path in paths)
+            self._mark([(path, used_ns) for path, used_ns in found if used_ns is not None])
+
+    def _mark(self, chain: Sequence[tuple[Path, int | None]]) -> int:
+        """Mark the files of a chain, given head first with their last use, as used now. None: one still to be written.
+
+        Nothing is ever left with an older mark than its successor, so a young mark is renewed if one behind it is.
+        Returns the head's mark; each successor's is a step older.
+        """
+        newest = self._newest_mark(len(chain))
+        behind = 0
+        for index, (path, used_ns) in reversed(list(enumerate(chain))):
+            mark = newest - index * _STEP_NS
+            if used_ns is None:
+                behind = mark
+            elif used_ns >= max(behind, newest - _TOUCH_NS):
+                behind = used_ns
+            else:
+                behind = mark
+                with suppress(OSError):  # gone, or not ours to mark: reading goes on
+                    os.utime(path, ns=(mark, mark))
+        return newest
+
+    def _newest_mark(self, length: int) -> int:
+        """The mark of the head of a chain of this length, younger by all of it than any that was given."""
+        with self._counting:
+            self._last_mark = max(int(self._clock() * 1e9), self._last_mark + (length + 1) * _STEP_NS)
+            return self._last_mark
+
+    # Writing.
+
+    def put(self, chain: Sequence[Block]) -> None:
+        """Blocks that don't fit beside more recently used ones are left out, and so are those after them."""
+        with self._writing, self._writes.attempt(), self._faults("written"):
+            paths = [self._folder.path_of(place_of(block)) for block in chain]
+            known = [_used_ns(path) for path in paths]
+            newest = self._mark(list(zip(paths, known, strict=True)))
+            for index, (block, path) in enumerate(zip(chain, paths, strict=True)):
+                if known[index] is None and not self._write(path, block, newest - index * _STEP_NS):
+                    return
+
+    def _write(self, path: Path, block: Block, mark: int) -> bool:
+        """Whether there was room for it."""
+        parts = encode_parts(block, self._fingerprint)
+        num_bytes = disk_bytes(sum(len(part) for part in parts))
+        if not self._make_room(num_bytes, mark):
+            return False
+        self._folder.write(path, parts, mark)
+        self._count(blocks=1, block_bytes=num_bytes)
+        self._bytes_since_walk = (self._bytes_since_walk or 0) + num_bytes
+        return True
+
+    def _make_room(self, num_bytes: int, mark: int) -> bool:
+        """Evict until so much fits. False, with nothing lost for it, if that would cost what is used more recently."""
+        if num_bytes > self.max_bytes:
+            return False
+        if self._bytes_since_walk is None or self._bytes_since_walk > self.max_bytes // _WALK_SHARE:
+            self._walk()
+        walked = False
+        while self._block_bytes + self._aside_bytes + num_bytes > self.max_bytes:
+            if self._victims:
+                victim = self._victims.popleft()
+                if victim.used_ns >= mark:
+                    return False
+                self._evict(victim)
+            elif walked:
+                return False
+            else:
+                self._walk()
+                walked = True
+        return True
+
+    def _evict(self, victim: File) -> None:
+        """Unless it has been used since the walk."""
+        used_ns = _used_ns(victim.path)
+        if used_ns == victim.used_ns:
+            victim.path.unlink(missing_ok=True)
+            self._count(evictions=1)
+        if used_ns in (None, victim.used_ns):
+            self._count(blocks=-1, block_bytes=-victim.num_bytes)
+
+    def remove(self, places: Sequence[Place]) -> None:
+        with self._writing, self._writes.attempt(), self._faults("written"):
+            for place in places:
+                path = self._folder.path_of(place)
+                with suppress(FileNotFoundError):
+                    num_bytes = disk_bytes(path.stat().st_size)
+                    path.unlink()
+                    self._count(blocks=-1, block_bytes=-num_bytes)
+
+    def clear(self) -> None:
+        """All blocks of all models, and what was set aside."""
+        with self._writing, self._writes.attempt(), self._faults("written"):
+            self._folder.clear()
+            self._walk()
+
+    # Counting.
+
+    def scan(self) -> None:
+        """Count what is in the folder, whoever wrote it, and clear away what dead writers left: microseconds a file."""
+        with self._writing, self._reads.attempt(), self._faults("read"):
+            self._walk()
+
+    def _walk(self) -> None:
+        too_old = int((self._clock() - _DEAD_WRITER_SECONDS) * 1e9)
+        blocks, num_bytes, files = 0, 0, []
+        for file in self._folder.walk():
+            if not file.block and file.used_ns < too_old:
+                with suppress(OSError):
+                    file.path.unlink(missing_ok=True)
+                    continue
+            num_bytes += file.num_bytes
+            if file.block:
+                blocks += 1
+                files.append(file)
+        with self._counting:
+            self._blocks, self._block_bytes = blocks, num_bytes
+        self._aside_bytes = self._folder.aside_bytes()
+        self._victims = deque(heapq.nsmallest(_MAX_VICTIMS, files, key=lambda file: file.used_ns))
+        self._bytes_since_walk = 0
+
+    def stats(self) -> TierStats:
+        with self._counting:
+            return TierStats(
+                name=self.name,
+                blocks=self._blocks,
+                bytes=self._block_bytes + self._aside_bytes,
+                max_bytes=self.max_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                faults=self._reads.faults + self._writes.faults,
+                corrupt=self._corrupt,
+                state=self._writes.state if self._writes.state != "ok" else self._reads.state,
+            )
+
+    def check_integrity(self) -> None:
+        """Reads every file. What other processes changed since the last `scan` is taken for a wrong count."""
+        with self._writing:
+            files = [file for file in self._folder.walk() if file.block]
+            for file in files:
+                block = decode(self._folder.read(file.path)[0], None)
+                assert self._folder.path_of(place_of(block)) == file.path, f"{file.path} is filed wrong"
+            assert self._blocks == len(files), f"{self._blocks} blocks counted, {len(files)} there"
+            num_bytes = sum(file.num_bytes for file in self._folder.walk())
+            assert self._block_bytes == num_bytes, f"{self._block_bytes} bytes counted, {num_bytes} there"
+            assert self._aside_bytes == self._folder.aside_bytes()
+            assert self._block_bytes + self._aside_bytes <= self.max_bytes
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _count(
+        self,
+        *,
+        hits: int = 0,
+        misses: int = 0,
+        corrupt: int = 0,
+        evictions: int = 0,
+        blocks: int = 0,
+        block_bytes: int = 0,
+    ) -> None:
+        """The one place where numbers change, but for a walk."""
+        with self._counting:
+            self._hits += hits
+            self._misses += misses
+            self._corrupt += corrupt
+            self._evictions += evictions
+            self._blocks += blocks
+            self._block_bytes += block_bytes
+
+    @contextmanager
+    def _faults(self, done: str) -> Iterator[None]:
+        """OSError as TierUnavailable, in words."""
+        try:
+            yield
+        except OSError as error:
+            full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(error.errno or 0)
+            raise TierUnavailable(f"the store's folder {self._folder.path} can't be {done}: {full}") from error
+
+
+def _used_ns(path: Path) -> int | None:
+    """When a file was last used; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

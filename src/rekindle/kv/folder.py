@@ -1,0 +1,173 @@
+"""The files of the disk tier: what they are called, and how they are read, written, walked and set aside.
+
+    <folder>/v1/ab/cd/abcd….safetensors          a block, by its key
+    <folder>/v1/ab/cd/abcd….<key>.safetensors    a tail, by its parent's key and its own, so that one small folder has
+                                                 all tails of a parent
+    <folder>/v1/ab/cd/.<random>.writing          a file that is being written, or was when its writer died
+    <folder>/v1/aside/                           the last few files that were not what was written
+
+A file gets its name only when it is whole, so readers need no lock. There is no fsync: what a killed process has written
+stays, and what a power failure tears fails its checksum. Everything here raises OSError as it comes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle.kv.format import SUFFIX, VERSION, Buffer
+from rekindle.kv.keys import Key
+from rekindle.kv.tier import Place
+
+_NAME = re.compile(rf"(?:([0-9a-f]{{32}})\.)?([0-9a-f]{{32}}){re.escape(SUFFIX)}")
+_FAN = re.compile(r"[0-9a-f]{2}")
+_WRITING = ".writing"
+_PAGE_BYTES = 4096  # what a file system gives out at once, mostly
+_MAX_ASIDE = 16
+_FOLDER_MODE, _FILE_MODE = 0o700, 0o600  # prompts are private
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    path: Path
+    num_bytes: int  # as it occupies the disk
+    used_ns: int  # its modification time, which a use sets anew
+    block: bool  # or else something half written
+
+
+def disk_bytes(length: int) -> int:
+    """What a file of this length takes of the disk."""
+    return -(-length // _PAGE_BYTES) * _PAGE_BYTES
+
+
+class Folder:
+    """One folder of blocks, shared with whoever else uses it. Holds nothing but its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._root = path / f"v{VERSION}"
+        self._aside = self._root / "aside"
+
+    def path_of(self, place: Place) -> Path:
+        if place.tail:
+            return self._fan(place.parent) / f"{place.parent.hex()}.{place.key.hex()}{SUFFIX}"
+        return self._fan(place.key) / f"{place.key.hex()}{SUFFIX}"
+
+    def tails(self, parent: Key) -> list[Place]:
+        beginning = f"{parent.hex()}."
+        try:
+            with os.scandir(self._fan(parent)) as entries:
+                names = [entry.name for entry in entries if entry.name.startswith(beginning)]
+        except FileNotFoundError:
+            return []
+        matches = (_NAME.fullmatch(name) for name in names)
+        return [Place(key=bytes.fromhex(match[2]), parent=parent, tail=True) for match in matches if match]
+
+    def read(self, path: Path) -> tuple[bytes, int]:
+        """All bytes of a file, in one piece, and when it was last used."""
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(handle)
+            return os.read(handle, status.st_size), status.st_mtime_ns
+        finally:
+            os.close(handle)
+
+    def read_beginning(self, path: Path) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            return file.read(_PAGE_BYTES)
+
+    def write(self, path: Path, parts: Sequence[Buffer], used_ns: int) -> None:
+        """Make a whole file appear under this name, at once; on failure nothing is left behind."""
+        temporary = path.with_name(f".{os.urandom(8).hex()}{_WRITING}")
+        handle = self._create(temporary)
+        try:
+            try:
+                for part in parts:
+                    _write_all(handle, memoryview(part))
+                os.utime(handle, ns=(used_ns, used_ns))
+            finally:
+                os.close(handle)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def walk(self) -> Iterator[File]:
+        """All blocks and half-written files. Other people's files are passed over."""
+        for folder in self._folders():
+            for entry in _entries(folder):
+                block = _NAME.fullmatch(entry.name) is not None
+                if (block or entry.name.endswith(_WRITING)) and entry.is_file(follow_symlinks=False):
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    used_ns, num_bytes = status.st_mtime_ns, disk_bytes(status.st_size)
+                    yield File(path=Path(entry.path), num_bytes=num_bytes, used_ns=used_ns, block=block)
+
+    def set_aside(self, path: Path, max_bytes: int) -> None:
+        """Take a file out of use, but keep it for whoever wants to know, beside the last few such files."""
+        self._aside.mkdir(_FOLDER_MODE, exist_ok=True)
+        path.replace(self._aside / path.name)
+        left = max_bytes
+        kept = sorted(self._set_aside(), key=lambda file: file.used_ns, reverse=True)
+        for index, file in enumerate(kept):
+            left -= file.num_bytes
+            if index >= _MAX_ASIDE or left < 0:
+                file.path.unlink(missing_ok=True)
+
+    def aside_bytes(self) -> int:
+        return sum(file.num_bytes for file in self._set_aside())
+
+    def clear(self) -> None:
+        """Delete all that is ours, and the folders that are empty then."""
+        for file in [*self.walk(), *self._set_aside()]:
+            file.path.unlink(missing_ok=True)
+        for folder in [*self._folders(), *self._fans(self._root), self._aside, self._root]:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or not there
+                continue
+
+    def _fan(self, key: Key) -> Path:
+        name = key.hex()
+        return self._root / name[:2] / name[2:4]
+
+    def _folders(self) -> Iterator[Path]:
+        for outer in self._fans(self._root):
+            yield from self._fans(outer)
+
+    def _fans(self, folder: Path) -> list[Path]:
+        return [Path(entry.path) for entry in _entries(folder) if _FAN.fullmatch(entry.name) and entry.is_dir()]
+
+    def _set_aside(self) -> list[File]:
+        found = []
+        for entry in _entries(self._aside):
+            status = entry.stat(follow_symlinks=False)
+            size = disk_bytes(status.st_size)
+            found.append(File(path=Path(entry.path), num_bytes=size, used_ns=status.st_mtime_ns, block=False))
+        return found
+
+    def _create(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, _FILE_MODE)
+        except FileNotFoundError:
+            path.parent.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
+            return os.open(path, flags, _FILE_MODE)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _write_all(handle: int, data: memoryview) -> None:
+    while data.nbytes:
+        data = data[os.write(handle, data) :]
