@@ -1,0 +1,134 @@
+"""A real Redis (or Valkey) server on a free port, and a wire to it that can be cut."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
+needs_redis = pytest.mark.skipif(PROGRAM is None, reason="neither redis-server nor valkey-server is installed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """Keeps its port when it is stopped and started again."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        self.options = options
+        self.folder = folder
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        where = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder)]
+        forgetful = ["--save", "", "--appendonly", "no"]
+        assert PROGRAM is not None
+        self.process = subprocess.Popen(
+            [PROGRAM, *where, *forgetful, *self.options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self.process.stdout is not None
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if "Ready to accept connections" in line:
+                return
+        raise RuntimeError("".join(said))
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def ask(self, *command: bytes | int) -> object:
+        """One command, past the tier."""
+        from rekindle.kv.resp import Connection, Server
+
+        password = self.options[self.options.index("--requirepass") + 1] if "--requirepass" in self.options else None
+        connection = Connection(Server.parse(self.url, password), 10.0)
+        try:
+            connection.send([command])
+            return connection.receive()
+        finally:
+            connection.close()
+
+
+class Wire:
+    """A TCP proxy that passes so many bytes of the server's answers, and then cuts all connections."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._left: int | None = None
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def cut_after(self, num_bytes: int | None) -> None:
+        with self._lock:
+            self._left = num_bytes
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            for source, target, counted in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._pump, args=(source, target, counted), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        try:
+            while data := source.recv(1 << 14):
+                with self._lock:
+                    if counted and self._left is not None:
+                        data = data[: self._left]
+                        self._left -= len(data)
+                    is_cut = counted and self._left == 0
+                target.sendall(data)
+                if is_cut:
+                    break
+        except OSError:
+            pass
+        for end in (source, target):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
