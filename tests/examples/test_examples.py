@@ -1,0 +1,98 @@
+"""The examples run, on the real model, and what they show adds up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+needs_torch = pytest.mark.skipif(
+    not (find_spec("torch") and find_spec("transformers")), reason="needs torch and transformers"
+)
+
+
+def run(name: str, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    one_thread = {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}  # small work: more threads would wait for each other
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | one_thread | (env or {}),
+        check=False,
+    )
+
+
+def report_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return report
+
+
+def check_times(report: dict[str, Any]) -> None:
+    for arm in ("without_cache", "with_cache"):
+        times = report[arm]
+        assert 0 < times["p50_ms"] <= times["p95_ms"] <= times["p99_ms"]
+        assert times["first_token_p50_ms"] < times["p50_ms"]
+        assert times["requests_per_second"] == pytest.approx(1000 / times["average_ms"])
+    assert report["speed_up"] > 0
+    assert report["stats"]["time_saved_seconds"] > 0
+
+
+@needs_torch
+@pytest.mark.slow
+def test_comparison() -> None:
+    result = run("comparison", "--requests", "8", "--prefixes", "2", "--tokens", "200", "--max-tokens", "4")
+    report = report_of(result)
+    check_times(report)
+    stats = report["stats"]
+    assert (stats["total_requests"], stats["misses"]) == (8, 2)
+    assert stats["hit_rate_percent"] == 75
+    assert report["workload"]["prompt_tokens"] > 200
+    assert report["equal_answers"] >= 7  # one may hang on rounding
+    for words in ("without cache", "P99", "requests/s", "Hit rate 75.0 %", "time saved"):
+        assert words in result.stdout
+    assert "100%" in result.stderr  # the progress bar
+
+
+@needs_torch
+@pytest.mark.slow
+def test_multilayer() -> None:
+    options = ("--rounds", "3", "--continuations", "3", "--tokens", "150", "--new-tokens", "30", "--max-tokens", "4")
+    result = run("multilayer", *options)
+    report = report_of(result)
+    check_times(report)
+    num_layers = report["workload"]["layers"]
+    assert report["requests"] == {"asked": 9, "found": 6, "continued": 2}
+    assert report["layers"] == {"asked": 9 * num_layers, "found": 6 * num_layers}
+    assert report["stats"]["hits"] == 6 + 2  # whole contexts and beginnings, each one request
+    assert report["stats"]["misses"] == 3
+    assert report["tokens"]["read"] < report["tokens"]["in_prompts"] / 3
+    assert report["equal_answers"] >= 8
+    for words in ("6 of 9 (66.7 %)", f"{6 * num_layers} of {9 * num_layers}", "tokens read"):
+        assert words in result.stdout
+
+
+@needs_torch
+@pytest.mark.slow
+def test_a_cache_that_is_too_small_costs_time_but_no_answer() -> None:
+    options = ("--rounds", "2", "--continuations", "2", "--tokens", "60", "--max-tokens", "3", "--max-size-gb", "1e-6")
+    report = report_of(run("multilayer", *options))
+    assert report["requests"] == {"asked": 4, "found": 0, "continued": 0}
+    assert report["equal_answers"] >= 3
+
+
+@pytest.mark.parametrize("name", ["comparison", "multilayer"])
+def test_without_torch_the_examples_say_what_to_install(name: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    result = run(name, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    assert result.stderr.startswith('This example needs PyTorch and transformers: pip install "rekindle[torch]"')
+    assert "Traceback" not in result.stderr
