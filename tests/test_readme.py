@@ -33,8 +33,16 @@ def curl_lines() -> list[str]:
     return [f"curl {command}".strip() for command in re.split(r"^curl ", script, flags=re.MULTILINE)[1:]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing goes to, or comes from, the cache folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(cache: None) -> Iterator[str]:
     with closing(Service.open(Settings(context=2048))) as service, running(service) as url:
         yield url
 

@@ -46,6 +46,14 @@ def test_a_hub_model_offline_names_the_cache_that_was_searched(run: Run, tmp_pat
     assert str(cache) in result.stderr
 
 
+def test_a_hub_that_cannot_be_reached_names_the_cache_that_was_searched(run: Run, tmp_path: Path) -> None:
+    cache = tmp_path / "hub"
+    result = run("info", "hf:owner/repo", env={"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_CACHE": str(cache)})
+    assert result.returncode == 1
+    assert str(cache) in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 def test_a_hub_name_without_an_owner(run: Run) -> None:
     result = run("info", "hf:model")
     assert result.returncode == 1
