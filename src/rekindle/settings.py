@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from rekindle.errors import InvalidRequest, nearest
 
@@ -36,7 +36,10 @@ class Settings(BaseModel):
     max_queue: int = Field(256, ge=1, description="requests that may wait; one more is refused")
     block_tokens: int = Field(64, ge=1, description="tokens per stored block")
     min_tokens: int = Field(20, ge=0, description="prompts shorter than this are not stored")
-    store_memory: int = Field(1 << 30, ge=0, description="bytes of the store's memory tier")
+    store_memory: ByteSize = Field(ByteSize(1 << 30), description="size of the store's memory tier")
+    store: str = Field("auto", description="folder of the store's disk tier, or none; auto: in the user's cache folder")
+    store_disk: ByteSize = Field(ByteSize(20 << 30), description="size of the store's disk tier")
+    store_flush_seconds: float = Field(10.0, ge=0, description="at the end, time to write what is not on disk yet")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")

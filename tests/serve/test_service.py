@@ -25,7 +25,7 @@ def toy() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Service]:
-    with Service.open(Settings(threads=1)) as service:
+    with Service.open(Settings(threads=1, store="none")) as service:
         yield service
         service.check_integrity()
 
@@ -196,7 +196,7 @@ def test_a_worker_that_fails_answers_everybody() -> None:
 
 
 def test_five_lines_of_python() -> None:
-    with rekindle.load(threads=1) as llm:
+    with rekindle.load(threads=1, store="none") as llm:
         whole = llm.generate(STORY, max_tokens=10)
         assert "".join(llm.stream(STORY, max_tokens=10)) == whole
         assert llm.last is not None and llm.last.timings.prefill_calls == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -56,6 +57,8 @@ def variable_of(name: str) -> str:
 
 def default_of(field: FieldInfo) -> str | None:
     """The default as text; None where the description says what happens without a value."""
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable(separator="")
     return None if field.default is None else str(field.default)
 
 
@@ -64,7 +67,7 @@ def values_of(field: FieldInfo) -> str:
     inner = _inner_type(field)
     if get_origin(inner) is Literal:
         return "|".join(str(value) for value in get_args(inner))
-    return {int: "INTEGER", float: "NUMBER", bool: "true|false"}.get(inner, "TEXT")
+    return {int: "INTEGER", float: "NUMBER", bool: "true|false", ByteSize: "SIZE"}.get(inner, "TEXT")
 
 
 def help_of(field: FieldInfo) -> str:

@@ -134,7 +134,7 @@ def run_decode(
         threads=threads or usable_cores(),
         context=context,
     )
-    settings = Settings.load(model=model, threads=workload.threads, context=context)
+    settings = Settings.load(model=model, threads=workload.threads, context=context, store="none")
     with Service.open(settings) as service:
         return measure_decode(locate(model), workload, lambda prompt: worker_arm(service, prompt))
 

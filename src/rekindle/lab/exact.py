@@ -66,7 +66,7 @@ def run_exact(
     """The whole experiment on a model. Raises ModelError or InvalidRequest."""
     if min(prompts, answer_tokens) < 1:
         raise InvalidRequest("prompts and answer tokens must be 1 or more")
-    settings = Settings.load(model=model, kv_type=kv_type, threads=threads or usable_cores())
+    settings = Settings.load(model=model, kv_type=kv_type, threads=threads or usable_cores(), store="none")
     with Service.open(settings) as service:
         random = np.random.default_rng(seed)
         asked = [_random_prompt(random, service) for _ in range(prompts)]

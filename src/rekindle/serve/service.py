@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -16,7 +19,10 @@ from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest, PromptTooLong
-from rekindle.kv.store import Store
+from rekindle.kv.disk import DiskTier
+from rekindle.kv.store import Fetched, Store
+from rekindle.kv.tier import Tier
+from rekindle.model.fingerprint import cache_folder
 from rekindle.model.model import Model
 from rekindle.model.spec import ModelSpec
 from rekindle.reuse.prompt import Prompt
@@ -30,6 +36,7 @@ from rekindle.settings import Settings
 from rekindle.tokens import as_tokens
 
 DEFAULT_CELLS = 8192
+FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
 
 
 class Ticket(Protocol):
@@ -78,8 +85,14 @@ class Service:
         self.max_tokens = min(engine.num_cells, engine.spec.train_context)  # of one sequence, prompt and answer
         self._engine = engine
         self._store = Store(
-            engine.spec.fingerprint, max_bytes=settings.store_memory, block_tokens=settings.block_tokens
+            engine.spec.fingerprint,
+            max_bytes=settings.store_memory,
+            block_tokens=settings.block_tokens,
+            tiers=_tiers(settings, engine),
         )
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
+        self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
+        self._writer.start()
         scheduler = Scheduler(
             engine,
             self._store,
@@ -89,7 +102,9 @@ class Service:
             prefill_budget=settings.prefill_budget,
             min_tokens=settings.min_tokens,
             max_length=self.max_tokens,
+            fetch=self._begin_fetch if self._store.tiers else None,
         )
+        self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
         self._transcripts = Transcripts()
@@ -107,8 +122,11 @@ class Service:
             raise
 
     def close(self) -> None:
-        """Stop the worker; running generations end as cancelled."""
+        """Stop the worker; running generations end as cancelled. What is not on disk yet is written."""
         self._worker.stop()
+        self._fetchers.shutdown(cancel_futures=True)
+        self._store.close(self.settings.store_flush_seconds)
+        self._writer.join()
         self._engine.shutdown()
         self.model.close()
 
@@ -188,6 +206,13 @@ class Service:
         self._worker.submit(run)
         return run
 
+    def _begin_fetch(self, run: Run) -> Future[Fetched]:
+        """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
+        prompt = run.generation.prompt
+        future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=self._prefill_speed)
+        future.add_done_callback(lambda _: self._worker.wake())
+        return future
+
     def _remembering(self, generation: Generation, sink: Sink) -> Sink:
         """Note the whole text of a finished sequence before its end is told."""
         prompt = generation.prompt
@@ -240,6 +265,16 @@ class Service:
         """Forget all residents and everything stored. Running requests go on."""
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
+
+    def settle(self, timeout_seconds: float | None = None) -> bool:
+        """Save every resident to the store and wait until it is written; False if that took too long."""
+
+        def save(scheduler: Scheduler) -> None:
+            while scheduler.residents.save_one():
+                pass
+
+        self._worker.call(save)
+        return self._store.behind.flush(timeout_seconds)
 
     def evict_residents(self) -> None:
         """Let every idle sequence leave the engine for the store."""
@@ -298,6 +333,14 @@ def _llama_engine(settings: Settings, model: Model) -> Engine:
         kv_type=settings.kv_type,
         max_sequences=_num_sequences(settings),
     )
+
+
+def _tiers(settings: Settings, engine: Engine) -> list[Tier]:
+    """The slower tiers as set; a toy engine's KV is not worth a file unless a folder is named."""
+    if settings.store == "none" or not settings.store_disk or (settings.store == "auto" and settings.engine == "toy"):
+        return []
+    folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
+    return [DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk)]
 
 
 def _toy_engine(settings: Settings, model: Model) -> Engine:

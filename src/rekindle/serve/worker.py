@@ -137,6 +137,8 @@ class Worker:
             self._stopping = True
         self._obey()
         self._scheduler.fail_all(Stopping("the server is being stopped"))
+        while self.failure is None and self._scheduler.residents.save_one():
+            pass
         self._publish()
 
     def _check_alive(self) -> None:
