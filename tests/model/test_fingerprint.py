@@ -53,7 +53,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour has passed since the files were written."""
-    monkeypatch.setattr(module.time, "time_ns", lambda real=time.time_ns: real() + 3600 * 10**9)
+    real = time.time_ns
+    monkeypatch.setattr("time.time_ns", lambda: real() + 3600 * 10**9)
 
 
 @pytest.mark.usefixtures("settled")
@@ -162,10 +163,15 @@ def test_a_missing_file_is_the_models_error(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_depends_on_every_fact_and_on_no_order() -> None:
-    facts = {"weights": "ab", "kv_type": "f16", "rotated": False}
+    facts: dict[str, object] = {"weights": "ab", "kv_type": "f16", "rotated": False}
     assert fingerprint(facts) == fingerprint(dict(reversed(facts.items())))
     assert len(fingerprint(facts)) == 16
-    others = [facts | {"kv_type": "q8_0"}, facts | {"rotated": True}, facts | {"more": 1}, {"weights": "ab"}]
+    others: list[dict[str, object]] = [
+        facts | {"kv_type": "q8_0"},
+        facts | {"rotated": True},
+        facts | {"more": 1},
+        {"weights": "ab"},
+    ]
     assert len({fingerprint(other) for other in [facts, *others]}) == 5
     assert fingerprint(facts).hex() == "033b7b83dfa09f18871cd11b0c3e182f"  # KV on disk is found by it
 
