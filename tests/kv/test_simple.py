@@ -700,6 +700,19 @@ def test_nested_and_failed_measurements() -> None:
     assert saved_by(other, "p") == 0
 
 
+def test_a_measurement_without_storing_is_forgotten_at_the_next() -> None:
+    clock = Clock()
+    cache = SimpleKVCache(clock=clock)
+    for _ in range(3):
+        with cache.timed_miss():
+            clock.now += 100
+    with cache.timed_miss():
+        clock.now += 1
+        cache.cache_kv("inside", 0, *pair())
+    cache.cache_kv("later", 0, *pair())
+    assert (saved_by(cache, "inside"), saved_by(cache, "later")) == (1, 0)
+
+
 def test_stats_are_written_where_one_asks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     clock = Clock()
     cache = SimpleKVCache(max_size_gb=1, clock=clock)

@@ -194,17 +194,20 @@ class SimpleKVCache:
         The time is shared equally between the layers that this thread (or task) stores inside the block or, if it stores
         none there, by its next storing. A block that ends by an exception tells nothing.
         """
-        timer = _Timer(weakref.ref(self), _timer.get())
-        token = _timer.set(timer)
+        outer = _timer.get()
+        while outer is not None and outer.seconds is not None:
+            outer = outer.outer  # an earlier block whose storing never came
+        timer = _Timer(weakref.ref(self), outer)
+        _timer.set(timer)
         began = self._clock()
         try:
             yield
         except BaseException:
-            _timer.reset(token)
+            _timer.set(outer)
             raise
         timer.seconds = self._clock() - began
         if timer.stored:
-            _timer.reset(token)
+            _timer.set(outer)
             with self._lock:
                 for layer in timer.stored:
                     layer.compute_seconds = timer.seconds / len(timer.stored)
