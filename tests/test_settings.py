@@ -91,7 +91,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one_from_every_source(file:
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_what_was_got(name: str, value: object) -> None:
-    error = refusal(**{name: value})
+    flags: dict[str, Any] = {name: value}
+    error = refusal(**flags)
     assert str(error).startswith(f"setting {name}: ") and str(error).endswith(f"got {value!r}")
     assert error.param == name
 
@@ -122,7 +123,7 @@ def test_a_byte_order_mark_is_no_mistake(file: Path) -> None:
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError):
-        Settings.load(None, {}).port = 1  # type: ignore[misc]
+        Settings.load(None, {}).port = 1
 
 
 def test_a_hint_names_the_nearest_or_all() -> None:
