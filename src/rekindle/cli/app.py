@@ -171,3 +171,22 @@ def lab_decode(
         context=context,
     )
     print_report(report, Console())
+
+
+@lab.command("exact")
+@guarded
+def lab_exact(
+    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    prompts: Annotated[int, typer.Option(help="random prompts", min=1)] = 200,
+    answer_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 32,
+    kv_type: Annotated[str, typer.Option(help="f16, q8_0 or q4_0")] = "f16",
+    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same prompts")] = 0,
+) -> None:
+    """Is reuse exact? Answers and logits with and without it, beside what rounding alone does."""
+    from rekindle.lab.exact import print_report, run_exact
+
+    report = run_exact(
+        model, prompts=prompts, answer_tokens=answer_tokens, kv_type=kv_type, threads=threads, seed=seed
+    )
+    print_report(report, Console())
