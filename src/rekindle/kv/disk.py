@@ -95,7 +95,11 @@ class DiskTier:
     def _peek(self, places: Sequence[Place]) -> Iterator[tuple[Place, Tokens]]:
         for place in places:
             with suppress(FileNotFoundError):
-                tokens = peek_tokens(self._folder.read_beginning(self._folder.path_of(place)))
+                path = self._folder.path_of(place)
+                tokens = peek_tokens(self._folder.read_beginning(path))
+                if tokens is None:  # a tail longer than that, or no tail
+                    block, _ = self._load(path, place)
+                    tokens = None if block is None else block.tokens
                 if tokens is not None:
                     yield place, tokens
 
@@ -204,7 +208,7 @@ class DiskTier:
         """Unless it has been used since the walk."""
         used_ns = _used_ns(victim.path)
         if used_ns == victim.used_ns:
-            victim.path.unlink(missing_ok=True)
+            self._folder.delete(victim.path)
             self._count(evictions=1)
         if used_ns in (None, victim.used_ns):
             self._count(blocks=-1, block_bytes=-victim.num_bytes)
@@ -215,7 +219,7 @@ class DiskTier:
                 path = self._folder.path_of(place)
                 with suppress(FileNotFoundError):
                     num_bytes = disk_bytes(path.stat().st_size)
-                    path.unlink()
+                    self._folder.delete(path)
                     self._count(blocks=-1, block_bytes=-num_bytes)
 
     def clear(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _FAN = re.compile(r"[0-9a-f]{2}")
 _WRITING = ".writing"
 _PAGE_BYTES = 4096  # what a file system gives out at once, mostly
 _MAX_ASIDE = 16
+_TRIES = 3
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600  # prompts are private
 
 
@@ -95,6 +97,13 @@ class Folder:
             temporary.unlink(missing_ok=True)
             raise
 
+    def delete(self, path: Path) -> None:
+        """A file, if it is there, and the folders that it leaves empty, which would make every walk longer."""
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
+
     def walk(self) -> Iterator[File]:
         """All blocks and half-written files. Other people's files are passed over."""
         for folder in self._folders():
@@ -127,10 +136,8 @@ class Folder:
         for file in [*self.walk(), *self._set_aside()]:
             file.path.unlink(missing_ok=True)
         for folder in [*self._folders(), *self._fans(self._root), self._aside, self._root]:
-            try:
+            with suppress(OSError):  # not empty, or not there
                 folder.rmdir()
-            except OSError:  # not empty, or not there
-                continue
 
     def _fan(self, key: Key) -> Path:
         name = key.hex()
@@ -152,12 +159,17 @@ class Folder:
         return found
 
     def _create(self, path: Path) -> int:
+        """A new file, and the folders to it. Others may be deleting them, being empty, so it may take a few tries."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            return os.open(path, flags, _FILE_MODE)
-        except FileNotFoundError:
-            path.parent.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
-            return os.open(path, flags, _FILE_MODE)
+        for _ in range(_TRIES):
+            try:
+                return os.open(path, flags, _FILE_MODE)
+            except FileNotFoundError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                for folder in (self.path, self._root, path.parent.parent, path.parent):
+                    with suppress(FileNotFoundError):
+                        folder.mkdir(_FOLDER_MODE, exist_ok=True)
+        return os.open(path, flags, _FILE_MODE)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
