@@ -247,3 +247,12 @@ def test_any_mix_is_answered_as_if_alone(
             assert answer.text == Stage().ask(prompt, length).text
     stage.scheduler.clear_cache()
     assert stage.engine.num_free_cells == stage.engine.num_cells
+
+
+def test_a_resident_whose_blocks_the_store_has_lost_is_saved_again(stage: Stage) -> None:
+    prompt = ids(29, 100)
+    stage.ask(prompt)
+    stage.scheduler.residents.save_one()
+    stage.store.clear()
+    assert stage.scheduler.residents.evict()
+    assert stage.ask(prompt).done.usage.cached_tokens == 100

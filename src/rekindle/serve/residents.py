@@ -98,13 +98,11 @@ class Residents:
         self._engine.close(resident.seq)
 
     def _save(self, resident: Resident) -> None:
-        if resident.saved:
-            return
         size, tokens, seq = self._store.block_tokens, resident.tokens, resident.seq
-        payloads = {
-            start: self._engine.export(seq, start, start + size).data
-            for start in self._store.missing(tokens, resident.salt)
-        }
+        missing = self._store.missing(tokens, resident.salt)
+        if resident.saved and not missing:  # the store may have lost some since
+            return
+        payloads = {start: self._engine.export(seq, start, start + size).data for start in missing}
         empty = memoryview(b"")
         tails = [
             (length, self._engine.export(seq, length - length % size, length).data if length % size else empty, logits)
