@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+
+from rekindle.kv.resp import Connection, Server
 
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(PROGRAM is None, reason="neither redis-server nor valkey-server is installed")
@@ -69,8 +71,6 @@ class RedisServer:
 
     def ask(self, *command: bytes | int) -> object:
         """One command, past the tier."""
-        from rekindle.kv.resp import Connection, Server
-
         password = self.options[self.options.index("--requirepass") + 1] if "--requirepass" in self.options else None
         connection = Connection(Server.parse(self.url, password), 10.0)
         try:
@@ -88,9 +88,10 @@ class Wire:
         self._left: int | None = None
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self.port: int = self._listener.getsockname()[1]
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        self._accepting = self._start(self._accept)
 
     @property
     def url(self) -> str:
@@ -101,8 +102,19 @@ class Wire:
             self._left = num_bytes
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        hang_up(self._listener)
+        self._accepting.join()
+        for end in self._ends:
+            hang_up(end)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listener, *self._ends):
+            end.close()
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments)
+        thread.start()
+        return thread
 
     def _accept(self) -> None:
         while True:
@@ -111,11 +123,13 @@ class Wire:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self._target))
-            for source, target, counted in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._pump, args=(source, target, counted), daemon=True).start()
+            self._ends += [client, server]
+            self._threads += [
+                self._start(self._pump, *way) for way in ((client, server, False), (server, client, True))
+            ]
 
     def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
-        try:
+        with suppress(OSError):
             while data := source.recv(1 << 14):
                 with self._lock:
                     if counted and self._left is not None:
@@ -125,10 +139,10 @@ class Wire:
                 target.sendall(data)
                 if is_cut:
                     break
-        except OSError:
-            pass
-        for end in (source, target):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
+        hang_up(source)
+        hang_up(target)
+
+
+def hang_up(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

@@ -224,11 +224,12 @@ class NetworkTier:
 
     def _names(self) -> Iterator[list[bytes]]:
         """All names of ours, some at a time."""
-        cursor: Reply = b"0"
+        cursor = b"0"
         while True:
-            ((cursor, names),) = self._link.ask([(b"SCAN", cursor, b"MATCH", _PREFIX + b"*", b"COUNT", _SCAN_COUNT)])
+            ((after, names),) = self._link.ask([(b"SCAN", cursor, b"MATCH", _PREFIX + b"*", b"COUNT", _SCAN_COUNT)])
             if names:
                 yield [bytes(name) for name in names]
+            cursor = bytes(after)
             if cursor == b"0":
                 return
 

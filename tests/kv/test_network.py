@@ -1,0 +1,280 @@
+"""The network tier on a real server: names, time to live, URLs and what is streamed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kv.redis_server import RedisServer, free_port, needs_redis
+from tests.kv.samples import FINGERPRINT, Clock, all_facts, facts, make_chain
+
+from rekindle.errors import InvalidRequest
+from rekindle.kv.format import encode
+from rekindle.kv.network import NetworkTier
+from rekindle.kv.resp import Connection, Server
+from rekindle.kv.tier import place_of
+
+CHAIN = make_chain(1, 4, tail=2)
+PLACES = [place_of(block) for block in CHAIN]
+
+
+@pytest.fixture(scope="module")
+def module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(module_server: RedisServer) -> RedisServer:
+    module_server.ask(b"FLUSHALL")
+    return module_server
+
+
+@pytest.fixture
+def tier(server: RedisServer) -> Iterator[NetworkTier]:
+    tier = NetworkTier(server.url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30, clock=Clock())
+    yield tier
+    tier.check_integrity()
+    tier.close()
+
+
+def names(server: RedisServer) -> list[str]:
+    found = server.ask(b"KEYS", b"*")
+    assert isinstance(found, list)
+    return sorted(bytes(name).decode() for name in found)
+
+
+def ttl_ms(server: RedisServer, name: str) -> int:
+    left = server.ask(b"PTTL", name.encode())
+    assert isinstance(left, int)
+    return left
+
+
+def block_name(index: int) -> str:
+    return f"rekindle:v1:block:{CHAIN[index].key.hex()}"
+
+
+@needs_redis
+def test_names_say_whose_they_are_and_of_which_version(server: RedisServer, tier: NetworkTier) -> None:
+    tier.put(CHAIN)
+    tails = f"rekindle:v1:tails:{CHAIN[4].parent.hex()}"
+    assert names(server) == sorted([*(block_name(index) for index in range(5)), tails])
+    assert server.ask(b"GET", block_name(0).encode()) == encode(CHAIN[0], FINGERPRINT)
+
+
+@needs_redis
+def test_all_that_is_written_is_forgotten_in_time_tails_first(server: RedisServer, tier: NetworkTier) -> None:
+    tier.put(CHAIN)
+    left = [ttl_ms(server, block_name(index)) for index in range(5)]
+    assert all(90_000 < each <= 100_000 for each in left)
+    assert all(0 < ttl_ms(server, name) <= 100_000 for name in names(server))
+    assert sorted(left, reverse=True) == left
+
+
+@needs_redis
+@pytest.mark.parametrize("use", ["get", "touch", "put"])
+def test_a_use_prolongs_it(server: RedisServer, tier: NetworkTier, use: str) -> None:
+    tier.put(CHAIN)
+    for name in names(server):
+        server.ask(b"PEXPIRE", name.encode(), 50_000)
+    if use == "get":
+        list(tier.get(PLACES))
+    elif use == "touch":
+        tier.touch(PLACES)
+    else:
+        tier.put(CHAIN)
+    assert all(ttl_ms(server, name) > 90_000 for name in names(server))
+
+
+@needs_redis
+def test_asking_whether_it_is_there_prolongs_nothing(server: RedisServer, tier: NetworkTier) -> None:
+    tier.put(CHAIN)
+    server.ask(b"PEXPIRE", block_name(0).encode(), 50_000)
+    assert tier.contains(PLACES) == [True] * 5
+    assert ttl_ms(server, block_name(0)) <= 50_000
+
+
+@needs_redis
+def test_what_is_there_is_not_sent_again(server: RedisServer, tier: NetworkTier) -> None:
+    tier.put(CHAIN)
+    server.ask(b"CONFIG", b"RESETSTAT")
+    tier.put(CHAIN)
+    stats = server.ask(b"INFO", b"commandstats")
+    assert isinstance(stats, memoryview)
+    assert b"cmdstat_pexpire" in bytes(stats)
+    assert b"cmdstat_set:" not in bytes(stats)
+
+
+@needs_redis
+def test_a_tail_whose_block_is_forgotten_is_forgotten_too(server: RedisServer, tier: NetworkTier) -> None:
+    tail = CHAIN[4]
+    tier.put(CHAIN)
+    server.ask(b"DEL", block_name(4).encode())
+    assert tier.tails(tail.parent, tail.tokens) == []
+    assert names(server) == sorted(block_name(index) for index in range(4))
+
+
+@needs_redis
+def test_clearing_takes_ours_and_nothing_else(server: RedisServer, tier: NetworkTier) -> None:
+    others = ["rekindle:v2:block:aa", "rekindle:v10:x", "session:1", "xrekindle:v1:y"]
+    for name in others:
+        server.ask(b"SET", name.encode(), b"mine")
+    for seed in range(30):
+        tier.put(make_chain(seed, 50))
+    assert len(names(server)) == 30 * 50 + len(others)
+    tier.clear()
+    assert names(server) == sorted(others)
+
+
+@needs_redis
+def test_what_others_wrote_is_counted_by_a_scan(server: RedisServer, tier: NetworkTier) -> None:
+    other = NetworkTier(server.url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+    other.put(CHAIN)
+    assert tier.stats().blocks == 0
+    tier.scan()
+    assert tier.stats().blocks == 5
+    assert tier.stats().bytes == other.stats().bytes == sum(len(encode(block, FINGERPRINT)) for block in CHAIN)
+    other.close()
+
+
+@needs_redis
+def test_two_processes_share_a_server(server: RedisServer, tier: NetworkTier) -> None:
+    other = NetworkTier(server.url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+    other.put(CHAIN)
+    assert all_facts(tier.get(PLACES)) == all_facts(CHAIN)
+    other.close()
+
+
+@needs_redis
+def test_databases_do_not_mix(server: RedisServer, tier: NetworkTier) -> None:
+    tier.put(CHAIN)
+    url = server.url.removesuffix("/0") + "/3"
+    other = NetworkTier(url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+    assert other.contains(PLACES) == [False] * 5
+    other.close()
+
+
+@needs_redis
+def test_many_more_blocks_than_fit_on_the_way_at_once_come_in_order(tier: NetworkTier) -> None:
+    long = make_chain(7, 200, payload_bytes=100_000)
+    tier.put(long)
+    places = [place_of(block) for block in long]
+    for _ in range(2):  # once it knows how large they are, more are on the way
+        assert all_facts(tier.get(places)) == all_facts(long)
+
+
+@needs_redis
+def test_damaged_values_are_misses_and_are_deleted(server: RedisServer, tier: NetworkTier) -> None:
+    data = encode(CHAIN[1], FINGERPRINT)
+    damaged = [data[:-1], bytes([data[0] ^ 1]) + data[1:], b"", b"hello", encode(CHAIN[2], FINGERPRINT)]
+    damaged.append(encode(CHAIN[1], b"g" * 16))
+    for count, value in enumerate(damaged, 1):
+        tier.put(CHAIN)
+        server.ask(b"SET", block_name(1).encode(), value)
+        assert all_facts(tier.get(PLACES)) == [None if block is CHAIN[1] else facts(block) for block in CHAIN]
+        assert tier.stats().corrupt == count
+        assert not tier.contains(PLACES[1:2])[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://host", "redis://host:6379/0"),
+        ("valkey://host:1234/5", "redis://host:1234/5"),
+        ("rediss://user:secret@host/1", "rediss://host:6379/1"),
+        ("valkeys://:secret@[::1]:99", "rediss://[::1]:99/0"),
+    ],
+)
+def test_urls(url: str, expected: str) -> None:
+    server = Server.parse(url, "other")
+    assert str(server) == expected
+    assert server.password == ("secret" if "secret" in url else "other")
+    assert "secret" not in repr(server) and "other" not in repr(server)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:secret@host",
+        "host:6379",
+        "redis://:secret@host:port/0",
+        "redis://:secret@host:99999/0",
+        "redis://:secret@host/db",
+        "redis://:secret@host/-1",
+        "redis://",
+        "redis://:secret@host?db=1",
+        "",
+    ],
+)
+def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"redis://host:port/db .* expected, got") as caught:
+        NetworkTier(url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=1)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@needs_redis
+def test_the_password_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RedisServer(tmp_path, "--requirepass", "secret")
+    try:
+        monkeypatch.setenv("REKINDLE_STORE_PASSWORD", "secret")
+        tier = NetworkTier(server.url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+        tier.put(CHAIN)
+        assert all_facts(tier.get(PLACES)) == all_facts(CHAIN)
+        tier.close()
+    finally:
+        server.stop()
+
+
+@needs_redis
+def test_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a certificate of our own, which is trusted only where SSL_CERT_FILE says so."""
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=DNS:localhost"]
+    try:
+        subprocess.run(make, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    tls = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    server = RedisServer(tmp_path, *tls, "--tls-auth-clients", "no")
+    try:
+        url = f"rediss://localhost:{port}/0"
+        strict = NetworkTier(url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+        with pytest.raises(Exception, match="certificate verify failed"):
+            strict.put(CHAIN)
+        strict.close()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        tier = NetworkTier(url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
+        long = make_chain(7, 20, payload_bytes=300_000)
+        tier.put(long)
+        assert all_facts(tier.get([place_of(block) for block in long])) == all_facts(long)
+        tier.close()
+    finally:
+        server.stop()
+
+
+@needs_redis
+def test_a_connection_speaks_of_every_kind(server: RedisServer) -> None:
+    connection = Connection(Server.parse(server.url), 30.0)
+    large = bytes(range(256)) * 4000
+    commands: list[tuple[bytes | int, ...]] = [
+        (b"SET", b"a", large),
+        (b"GET", b"a"),
+        (b"GET", b"nothing"),
+        (b"INCRBY", b"n", 41),
+        (b"MGET", b"a", b"nothing", b"n"),
+        (b"NONSENSE",),
+        (b"GET", b"n"),
+    ]
+    connection.send(commands)
+    replies = [connection.receive() for _ in commands]
+    assert replies[:5] == [b"OK", large, None, 41, [large, None, b"41"]]
+    assert "NONSENSE" in str(replies[5])
+    assert replies[6] == b"41"
+    assert connection.is_idle()
+    connection.close()
