@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rekindle.cli.client import ServerError
+from rekindle.cli.options import variable_of
 
 STOP_SECONDS = 20.0
 _URL = re.compile(r"https?://[^\s()]+")
@@ -16,9 +18,13 @@ _URL = re.compile(r"https?://[^\s()]+")
 
 @contextmanager
 def server_process() -> Iterator[str]:
-    """`rekindle serve` on a free port, with the settings of the environment; gives its URL once it listens."""
+    """`rekindle serve` on a free port, with the settings of the environment; gives its URL once it listens.
+
+    Unless the environment names one it has no disk tier: what a tour leaves behind is of no use to anybody.
+    """
     command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True) as process:
+    environment = {variable_of("store"): "none"} | os.environ
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             announced = process.stdout.readline()  # ends without a line if the process does
