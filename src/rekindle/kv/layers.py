@@ -16,7 +16,6 @@ It knows neither tensors nor hashing nor locks: a layer is something with a size
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,6 @@ class Layer(Generic[Kept]):
     ttl_seconds: float
     compute_seconds: float = 0.0  # what a hit saves; 0 if nobody told
     due: float = math.inf  # when it expires
-    serial: int = -1  # of its alarm, see `expire`
 
 
 @dataclass(eq=False, slots=True)
@@ -57,8 +55,7 @@ class Layers(Generic[Kept]):
         self._idle = idle  # a use puts off a layer's expiry
         self._prefixes: OrderedDict[bytes, _Prefix[Kept]] = OrderedDict()  # oldest first
         self._lengths: Counter[int] = Counter()  # tokens of a prefix -> how many prefixes have so many
-        self._alarms: list[tuple[float, int, bytes, int]] = []  # heap of (time, serial, digest, number)
-        self._serials = itertools.count()
+        self._alarms: list[tuple[float, bytes, int]] = []  # heap of (time, digest, number), see `expire`
 
     def put(self, digest: bytes, num_tokens: int | None, layers: Mapping[int, Layer[Kept]], now: float) -> None:
         """Add layers of one prefix, over what is there of them, and make room. Together they must fit."""
@@ -114,14 +111,14 @@ class Layers(Generic[Kept]):
     def expire(self, now: float) -> None:
         """Remove what is due.
 
-        A use moves a layer's expiry but not its alarm: an alarm that goes off too early is set anew. An alarm whose serial
-        is not the layer's is of one that has been replaced.
+        A use moves a layer's expiry but not its alarm, and a replaced layer's alarm stays: one that goes off too early is
+        set anew, for the layer that is there then.
         """
         while self._alarms and self._alarms[0][0] <= now:
-            _, serial, digest, number = heapq.heappop(self._alarms)
+            _, digest, number = heapq.heappop(self._alarms)
             known = self._prefixes.get(digest)
             layer = None if known is None else known.layers.get(number)
-            if layer is None or layer.serial != serial:
+            if layer is None:
                 continue
             if layer.due > now:
                 self._set_alarm(digest, number, layer)
@@ -137,8 +134,10 @@ class Layers(Generic[Kept]):
         assert not any(known.lost & known.layers.keys() for known in self._prefixes.values())
         lengths = [known.num_tokens for known in self._prefixes.values() if known.num_tokens is not None]
         assert dict(self._lengths) == dict(Counter(lengths))
-        alarms = {serial: when for when, serial, _, _ in self._alarms}
-        assert all(alarms[layer.serial] <= layer.due for layer in layers if layer.due < math.inf)
+        alarms = {(digest, number): when for when, digest, number in sorted(self._alarms, reverse=True)}  # the earliest
+        for digest, known in self._prefixes.items():
+            for number, layer in known.layers.items():
+                assert layer.due == math.inf or alarms[digest, number] <= layer.due
         assert len(self._alarms) <= 2 * self.num_layers + _SPARE_ALARMS
 
     def _change(self, digest: bytes, number: int, layer: Layer[Kept] | None, num_tokens: int | None = None) -> None:
@@ -169,16 +168,15 @@ class Layers(Generic[Kept]):
         self._trim_alarms()
 
     def _set_alarm(self, digest: bytes, number: int, layer: Layer[Kept]) -> None:
-        layer.serial = next(self._serials)
         if layer.due < math.inf:
-            heapq.heappush(self._alarms, (layer.due, layer.serial, digest, number))
+            heapq.heappush(self._alarms, (layer.due, digest, number))
 
     def _trim_alarms(self) -> None:
         """Keep the heap from filling with alarms of layers that are gone, which may be due in a long time."""
         if len(self._alarms) <= 2 * self.num_layers + _SPARE_ALARMS:
             return
         self._alarms = [
-            (layer.due, layer.serial, digest, number)
+            (layer.due, digest, number)
             for digest, known in self._prefixes.items()
             for number, layer in known.layers.items()
             if layer.due < math.inf
