@@ -282,3 +282,39 @@ def test_many_tails_of_one_parent_are_searched_without_reading_them_all(bench: B
     assert all_facts(tier.tails(tails[0].parent, tails[7].tokens)) == all_facts([tails[7]])
     assert tier.stats().hits == before + 1
     assert SIZE > 3
+
+
+@pytest.mark.parametrize("cold_from", [0, 2, 19])
+def test_files_that_are_not_in_memory_are_fetched_ahead_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, cold_from: int
+) -> None:
+    tier = bench.tier()
+    chain = make_chain(1, 20)
+    tier.put(chain)
+    paths = [tier._folder.path_of(place_of(block)) for block in chain]
+    read: list[Path] = []
+    fetched: list[tuple[Path, int]] = []
+    monkeypatch.setattr("rekindle.kv.folder._is_in_memory", lambda *_: len(read) <= cold_from)
+    monkeypatch.setattr(tier._folder, "read_ahead", lambda path: fetched.append((path, len(read))))
+    original = tier._folder.read
+
+    def reading(path: Path) -> object:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(tier._folder, "read", reading)
+    assert bench.used(tier, chain) == all_facts(chain)
+    assert read == paths
+    assert [path for path, _ in fetched] == paths[cold_from + 1 :]
+    assert all(0 <= paths.index(path) - so_far <= 9 for path, so_far in fetched)
+
+
+def test_a_file_is_found_to_be_in_memory_or_not(bench: Bench) -> None:
+    """As far as the system tells; what was just written is there."""
+    tier = bench.tier()
+    (block,) = chain = make_chain(1, 1)
+    tier.put(chain)
+    path = tier._folder.path_of(place_of(block))
+    assert tier._folder.read(path).in_memory
+    tier._folder.read_ahead(path)
+    tier._folder.read_ahead(path / "nothing")

@@ -20,12 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.folder import File, Folder, disk_bytes
+from rekindle.kv.folder import Contents, File, Folder, disk_bytes
 from rekindle.kv.format import decode, encode_parts, peek_tokens
 from rekindle.kv.keys import Key
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
@@ -38,6 +39,7 @@ _WALK_SHARE = 32  # of the budget: written since the last walk, it asks for anot
 _ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
 _DEAD_WRITER_SECONDS = 600
 _MAX_BACKOFF_SECONDS = 30.0
+_READ_AHEAD = 8  # files
 _PEEK = 256  # tails of one parent that are looked into, at most
 
 
@@ -66,18 +68,30 @@ class DiskTier:
     # Reading.
 
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
-        """Read as they are asked for; a caller that stops asking has read no more."""
-        read: list[tuple[Path, int]] = []
+        """Read as they are asked for, and only if they aren't in the system's memory, some are fetched ahead."""
+        paths = [self._folder.path_of(place) for place in places]
+        used: list[tuple[Path, int]] = []
+        ahead: Iterator[Path] | None = None  # those not fetched yet; None as long as all were in the system's memory
         try:
-            for place in places:
-                path = self._folder.path_of(place)
+            for index, (path, place) in enumerate(zip(paths, places, strict=True)):
                 with self._reads.attempt(), self._faults("read"):
-                    block, used_ns = self._load(path, place)
-                if block is not None:
-                    read.append((path, used_ns))
+                    block, contents = self._load(path, place)
+                if contents is not None:
+                    used.append((path, contents.used_ns))
+                    if ahead is None and not contents.in_memory:
+                        ahead = iter(paths[index + 1 :])
+                        self._read_ahead(ahead, _READ_AHEAD)
+                if ahead is not None:
+                    self._read_ahead(ahead, 1)
+                del contents
                 yield block
+                del block  # so that one less is in memory while the next is read
         finally:
-            self._mark(read)
+            self._mark(used)
+
+    def _read_ahead(self, paths: Iterator[Path], count: int) -> None:
+        for path in islice(paths, count):
+            self._folder.read_ahead(path)
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
         with self._reads.attempt(), self._faults("read"):
@@ -103,22 +117,22 @@ class DiskTier:
                 if tokens is not None:
                     yield place, tokens
 
-    def _load(self, path: Path, place: Place) -> tuple[Block | None, int]:
-        """The block and its last use. Counted; a file that is not the block it should be is set aside."""
+    def _load(self, path: Path, place: Place) -> tuple[Block | None, Contents | None]:
+        """The block, and the file it was in. Counted; a file that is not the block it should be is set aside."""
         try:
-            data, used_ns = self._folder.read(path)
-            block = decode(data, self._fingerprint)
+            contents = self._folder.read(path)
+            block = decode(contents.data, self._fingerprint)
             if place_of(block) != place:
                 raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
         except FileNotFoundError:
             self._count(misses=1)
-            return None, 0
+            return None, None
         except CorruptBlock:
             self._count(misses=1, corrupt=1)
             self._set_aside(path)
-            return None, 0
+            return None, None
         self._count(hits=1)
-        return block, used_ns
+        return block, contents
 
     def _set_aside(self, path: Path) -> None:
         with suppress(OSError):  # in a read-only folder it stays, and is a miss every time
@@ -273,7 +287,7 @@ class DiskTier:
         with self._writing:
             files = [file for file in self._folder.walk() if file.block]
             for file in files:
-                block = decode(self._folder.read(file.path)[0], None)
+                block = decode(self._folder.read(file.path).data, None)
                 assert self._folder.path_of(place_of(block)) == file.path, f"{file.path} is filed wrong"
             assert self._blocks == len(files), f"{self._blocks} blocks counted, {len(files)} there"
             num_bytes = sum(file.num_bytes for file in self._folder.walk())
