@@ -245,7 +245,20 @@ TestAgainstTheModel.settings = settings(
 
 def test_a_string_and_token_ids_never_meet() -> None:
     cache = SimpleKVCache()
-    names: list[Any] = ["12", "1", "[1, 2]", "\x01", [1, 2], [12], [1], [2, 1], [1, 2, 0], [1 << 32], [1, 0]]
+    names: list[Any] = [
+        "12",
+        "1",
+        "[1, 2]",
+        "\x01",
+        "\x01" + "\0" * 7,
+        [1, 2],
+        [12],
+        [1],
+        [2, 1],
+        [1, 2, 0],
+        [1 << 32],
+        [1, 0],
+    ]
     for value, name in enumerate(names):
         assert cache.cache_kv(name, 0, *pair(value))
     assert all(same(cache.get_cached_kv(name, 0), value) for value, name in enumerate(names))
@@ -396,6 +409,9 @@ def test_a_view_is_kept_without_its_base() -> None:
     assert found is not None
     assert torch.equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
     assert found[0].untyped_storage().nbytes() == 16 and found[1].base is None
+    cache.cache_kv("p", 2, big[:4, :4].T, big.T)
+    found = cache.get_cached_kv("p", 2)
+    assert found is not None and torch.equal(found[1], big.T) and found[0].is_contiguous() and found[1].is_contiguous()
     found = cache.get_cached_kv("p", 1)
     assert found is not None and torch.equal(found[0], wide) and found[0].untyped_storage().nbytes() == 1600
 
