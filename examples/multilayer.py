@@ -131,7 +131,8 @@ def report(agent: Agent, asked: int, workload: dict[str, int]) -> None:
     console.print(found)
     console.print()
     console.print(times)
-    console.print(f"\nAnswers equal in both ways: {agent.arms.num_equal} of {asked}.\n")
+    console.print(f"\nAnswers equal in both ways: {agent.arms.num_equal} of {asked}.")
+    console.print("A request that misses asks once more, for the beginning; the cache itself counts both:\n")
     agent.cache.print_stats(console)
     whole_hits, continued = agent.found[WHOLE], agent.found[BEGINNING]
     print_json(
