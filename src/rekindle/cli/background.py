@@ -8,30 +8,39 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rekindle.cli.client import ServerError
 from rekindle.cli.options import variable_of
 
 STOP_SECONDS = 20.0
-_URL = re.compile(r"https?://[^\s()]+")
+_ANNOUNCED = re.compile(r"listening on (\S+) \((.*)\)")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens."""
+
+    url: str
+    setup: str  # model, engine, cells, threads and KV type, as it announced them
 
 
 @contextmanager
-def server_process() -> Iterator[str]:
-    """`rekindle serve` on a free port, with the settings of the environment; gives its URL once it listens.
+def server_process() -> Iterator[Running]:
+    """`rekindle serve` on a free port, with the settings of the environment, once it listens.
 
     Unless the environment names one it has no disk tier: what a tour leaves behind is of no use to anybody.
     """
     command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0"]
     environment = {variable_of("store"): "none"} | os.environ
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             announced = process.stdout.readline()  # ends without a line if the process does
-            found = _URL.search(announced)
+            found = _ANNOUNCED.search(announced)
             if found is None:
                 raise ServerError(f"the server ended before it listened (exit code {process.wait()})")
-            yield found.group()
+            yield Running(found[1], found[2])
         finally:
             process.terminate()
             try:

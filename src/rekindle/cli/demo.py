@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rekindle.cli.background import server_process
+from rekindle.cli.background import Running, server_process
 from rekindle.cli.talk import Answer, Message, Remote, Wish
 from rekindle.cli.village import Question, Village, read_village
 from rekindle.lab.machine import this_machine
@@ -57,17 +57,21 @@ Round = tuple[Stop, ...]
 def run_demo(url: str | None, *, rounds: int, as_json: bool) -> bool:
     """Run the tour on a server, or on one started for it; print it; return whether all checks passed."""
     village = read_village()
-    with nullcontext(url) if url else server_process() as at:
-        remote = Remote(at)
-        health = remote.client.get("/health")
-        _answer(Remote(at, salt=_new_salt()), [_user("Hello.")])  # warm up
-        tour = [walk(at, village) for _ in range(rounds)]
+    with nullcontext(_running(url)) if url else server_process() as server:
+        _answer(Remote(server.url, salt=_new_salt()), [_user("Hello.")])  # warm up
+        tour = [walk(server.url, village) for _ in range(rounds)]
     problems = [problem for stops in tour for problem in check(stops)]
     if as_json:
-        typer.echo(json.dumps(report(tour, health, problems)))
+        typer.echo(json.dumps(report(tour, server.setup, problems)))
     else:
-        _print(village, tour, health, problems, Console(), stopped=url is None)
+        _print(village, tour, server.setup, problems, Console(), stopped=url is None)
     return not problems
+
+
+def _running(url: str) -> Running:
+    remote = Remote(url)
+    health = remote.client.get("/health")
+    return Running(remote.client.url, f"model {health.get('model')}, engine {health.get('engine')}")
 
 
 def walk(url: str, village: Village) -> Round:
@@ -114,12 +118,11 @@ def check(stops: Round) -> list[str]:
     return problems
 
 
-def report(tour: Sequence[Round], health: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:
+def report(tour: Sequence[Round], setup: str, problems: Sequence[str]) -> dict[str, Any]:
     """All figures, for machines."""
     return {
         "experiment": "demo",
-        "model": health.get("model"),
-        "engine": health.get("engine"),
+        "setup": setup,
         "machine": asdict(this_machine()),
         "rounds": len(tour),
         "steps": [_figures(stops) for stops in zip(*tour, strict=True)],
@@ -167,7 +170,7 @@ def tour_table(steps: Sequence[dict[str, Any]]) -> Table:
 def _print(
     village: Village,
     tour: Sequence[Round],
-    health: dict[str, Any],
+    setup: str,
     problems: Sequence[str],
     console: Console,
     *,
@@ -176,7 +179,7 @@ def _print(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"\n{health.get('model')} reads {len(village.passages)} passages about a village and answers questions.\n")
+    say(f"\n{len(village.passages)} passages about a village, and questions about them ({setup}).\n")
     for stop in tour[0]:
         say(f"{stop.name}\n  question: {stop.question.text}")
         say(f"  answer:   {stop.answer.text.strip()} ({_verdict(stop)})\n")

@@ -71,7 +71,7 @@ def measured_table(report: Mapping[str, Any]) -> str:
     ]
     machine = report["machine"]
     conditions = (
-        f"Model {report['model']}, engine {report['engine']}, {machine['processor']}, {machine['cores']} cores, "
+        f"{report['setup'][:1].upper()}{report['setup'][1:]}; {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / (1 << 30):.0f} GiB, {machine['system']}, Python {machine['python']}, "
         f"llama-cpp-python {machine['llama_cpp']}; over HTTP on one machine; times are medians of {report['rounds']} "
         "rounds, from the request's arrival at the server to its first token."
