@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def measured_table(report: Mapping[str, Any]) -> str:
         f"llama-cpp-python {machine['llama_cpp']}; over HTTP on one machine; times are medians of {report['rounds']} "
         "rounds, from the request's arrival at the server to its first token."
     )
-    return f"{_markdown(headings, rows)}\n\n{conditions}"
+    return f"{_markdown(headings, rows)}\n\n{textwrap.fill(conditions, 120)}"
 
 
 def replace_part(text: str, name: str, part: str) -> str:
