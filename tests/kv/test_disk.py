@@ -318,3 +318,23 @@ def test_a_file_is_found_to_be_in_memory_or_not(bench: Bench) -> None:
     assert tier._folder.read(path).in_memory
     tier._folder.read_ahead(path)
     tier._folder.read_ahead(path / "nothing")
+
+
+def test_integrity_is_really_checked(bench: Bench) -> None:
+    tier = bench.tier()
+    chain = make_chain(1, 3)
+    tier.put(chain)
+    paths = [tier._folder.path_of(place_of(block)) for block in chain]
+    right = paths[1].read_bytes()
+    for wrong, words in ((b"damaged" * 100, "begin"), (paths[2].read_bytes(), "filed wrong")):
+        paths[1].write_bytes(wrong)
+        with pytest.raises(AssertionError, match=words):
+            tier.check_integrity()
+        assert len(list(tier.complaints())) == 1
+    paths[1].write_bytes(right)
+    tier.check_integrity()
+    paths[2].unlink()
+    with pytest.raises(AssertionError, match="3 blocks counted, 2 there"):
+        tier.check_integrity()
+    tier.scan()
+    tier.check_integrity()

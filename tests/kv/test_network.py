@@ -179,6 +179,38 @@ def test_damaged_values_are_misses_and_are_deleted(server: RedisServer, tier: Ne
         assert not tier.contains(PLACES[1:2])[0]
 
 
+@needs_redis
+def test_a_reader_that_stops_at_a_miss_costs_no_connection(server: RedisServer, tier: NetworkTier) -> None:
+    """As for every prompt that goes on where the stored one ended."""
+    long = make_chain(1, 40)
+    tier.put(long[:3])
+    places = [place_of(block) for block in long]
+    tier._block_bytes = 1000.0  # so all are asked for together, and all the answers are here with the first
+    for _ in range(3):
+        (before,) = tier._link._idle
+        blocks = tier.get(places)
+        assert all_facts([next(blocks) for _ in range(4)]) == [*all_facts(long[:3]), None]
+        del blocks
+        assert list(tier._link._idle) == [before]
+
+
+@needs_redis
+def test_integrity_is_really_checked(server: RedisServer, tier: NetworkTier) -> None:
+    wrong = [(block_name(1), b"damaged"), (block_name(1), encode(CHAIN[2], FINGERPRINT))]
+    for name, value in wrong:
+        tier.put(CHAIN)
+        server.ask(b"SET", name.encode(), value)
+        with pytest.raises(AssertionError, match=CHAIN[1].key.hex()):
+            tier.check_integrity()
+        tier.clear()
+    tier.put(CHAIN)
+    tails = f"rekindle:v1:tails:{CHAIN[4].parent.hex()}"
+    server.ask(b"HSET", tails.encode(), CHAIN[4].key, b"1234")
+    with pytest.raises(AssertionError, match="has other tokens"):
+        tier.check_integrity()
+    tier.clear()
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

@@ -282,15 +282,26 @@ class DiskTier:
                 state=self._writes.state if self._writes.state != "ok" else self._reads.state,
             )
 
+    def complaints(self) -> Iterator[str]:
+        """Reads every file, of any model, and says which are not the blocks they should be."""
+        for file in self._folder.walk():
+            if file.block:
+                with self._faults("read"), suppress(FileNotFoundError):
+                    try:
+                        block = decode(self._folder.read(file.path).data, None)
+                    except CorruptBlock as error:
+                        yield f"{file.path}: {error}"
+                        continue
+                    if self._folder.path_of(place_of(block)) != file.path:
+                        yield f"{file.path}: this is {place_of(block)}, filed wrong"
+
     def check_integrity(self) -> None:
-        """Reads every file. What other processes changed since the last `scan` is taken for a wrong count."""
+        """What other processes have changed since the last `scan` is taken for a wrong count."""
         with self._writing:
-            files = [file for file in self._folder.walk() if file.block]
-            for file in files:
-                block = decode(self._folder.read(file.path).data, None)
-                assert self._folder.path_of(place_of(block)) == file.path, f"{file.path} is filed wrong"
-            assert self._blocks == len(files), f"{self._blocks} blocks counted, {len(files)} there"
-            num_bytes = sum(file.num_bytes for file in self._folder.walk())
+            assert not (found := list(self.complaints())), "\n".join(found)
+            files = list(self._folder.walk())
+            blocks, num_bytes = len([file for file in files if file.block]), sum(file.num_bytes for file in files)
+            assert self._blocks == blocks, f"{self._blocks} blocks counted, {blocks} there"
             assert self._block_bytes == num_bytes, f"{self._block_bytes} bytes counted, {num_bytes} there"
             assert self._aside_bytes == self._folder.aside_bytes()
             assert self._block_bytes + self._aside_bytes <= self.max_bytes

@@ -58,7 +58,12 @@ class Link:
                         connection.send(batch)
                     reply = _unrefused(connection.receive())
                 waiting -= 1
-                yield reply
+                try:
+                    yield reply
+                except GeneratorExit:  # mostly at the first miss, and what was asked for behind it misses too
+                    if take().skip(waiting):
+                        return
+                    raise
 
     def close(self) -> None:
         while self._idle:

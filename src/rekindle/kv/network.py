@@ -205,19 +205,22 @@ class NetworkTier:
         for names in self._names():
             for name in names:
                 if b":block:" in name:
-                    (data,) = self._link.ask([(b"GET", name)])
-                    assert data is None or _name(place_of(decode(data, None))) == name, f"{name!r} is filed wrong"
+                    block = self._whole(name)
+                    assert block is None or _name(place_of(block)) == name, f"{name!r} is filed wrong"
                 else:
                     (fields,) = self._link.ask([(b"HGETALL", name)])
                     for key, tokens in zip(fields[::2], fields[1::2], strict=True):
-                        self._check_tail(name, bytes(key), bytes(tokens))
+                        tail = self._whole(_PREFIX + b"block:" + bytes(key).hex().encode())
+                        if tail is not None:  # or else it was forgotten before its name
+                            assert _tails_name(tail.parent) == name, f"{tail.key.hex()} is filed under {name!r}"
+                            assert tail.tokens.tobytes() == tokens, f"{tail.key.hex()} has other tokens"
 
-    def _check_tail(self, name: bytes, key: Key, tokens: bytes) -> None:
-        (data,) = self._link.ask([(b"GET", _PREFIX + b"block:" + key.hex().encode())])
-        if data is not None:
-            tail = decode(data, None)
-            assert _tails_name(tail.parent) == name, f"{key.hex()} is filed under {name!r}"
-            assert tail.tokens.tobytes() == tokens, f"{key.hex()} has other tokens"
+    def _whole(self, name: bytes) -> Block | None:
+        (data,) = self._link.ask([(b"GET", name)])
+        try:
+            return None if data is None else decode(data, None)
+        except CorruptBlock as error:
+            raise AssertionError(f"{name!r}: {error}") from None
 
     def close(self) -> None:
         self._link.close()

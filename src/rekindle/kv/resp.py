@@ -22,6 +22,7 @@ DEFAULT_PORT = 6379
 _SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}  # scheme -> TLS
 _RECEIVE_BYTES = 1 << 16
 _MAX_BULK_BYTES = 512 << 20  # the server's own limit
+_SKIP_SECONDS = 0.005
 _JOIN_BYTES = 1 << 14  # smaller parts are sent together
 
 Command = Sequence[bytes | int]
@@ -82,6 +83,7 @@ class Connection:
     def __init__(self, server: Server, timeout_seconds: float) -> None:
         """Raises OSError, or Refused for a wrong password or database."""
         self._timeout = timeout_seconds
+        self._max_bulk_bytes = _MAX_BULK_BYTES
         self._ahead = bytearray()  # received beyond the last reply
         self._socket = socket.create_connection((server.host, server.port), timeout_seconds)
         try:
@@ -117,6 +119,18 @@ class Connection:
     def receive(self) -> Reply:
         """The next reply, all of it within the time-out. A refusal is returned, not raised."""
         return self._reply(time.monotonic() + self._timeout)
+
+    def skip(self, count: int) -> bool:
+        """Drop so many replies, if they are small and come at once. If not, the connection must be closed."""
+        self._max_bulk_bytes = _RECEIVE_BYTES
+        try:
+            for _ in range(count):
+                self._reply(time.monotonic() + _SKIP_SECONDS)
+        except OSError:
+            return False
+        finally:
+            self._max_bulk_bytes = _MAX_BULK_BYTES
+        return True
 
     def is_idle(self) -> bool:
         """Whether it is open, with nothing unread."""
@@ -165,8 +179,8 @@ class Connection:
     def _bulk(self, length: int, deadline: float) -> memoryview | None:
         if length < 0:
             return None
-        if length > _MAX_BULK_BYTES:
-            raise ProtocolError(f"at most {_MAX_BULK_BYTES} bytes expected, got a reply of {length}")
+        if length > self._max_bulk_bytes:
+            raise ProtocolError(f"at most {self._max_bulk_bytes} bytes expected, got a reply of {length}")
         buffer = memoryview(bytearray(length + 2))
         known = min(len(self._ahead), len(buffer))
         buffer[:known] = self._ahead[:known]
