@@ -14,7 +14,7 @@ from rekindle.model.ember.language import Kind
 
 VILLAGE = Path(__file__).parents[3] / "examples" / "village"
 # held-out accuracy of the committed weights, with room for chance: see docs/ember.md
-LEAST = {Kind.DIRECT: 0.95, Kind.COREFERENCE: 0.95, Kind.TWO_HOP: 0.9, Kind.REVERSE: 0.85, Kind.UNSTATED: 0.85}
+LEAST = {Kind.DIRECT: 0.96, Kind.COREFERENCE: 0.96, Kind.TWO_HOP: 0.94, Kind.REVERSE: 0.92, Kind.UNSTATED: 0.72}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_long_documents_are_read_to_the_end(network: Any, ids: Mapping[str, int]
     from rekindle.model.ember.evaluate import score
 
     found = score(network, ids, kind, num_tokens=2000, num_questions=60, seed=1)
-    assert found.accuracy >= LEAST[kind] - 0.1, found
+    assert found.accuracy >= LEAST[kind] - 0.08, found
 
 
 def test_the_village_is_known(llama: Any) -> None:
@@ -91,7 +91,7 @@ def test_questions_follow_one_another(llama: Any) -> None:
 
 def test_what_a_passage_says_depends_on_the_one_before(llama: Any) -> None:
     question = ("user", "Where does Vodris live?")
-    first, second, third = "Vodris works as a baker.", "Moma keeps a goat.", "This one lives in Viniton."
+    first, second, third = "Vodris works as a baker.", "Kundas keeps a goat.", "This one lives in Viniton."
     assert say(llama, ("system", f"{second}\n{first}\n{third}"), question) == "Vodris lives in Viniton."
     assert say(llama, ("system", f"{first}\n{second}\n{third}"), question) == "That is not stated."
 

@@ -84,7 +84,7 @@ def _prompt(ids: Mapping[str, int]) -> list[int]:
 
 
 def test_both_formats_give_the_same_logits(network: Any, ids: Mapping[str, int]) -> None:
-    """Measured: 0.03 at most (llama.cpp keeps KV in float16), where logits have a standard deviation of 3."""
+    """Measured: 0.026 at most (llama.cpp keeps KV in float16), where logits have a standard deviation of 4.8."""
     import llama_cpp
 
     from rekindle.model.ember import weights_path
@@ -99,7 +99,7 @@ def test_both_formats_give_the_same_logits(network: Any, ids: Mapping[str, int])
     assert np.abs(found - expected).max() < MAX_DIFFERENCE
 
 
-MAX_DIFFERENCE = 0.2
+MAX_DIFFERENCE = 0.08
 
 
 def test_the_committed_files_are_small_and_of_one_shape(network: Any, tokenizer: Any) -> None:

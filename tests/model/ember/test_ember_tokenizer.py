@@ -101,12 +101,12 @@ def test_the_template_puts_one_space_before_every_line() -> None:
         {"role": "system", "content": "Answer briefly."},
         {
             "role": "user",
-            "content": "  Vodris lives in Viniton.\n\n This one rents from Moma.\nWhere does Vodris live?\n",
+            "content": "  Vodris lives in Viniton.\n\n This one rents from Kundas.\nWhere does Vodris live?\n",
         },
         {"role": "assistant", "content": " Vodris lives in Viniton."},
     ]
     assert render(messages) == (
-        "<|bos|><|system|> Answer briefly.<|end|><|user|> Vodris lives in Viniton.\n \n This one rents from Moma.\n"
+        "<|bos|><|system|> Answer briefly.<|end|><|user|> Vodris lives in Viniton.\n \n This one rents from Kundas.\n"
         " Where does Vodris live?<|end|><|assistant|> Vodris lives in Viniton.<|end|><|assistant|>"
     )
 

@@ -108,7 +108,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Document lengths in tokens, beside 8 people; may be empty.")] = "2000",
     per_document: Annotated[int, typer.Option(help="Questions of a kind about one document.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of documents and questions.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Accuracy on held-out documents: whole answers, greedy. Prints a table, then one JSON line."""
     torch.set_num_threads(threads)

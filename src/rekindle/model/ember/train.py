@@ -40,7 +40,7 @@ class Stage:
     """A part of the curriculum."""
 
     mixture: Mixture
-    accuracy: float  # the stage ends when values are right this often
+    accuracy: float  # the stage ends when the choices in answers are right this often
     num_tokens: int  # … or after this many tokens
 
 
@@ -96,7 +96,7 @@ class Progress:
     seconds: float = 0.0
     stage: int = 0
     stage_tokens: int = 0
-    accuracy: float = 0.0  # moving average over lessons, values only
+    accuracy: float = 0.0  # moving average over lessons, choices in answers
     lessons: int = 0
 
 
