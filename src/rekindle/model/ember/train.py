@@ -13,7 +13,9 @@ A checkpoint holds weights, optimizer and counters; a run with the same folder g
 """
 
 import json
+import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -376,7 +378,11 @@ def _work(worker: int, meeting: str, shape: Shape, ids: Mapping[str, int], optio
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=worker, world_size=options.num_workers)
     train_alone(shape, ids, options, folder, lambda line: print(line, flush=True), worker=worker)  # noqa: T201
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # gloo's threads may still run, and abort a process that ends in the ordinary way ("terminate called", seen once)
+    os._exit(0)
 
 
 def train_alone(
