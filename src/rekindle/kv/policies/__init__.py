@@ -1,0 +1,21 @@
+"""The eviction policies, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rekindle.errors import InvalidRequest, nearest
+from rekindle.kv.policies.gdsf import GDSF
+from rekindle.kv.policies.lru import LRU
+from rekindle.kv.policies.prospect import Prospect
+from rekindle.kv.policy import Policy
+
+POLICIES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (LRU, GDSF, Prospect)}
+DEFAULT = Prospect.name
+
+
+def make_policy(name: str, capacity: int) -> Policy[Any]:
+    """The policy of this name for a tier of this capacity. Raises InvalidRequest, with the nearest known name."""
+    if name not in POLICIES:
+        raise InvalidRequest(f"no policy is called {name!r}{nearest(name, POLICIES)}", param="policy")
+    return POLICIES[name](capacity)
