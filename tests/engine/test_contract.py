@@ -27,7 +27,7 @@ def leave_clean(bench: Bench) -> Iterator[None]:
 
 def next_logits(bench: Bench, seq: SequenceId, token: int = 42) -> np.ndarray:
     """Logits after one more token, which is then taken back: a probe of everything the sequence holds."""
-    logits = bench.engine.forward([Work(seq, as_tokens([token]))])[seq]
+    logits = bench.engine.forward([Work(seq, as_tokens([token]))])[seq].copy()
     bench.engine.truncate(seq, bench.engine.length(seq) - 1)
     return logits
 
@@ -36,7 +36,7 @@ def test_one_piece_or_many_gives_the_same(bench: Bench) -> None:
     tokens = bench.random(1, 100)
     whole, parts = bench.read(tokens), bench.engine.open()
     for start, stop in [(0, 1), (1, 33), (33, 64), (64, 100)]:
-        last = bench.engine.forward([Work(parts, tokens[start:stop])])[parts]
+        last = bench.engine.forward([Work(parts, tokens[start:stop])])[parts].copy()
     assert bench.close(last, bench.engine.forward([Work(bench.read(tokens[:-1]), tokens[-1:])]).popitem()[1])
     assert bench.close(next_logits(bench, whole), next_logits(bench, parts))
     assert (bench.engine.tokens(parts) == tokens).all()

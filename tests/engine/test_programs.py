@@ -118,7 +118,7 @@ def test_exact_verbs_never_change_what_is_computed(bench: Bench, moves: list[tup
             if len(payload):
                 bench.engine.place(seq, payload, start)
         fresh = bench.read(bench.engine.tokens(seq))
-        one, other = (bench.engine.forward([Work(each, as_tokens([42]))])[each] for each in (seq, fresh))
+        one, other = (bench.engine.forward([Work(each, as_tokens([42]))])[each].copy() for each in (seq, fresh))
         bench.engine.close(fresh)
         assert bench.close(one, other)
     finally:

@@ -218,16 +218,19 @@ class LlamaEngine:
     def _compute(self, spans: Sequence[Span]) -> Logits:
         """Decode spans, in as few calls as allowed. Raises EngineError; what was decoded by then stays in the cache."""
         logits: Logits = {}
+        vocab_size = self.spec.vocab_size
         limit = min(BATCH_TOKENS, self._window) if self._window else BATCH_TOKENS  # beyond it cells could be reused
         for part in split(spans, limit):
             outputs = self._batch.fill(part)
+            logits = {seq: row.copy() for seq, row in logits.items()}  # llama.cpp is about to write over them
             self._decode()
             self.num_computed += self._batch.raw.n_tokens
             for span in part:
                 self._guard(span.seq, span.position, span.position + len(span.tokens))
             for seq, row in outputs:
                 pointer = llama_cpp.llama_get_logits_ith(self._context, row)
-                logits[seq] = np.ctypeslib.as_array(pointer, shape=(self.spec.vocab_size,)).copy()
+                address = ctypes.addressof(pointer.contents)
+                logits[seq] = np.frombuffer((ctypes.c_float * vocab_size).from_address(address), dtype=np.float32)
         return logits
 
     def _decode(self) -> None:

@@ -22,7 +22,7 @@ from rekindle.tokens import Tokens
 
 SequenceId = int
 Range = tuple[int, int]  # positions [start, stop)
-Logits = dict[SequenceId, npt.NDArray[np.float32]]  # [vocab_size] each, owned by the caller
+Logits = dict[SequenceId, npt.NDArray[np.float32]]  # [vocab_size] each, valid until the engine's next verb
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ class Engine(Protocol):
     def forward(self, work: Sequence[Work]) -> Logits:
         """Append tokens to one or more sequences, as one batch; at most one `Work` per sequence.
 
-        Returns logits for each sequence whose work asked for them. Raises ContextFull, UnknownSequence, BadRange (no
+        Returns logits for each sequence whose work asked for them; they may lie in the engine's own memory, so copy what
+        is to be kept beyond the next verb. Raises ContextFull, UnknownSequence, BadRange (no
         tokens, or a sequence twice), EngineError for a token outside the vocabulary.
         """
 

@@ -91,16 +91,16 @@ def _random_prompt(random: np.random.Generator, service: Service) -> Tokens:
 
 def _compare(engine: Engine, tokens: Tokens, random: np.random.Generator) -> dict[str, float]:
     whole = engine.open()
-    reference = engine.forward([Work(whole, tokens)])[whole]
+    reference = engine.forward([Work(whole, tokens)])[whole].copy()
     splits = [_split(engine, tokens, np.unique(random.integers(1, len(tokens), 4))) for _ in range(NUM_SPLITS)]
     shared = int(random.integers(1, len(tokens)))
     forked = engine.fork(whole, shared)
-    after_fork = engine.forward([Work(forked, tokens[shared:])])[forked]
+    after_fork = engine.forward([Work(forked, tokens[shared:])])[forked].copy()
     placed = engine.open()
     blocks = shared - shared % BLOCK
     for start in range(0, blocks, BLOCK):
         engine.place(placed, engine.export(whole, start, start + BLOCK), start)
-    after_place = engine.forward([Work(placed, tokens[blocks:])])[placed]
+    after_place = engine.forward([Work(placed, tokens[blocks:])])[placed].copy()
     for seq in (whole, forked, placed):
         engine.close(seq)
     arms = {"rounding": splits, "forked": [after_fork], "placed": [after_place]}
@@ -111,7 +111,7 @@ def _split(engine: Engine, tokens: Tokens, cuts: npt.NDArray[np.int64]) -> npt.N
     """Logits after the tokens, read in pieces, nothing reused."""
     seq = engine.open()
     for part in np.split(tokens, cuts):
-        logits = engine.forward([Work(seq, part)])[seq]
+        logits = engine.forward([Work(seq, part)])[seq].copy()
     engine.close(seq)
     return logits
 

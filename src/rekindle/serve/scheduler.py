@@ -169,7 +169,9 @@ class Scheduler:
         self._count(run, plan)
         if logits is not None:
             run.marks[plan.total] = logits
-            self._advance(run, logits)
+            reason = self._advance(run, logits)
+            if reason is not None:
+                self._end(run, reason)
         return Admission.STARTED
 
     def _begin_fetch(self, run: Run, plan: Plan) -> bool:
@@ -336,26 +338,29 @@ class Scheduler:
         return logits
 
     def _emit(self, batch: _Batch, logits: Logits) -> int:
-        """Sample for every request whose logits came; returns how many are complete."""
-        finished = 0
+        """Sample for every request whose logits came, then end those that are complete; returns how many."""
+        ended = []
         for run in batch.runs:
             if run.seq in logits:
                 if not run.generated:
-                    run.marks[len(run.prompt)] = logits[run.seq]
-                finished += self._advance(run, logits[run.seq])
-        return finished
+                    run.marks[len(run.prompt)] = logits[run.seq].copy()
+                reason = self._advance(run, logits[run.seq])
+                if reason is not None:
+                    ended.append((run, reason))
+        for run, reason in ended:
+            self._end(run, reason)
+        return len(ended)
 
-    def _advance(self, run: Run, logits: Vector) -> bool:
+    def _advance(self, run: Run, logits: Vector) -> FinishReason | None:
+        """Sample one token; says why the answer is complete, if it is."""
         assert run.seq is not None
         reason = run.advance(logits, self._tokenizer.piece, self._tokenizer.is_end)
         self.counts.generated_tokens += 1
         if reason is None and run.length >= self._max_length:
             reason = "length"
-        if reason is None:
-            return False
-        run.marks[self._engine.length(run.seq)] = logits
-        self._end(run, reason)
-        return True
+        if reason is not None:
+            run.marks[self._engine.length(run.seq)] = logits.copy()
+        return reason
 
     # Endings.
 

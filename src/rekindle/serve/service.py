@@ -37,6 +37,7 @@ from rekindle.tokens import as_tokens
 
 DEFAULT_CELLS = 8192
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
+NETWORK_TIMEOUT_SECONDS = 2.0  # of each operation of the network tier; decoding goes on meanwhile
 
 
 class Ticket(Protocol):
@@ -91,6 +92,9 @@ class Service:
             tiers=_tiers(settings, engine),
         )
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
+        for tier in self._store.tiers:
+            if isinstance(tier, DiskTier):  # others may have written to the folder; to count a whole network costs more
+                self._fetchers.submit(tier.scan)
         self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
         self._writer.start()
         scheduler = Scheduler(
@@ -113,6 +117,8 @@ class Service:
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """Load the model and start the worker. Raises ModelError or InvalidRequest."""
+        if settings.store_url is not None:
+            _check_url(settings.store_url)  # before a model is loaded in vain
         toy = settings.engine == "toy"
         model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=toy)
         try:
@@ -122,7 +128,7 @@ class Service:
             raise
 
     def close(self) -> None:
-        """Stop the worker; running generations end as cancelled. What is not on disk yet is written."""
+        """Stop the worker; running generations end as cancelled. What slower tiers lack is written."""
         self._worker.stop()
         self._fetchers.shutdown(cancel_futures=True)
         self._store.close(self.settings.store_flush_seconds)
@@ -336,11 +342,40 @@ def _llama_engine(settings: Settings, model: Model) -> Engine:
 
 
 def _tiers(settings: Settings, engine: Engine) -> list[Tier]:
-    """The slower tiers as set; a toy engine's KV is not worth a file unless a folder is named."""
-    if settings.store == "none" or not settings.store_disk or (settings.store == "auto" and settings.engine == "toy"):
-        return []
-    folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
-    return [DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk)]
+    """The slower tiers as set, the fastest first."""
+    tiers: list[Tier] = []
+    if _wants_disk(settings):
+        folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
+        tiers.append(DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk))
+    if settings.store_url is not None:
+        tiers.append(_network_tier(settings.store_url, settings, engine))
+    return tiers
+
+
+def _wants_disk(settings: Settings) -> bool:
+    """A toy engine's KV is not worth a file unless a folder is named."""
+    is_named = settings.store != "auto"
+    return settings.store != "none" and settings.store_disk > 0 and (is_named or settings.engine != "toy")
+
+
+def _network_tier(url: str, settings: Settings, engine: Engine) -> Tier:
+    from rekindle.kv.network import NetworkTier  # here, because most have none
+
+    password = settings.store_password
+    return NetworkTier(
+        url,
+        fingerprint=engine.spec.fingerprint,
+        ttl_seconds=settings.store_ttl_seconds,
+        timeout_seconds=NETWORK_TIMEOUT_SECONDS,
+        password=None if password is None else password.get_secret_value(),
+    )
+
+
+def _check_url(url: str) -> None:
+    """Raises InvalidRequest."""
+    from rekindle.kv.link import parse_url
+
+    parse_url(url)
 
 
 def _toy_engine(settings: Settings, model: Model) -> Engine:
