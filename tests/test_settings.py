@@ -97,6 +97,16 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_was_got(name: str, valu
     assert error.param == name
 
 
+def test_a_password_is_in_no_message(file: Path) -> None:
+    settings = Settings.load(None, {"REKINDLE_STORE_PASSWORD": "hush"}, store_url="redis://:hush@host")
+    assert "hush" not in f"{settings!r} {settings}"
+    assert settings.store_password is not None and settings.store_password.get_secret_value() == "hush"
+    file.write_text("store_password = 12345678\nstore_url = ['redis://:12345678@host']")
+    for flags in ({}, {"store_password": "fine"}):
+        error = refusal(file, **flags)
+        assert error.param in ("store_url", "store_password") and "12345678" not in str(error)
+
+
 def test_wrong_values_from_a_file_and_the_environment(file: Path) -> None:
     assert refusal(environ={"REKINDLE_PORT": "http"}).param == "port"
     file.write_text("threads = true")

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from rekindle.errors import InvalidRequest, nearest
 
 PREFIX = "REKINDLE_"
+SECRETS = frozenset({"store_url", "store_password"})  # not repeated in messages: the URL may hold a password
 
 
 class Settings(BaseModel):
@@ -39,7 +40,16 @@ class Settings(BaseModel):
     store_memory: ByteSize = Field(ByteSize(1 << 30), description="size of the store's memory tier")
     store: str = Field("auto", description="folder of the store's disk tier, or none; auto: in the user's cache folder")
     store_disk: ByteSize = Field(ByteSize(20 << 30), description="size of the store's disk tier")
-    store_flush_seconds: float = Field(10.0, ge=0, description="at the end, time to write what is not on disk yet")
+    store_url: str | None = Field(
+        None, repr=False, description="valkey:// or redis:// URL of the store's network tier; rediss:// for TLS"
+    )
+    store_ttl_seconds: int = Field(
+        7 * 24 * 3600, ge=1, le=10**9, description="the network tier forgets what was not used for so long"
+    )
+    store_password: SecretStr | None = Field(
+        None, description="password for the network tier, if its URL has none; best given in the environment"
+    )
+    store_flush_seconds: float = Field(10.0, ge=0, description="at the end, time to write what slower tiers lack")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
@@ -70,8 +80,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            got = "" if name in SECRETS else f", got {first['input']!r}"
             raise InvalidRequest(
-                f"setting {name}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}", param=name
+                f"setting {name}: {first['msg'].removeprefix('Value error, ')}{got}", param=name
             ) from None
 
 

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-
-from rekindle.kv.resp import Connection, Server
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(PROGRAM is None, reason="neither redis-server nor valkey-server is installed")
@@ -68,16 +69,15 @@ class RedisServer:
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
+            self.ask(b"PING")  # it may be slow to wake up
 
     def ask(self, *command: bytes | int) -> object:
         """One command, past the tier."""
         password = self.options[self.options.index("--requirepass") + 1] if "--requirepass" in self.options else None
-        connection = Connection(Server.parse(self.url, password), 10.0)
-        try:
-            connection.send([command])
-            return connection.receive()
-        finally:
-            connection.close()
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(port=self.port, password=password, protocol=2, socket_timeout=30, retry=once) as client:
+            client.response_callbacks.clear()  # the replies as they came
+            return client.execute_command(*command)
 
 
 class Wire:

@@ -1,21 +1,30 @@
-"""Connections to one server, shared by threads, behind a circuit breaker.
+"""A Redis or Valkey server by its URL, behind a circuit breaker.
 
-What goes wrong with a server is told as TierUnavailable, in words and without the password.
+Connections, protocol and TLS are redis-py's, with its parser in C. Its own retries are off: the breaker decides when to ask
+again. An idle connection that the server has closed meanwhile is replaced before it is used, so a restart that nobody
+noticed is no fault. What goes wrong is told as TierUnavailable, in words and without the password.
+
+The time-out is one for connecting, one for sending, and one for each wait for more of an answer. So a server that is silent
+is given up after it; one that sends a byte now and then is not.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
 
-from rekindle.errors import TierUnavailable
+import redis
+from redis.backoff import NoBackoff
+from redis.client import Pipeline
+from redis.retry import Retry
+
+from rekindle.errors import InvalidRequest, TierUnavailable
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.resp import Command, Connection, Refused, Reply, Server
 
-_MAX_IDLE = 4
+_SCHEMES = {"redis": "redis", "valkey": "redis", "rediss": "rediss", "valkeys": "rediss"}  # as the library names them
+_DEFAULT_PORT = 6379
 
 
 class Unreachable(TierUnavailable):
@@ -23,102 +32,76 @@ class Unreachable(TierUnavailable):
 
 
 class Link:
-    """Thread-safe. Every method raises TierUnavailable at once while the breaker is open."""
+    """Thread-safe. What asks raises TierUnavailable, at once while the breaker is open."""
 
-    def __init__(self, server: Server, timeout_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, url: str, password: str | None, timeout_seconds: float, clock: Callable[[], float]) -> None:
+        """The URL's own password goes before the given one. Raises InvalidRequest."""
+        library_url, self.server = parse_url(url)
         self.breaker = Breaker(clock, fault=Unreachable)
-        self.server = server
         self._timeout = timeout_seconds
-        self._idle: deque[Connection] = deque()
-        self._lock = threading.Lock()
+        self._client = redis.Redis.from_url(
+            library_url,
+            password=password,
+            protocol=2,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            retry=Retry(NoBackoff(), 0),
+        )
 
-    def ask(self, commands: Sequence[Command], *, may_refuse: bool = False) -> list[Reply]:
-        """The replies to commands that are sent together. A refusal is a fault, or with `may_refuse` among the replies."""
-        if not commands:
-            return []
-        with self.breaker.attempt(), self._lent() as take, self._told():
-            connection = take()
-            connection.send(commands)
-            replies = [connection.receive() for _ in commands]
-            return replies if may_refuse else [_unrefused(reply) for reply in replies]
+    def batch(self) -> Pipeline:
+        """Commands to be sent together, by `send`."""
+        return self._client.pipeline(transaction=False)
 
-    def stream(self, commands: Iterable[Command], window: Callable[[], int]) -> Iterator[Reply]:
-        """Each reply as soon as it has come, with up to `window` commands on their way meanwhile."""
-        todo = iter(commands)
-        waiting = 0
-        with self._lent() as take:
-            while True:
-                batch = list(islice(todo, max(0, window() - waiting)))
-                waiting += len(batch)
-                if not waiting:
-                    return
-                with self.breaker.attempt(), self._told():
-                    connection = take()
-                    if batch:
-                        connection.send(batch)
-                    reply = _unrefused(connection.receive())
-                waiting -= 1
-                try:
-                    yield reply
-                except GeneratorExit:  # mostly at the first miss, and what was asked for behind it misses too
-                    if take().skip(waiting):
-                        return
-                    raise
+    def send(self, batch: Pipeline, *, may_refuse: bool = False) -> list[Any]:
+        """The replies. A refusal is a fault, or with `may_refuse` a ResponseError among the replies."""
+        if not len(batch):
+            return []  # which says nothing about the server
+        with self.breaker.attempt(), self._told():
+            replies = batch.execute(raise_on_error=False)
+            refusal = next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
+            if refusal is not None and not may_refuse:
+                raise refusal
+            return replies
+
+    def ask(self, *command: str | bytes | int) -> Any:
+        """The reply to one command."""
+        batch = self.batch()
+        batch.execute_command(*command)  # type: ignore[no-untyped-call]
+        (reply,) = self.send(batch)
+        return reply
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-    @contextmanager
-    def _lent(self) -> Iterator[Callable[[], Connection]]:
-        """A function that gives this borrower's connection; it is opened at its first call."""
-        lent: list[Connection] = []
-
-        def take() -> Connection:
-            if not lent:
-                lent.append(self._take())
-            return lent[0]
-
-        try:
-            yield take
-        except BaseException:  # replies may be on their way still
-            for connection in lent:
-                connection.close()
-            raise
-        for connection in lent:
-            self._give_back(connection)
-
-    def _take(self) -> Connection:
-        while True:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                return Connection(self.server, self._timeout)
-            if connection.is_idle():
-                return connection
-            connection.close()
-
-    def _give_back(self, connection: Connection) -> None:
-        with self._lock:
-            if len(self._idle) < _MAX_IDLE:
-                self._idle.append(connection)
-                return
-        connection.close()
+        self._client.close()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except TimeoutError:
+        except redis.TimeoutError:
             raise Unreachable(f"the store's server {self.server} gave no answer within {self._timeout:g} s") from None
-        except (OSError, UnicodeError) as error:  # the latter for a name that can't be one of a host
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Unreachable(f"the store's server {self.server} can't be reached: {reason}") from None
-        except Refused as error:
+        except redis.InvalidResponse as error:
+            raise Unreachable(f"{self.server} is no server for a store: {error}") from None
+        except redis.ResponseError as error:
             raise Unreachable(f"the store's server {self.server} refuses: {error}") from None
+        except (redis.RedisError, OSError, UnicodeError) as error:  # the last for a name that can't be one of a host
+            raise Unreachable(f"the store's server {self.server} can't be reached: {error}") from None
 
 
-def _unrefused(reply: Reply) -> Reply:
-    if isinstance(reply, Refused):
-        raise reply
-    return reply
+def parse_url(url: str) -> tuple[str, str]:
+    """A URL redis://[[user]:password@]host[:port][/db], or valkey, rediss, valkeys, as the library takes it; and its
+    server in words, without the password. Raises InvalidRequest.
+    """
+    expected = "a store's URL like redis://host:port/db (or valkey, rediss, valkeys) expected"
+    try:
+        parts = urlsplit(url)
+        port, path = parts.port or _DEFAULT_PORT, parts.path.strip("/")
+        database = int(path) if path else 0
+    except ValueError:
+        raise InvalidRequest(f"{expected}, got one whose port or db is no number", param="store_url") from None
+    if parts.scheme not in _SCHEMES:
+        raise InvalidRequest(f"{expected}, got one with the scheme {parts.scheme!r}", param="store_url")
+    if not parts.hostname or database < 0 or parts.query or parts.fragment:
+        raise InvalidRequest(f"{expected}, got one without a host or with more behind it", param="store_url")
+    scheme = _SCHEMES[parts.scheme]
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return parts._replace(scheme=scheme).geturl(), f"{scheme}://{host}:{port}/{database}"

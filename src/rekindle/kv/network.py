@@ -11,13 +11,14 @@ that is full refuses writes alone; reading goes on.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
+import redis
+from redis.client import Pipeline
 
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
@@ -25,14 +26,12 @@ from rekindle.kv.breaker import Breaker
 from rekindle.kv.format import VERSION, decode, encode
 from rekindle.kv.keys import Key
 from rekindle.kv.link import Link
-from rekindle.kv.resp import Command, Refused, Reply, Server
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
 from rekindle.tokens import Tokens
 
-PASSWORD_VARIABLE = "REKINDLE_STORE_PASSWORD"
 _PREFIX = f"rekindle:v{VERSION}:".encode()
-_FLIGHT_BYTES = 4 << 20  # on their way at a time, about
-_MAX_FLIGHT = 64  # commands
+_BATCH_BYTES = 4 << 20  # asked for or written together, about
+_MAX_BATCH = 64  # blocks
 _FIRST_GUESS_BYTES = 1 << 20  # of a block, before one was seen
 _PEEK = 256  # tails of one parent that are looked at, at most
 _SCAN_COUNT = 1000
@@ -57,9 +56,8 @@ class NetworkTier:
         password: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """The password is the URL's, or this one, or the environment's. Raises InvalidRequest for what is no such URL."""
-        server = Server.parse(url, password or os.environ.get(PASSWORD_VARIABLE))
-        self._link = Link(server, timeout_seconds, clock)
+        """The password is the URL's, or else this one. Raises InvalidRequest for what is no such URL."""
+        self._link = Link(url, password, timeout_seconds, clock)
         self._writes = Breaker(clock, max_faults=1, fault=_Refusal)
         self._fingerprint = fingerprint
         self._ttl_ms = int(ttl_seconds * 1000)
@@ -70,18 +68,29 @@ class NetworkTier:
     # Reading.
 
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
-        commands: list[Command] = [(b"GETEX", _name(place), b"PX", self._ttl(i)) for i, place in enumerate(places)]
-        for place, reply in zip(places, self._link.stream(commands, self._window), strict=True):
-            yield self._decoded(place, reply)
-        self._link.ask([self._renewal(place.parent) for place in places if place.tail])
+        start = 0
+        while start < len(places):
+            stop = start + (self._batch_length() if start else 1)  # the first alone: its reader can begin with it
+            part = places[start:stop]
+            batch = self._link.batch()
+            for index, place in enumerate(part, start):
+                batch.getex(_name(place), px=self._ttl(index))
+            self._renew_tails(batch, part)
+            replies = self._link.send(batch)
+            for place, data in zip(part, replies[: len(part)], strict=True):
+                yield self._decoded(place, data)
+            start = stop
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
-        return [reply == 1 for reply in self._link.ask([(b"EXISTS", _name(place)) for place in places])]
+        batch = self._link.batch()
+        for place in places:
+            batch.exists(_name(place))
+        return [reply == 1 for reply in self._link.send(batch)]
 
     def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
-        (reply,) = self._link.ask([(b"HRANDFIELD", _tails_name(parent), _PEEK, b"WITHVALUES")])
+        reply = self._link.ask("HRANDFIELD", _tails_name(parent), _PEEK, "WITHVALUES")
         known = {
-            Place(key=bytes(key), parent=parent, tail=True): np.frombuffer(tokens, dtype="<i4")
+            Place(key=key, parent=parent, tail=True): np.frombuffer(tokens, dtype="<i4")
             for key, tokens in zip(reply[::2], reply[1::2], strict=True)
         }
         if like is not None:
@@ -90,27 +99,32 @@ class NetworkTier:
         found = dict(zip(known, self.get(list(known)), strict=True))
         lost = [place.key for place, block in found.items() if block is None]
         if lost:
-            self._link.ask([(b"HDEL", _tails_name(parent), *lost)])
+            self._link.ask("HDEL", _tails_name(parent), *lost)
         return [block for block in found.values() if block is not None]
 
     def touch(self, places: Sequence[Place]) -> None:
-        self._link.ask(self._renewals(places))
+        self._renewed(places)
 
-    def _renewals(self, places: Sequence[Place]) -> list[Command]:
-        """One per place, and then one per tail."""
-        blocks: list[Command] = [(b"PEXPIRE", _name(place), self._ttl(index)) for index, place in enumerate(places)]
-        return blocks + [self._renewal(place.parent) for place in places if place.tail]
+    def _renewed(self, places: Sequence[Place]) -> list[bool]:
+        """Which are there; these have their whole time again."""
+        batch = self._link.batch()
+        for index, place in enumerate(places):
+            batch.pexpire(_name(place), self._ttl(index))
+        self._renew_tails(batch, places)
+        return self._link.send(batch)[: len(places)]
 
-    def _renewal(self, parent: Key) -> Command:
-        return (b"PEXPIRE", _tails_name(parent), self._ttl_ms)
+    def _renew_tails(self, batch: Pipeline, places: Sequence[Place]) -> None:
+        for place in places:
+            if place.tail:
+                batch.pexpire(_tails_name(place.parent), self._ttl_ms)
 
     def _ttl(self, index: int) -> int:
         return max(1, self._ttl_ms - index)
 
-    def _window(self) -> int:
-        return max(2, min(_MAX_FLIGHT, int(_FLIGHT_BYTES / self._block_bytes)))
+    def _batch_length(self) -> int:
+        return max(1, min(_MAX_BATCH, int(_BATCH_BYTES / self._block_bytes)))
 
-    def _decoded(self, place: Place, data: Reply) -> Block | None:
+    def _decoded(self, place: Place, data: bytes | None) -> Block | None:
         """Counted; what is not the block it should be is deleted."""
         if data is None:
             self._count(misses=1)
@@ -123,7 +137,7 @@ class NetworkTier:
         except CorruptBlock:
             self._count(misses=1, corrupt=1)
             with suppress(TierUnavailable):
-                self._link.ask([(b"UNLINK", _name(place))])
+                self._link.ask("UNLINK", _name(place))
             return None
         self._count(hits=1)
         return block
@@ -133,43 +147,55 @@ class NetworkTier:
     def put(self, chain: Sequence[Block]) -> None:
         with self._writes.attempt():
             places = [place_of(block) for block in chain]
-            known = self._link.ask(self._renewals(places))
-            batch: list[Command] = []
-            size = 0
+            known = self._renewed(places)
+            batch, sizes = self._link.batch(), list[int]()
             for index, block in enumerate(chain):
-                if known[index] != 1:
+                if not known[index]:
                     data = encode(block, self._fingerprint)
-                    batch.append((b"SET", _name(places[index]), data, b"PX", self._ttl(index)))
-                    size += len(data)
-                if places[index].tail:
-                    batch.append((b"HSET", _tails_name(block.parent), block.key, block.tokens.astype("<i4").tobytes()))
-                    batch.append(self._renewal(block.parent))
-                if size >= _FLIGHT_BYTES:
-                    self._write(batch)
-                    batch, size = [], 0
+                    batch.set(_name(places[index]), data, px=self._ttl(index))
+                    sizes.append(len(data))
+                if sum(sizes) >= _BATCH_BYTES:
+                    self._write(batch, sizes)
+                    batch, sizes = self._link.batch(), []
+            self._write(batch, sizes)
+            tails = [block for block, place in zip(chain, places, strict=True) if place.tail]
+            for block in tails:
+                batch.hset(_tails_name(block.parent), block.key, block.tokens.astype("<i4").tobytes())
+            self._renew_tails(batch, places)
             self._write(batch)
 
-    def _write(self, batch: Sequence[Command]) -> None:
-        """Raises TierUnavailable for a refusal; commands after it may have been obeyed."""
-        replies = self._link.ask(batch, may_refuse=True)
-        for command, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, Refused):
-                raise _Refusal(f"the store's server {self._link.server} refuses to write: {reply}")
-            if command[0] == b"SET":
-                self._count(blocks=1, num_bytes=_length(command[2]))
+    def _write(self, batch: Pipeline, sizes: Sequence[int] = ()) -> None:
+        """Given the sizes of the blocks that its first commands write.
+
+        Raises TierUnavailable for a refusal; commands after it may have been obeyed.
+        """
+        replies = self._link.send(batch, may_refuse=True)
+        refusals = [isinstance(reply, redis.ResponseError) for reply in replies]
+        written = [size for size, refused in zip(sizes, refusals, strict=False) if not refused]
+        self._count(blocks=len(written), num_bytes=sum(written))
+        if any(refusals):
+            raise _Refusal(f"the store's server {self._link.server} refuses to write: {replies[refusals.index(True)]}")
 
     def remove(self, places: Sequence[Place]) -> None:
         with self._writes.attempt():
-            sizes = self._link.ask([(b"STRLEN", _name(place)) for place in places])
-            self._write([(b"UNLINK", _name(place)) for place in places])
-            self._write([(b"HDEL", _tails_name(place.parent), place.key) for place in places if place.tail])
+            batch = self._link.batch()
+            for place in places:
+                batch.strlen(_name(place))
+            sizes = self._link.send(batch)
+            for place in places:
+                batch.unlink(_name(place))
+                if place.tail:
+                    batch.hdel(_tails_name(place.parent), place.key)
+            self._write(batch)
             self._count(blocks=-len([size for size in sizes if size]), num_bytes=-sum(sizes))
 
     def clear(self) -> None:
         """All that is ours in this database, of all models, and nothing else."""
         with self._writes.attempt():
             for names in self._names():
-                self._write([(b"UNLINK", *names)])
+                batch = self._link.batch()
+                batch.unlink(*names)
+                self._write(batch)
         with self._counting:
             self._blocks = self._bytes = 0
 
@@ -179,7 +205,11 @@ class NetworkTier:
         """Count what is on the server, whoever wrote it. Until then, and after it, only our own changes are known."""
         blocks = num_bytes = 0
         for names in self._names():
-            lengths = self._link.ask([(b"STRLEN", name) for name in names if b":block:" in name])
+            batch = self._link.batch()
+            for name in names:
+                if b":block:" in name:
+                    batch.strlen(name)
+            lengths = self._link.send(batch)
             blocks += len([length for length in lengths if length])
             num_bytes += sum(lengths)
         with self._counting:
@@ -208,15 +238,14 @@ class NetworkTier:
                     block = self._whole(name)
                     assert block is None or _name(place_of(block)) == name, f"{name!r} is filed wrong"
                 else:
-                    (fields,) = self._link.ask([(b"HGETALL", name)])
-                    for key, tokens in zip(fields[::2], fields[1::2], strict=True):
-                        tail = self._whole(_PREFIX + b"block:" + bytes(key).hex().encode())
+                    for key, tokens in self._link.ask("HGETALL", name).items():
+                        tail = self._whole(_PREFIX + b"block:" + key.hex().encode())
                         if tail is not None:  # or else it was forgotten before its name
                             assert _tails_name(tail.parent) == name, f"{tail.key.hex()} is filed under {name!r}"
                             assert tail.tokens.tobytes() == tokens, f"{tail.key.hex()} has other tokens"
 
     def _whole(self, name: bytes) -> Block | None:
-        (data,) = self._link.ask([(b"GET", name)])
+        data = self._link.ask("GET", name)
         try:
             return None if data is None else decode(data, None)
         except CorruptBlock as error:
@@ -227,13 +256,12 @@ class NetworkTier:
 
     def _names(self) -> Iterator[list[bytes]]:
         """All names of ours, some at a time."""
-        cursor = b"0"
+        cursor = 0
         while True:
-            ((after, names),) = self._link.ask([(b"SCAN", cursor, b"MATCH", _PREFIX + b"*", b"COUNT", _SCAN_COUNT)])
+            cursor, names = self._link.ask("SCAN", cursor, "MATCH", _PREFIX + b"*", "COUNT", _SCAN_COUNT)
             if names:
-                yield [bytes(name) for name in names]
-            cursor = bytes(after)
-            if cursor == b"0":
+                yield names
+            if not cursor:
                 return
 
     def _count(self, *, hits: int = 0, misses: int = 0, corrupt: int = 0, blocks: int = 0, num_bytes: int = 0) -> None:
@@ -252,7 +280,3 @@ def _name(place: Place) -> bytes:
 
 def _tails_name(parent: Key) -> bytes:
     return _PREFIX + b"tails:" + parent.hex().encode()
-
-
-def _length(part: bytes | int) -> int:
-    return len(part) if isinstance(part, bytes) else 0
