@@ -22,8 +22,8 @@ find_python() {
             return
         fi
     done
-    found=$(python3 --version 2>&1) || found="no python3 at all"
-    fail "Python 3.11 or newer is needed; found ${PYTHON:-python3}: $found. Install one, or name it: make PYTHON=/path/to/python3.12"
+    found=$("${PYTHON:-python3}" --version 2>&1) || found="none"
+    fail "Python 3.11 or newer is needed as ${PYTHON:-python3}; found: $found. Install one, or name it: make PYTHON=/path/to/python3.12"
 }
 
 make_venv() {
