@@ -19,6 +19,7 @@ class DictTier:
         self.blocks: dict[Key, Block] = {}
         self.failing = False
         self.num_read = 0
+        self.touched: list[list[Key]] = []
         self.closed = False
 
     def _check(self) -> None:
@@ -45,6 +46,7 @@ class DictTier:
 
     def touch(self, places: Sequence[Place]) -> None:
         self._check()
+        self.touched.append([place.key for place in places])
 
     def remove(self, places: Sequence[Place]) -> None:
         for place in places:

@@ -172,3 +172,32 @@ def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Benc
         refusals += fetched.refused is not None and "computing 1000 us" in fetched.refused
     assert store.speeds["disk"].seconds_per_token == pytest.approx(1 / 14)
     assert 15 <= refusals <= 19
+
+
+def test_slower_tiers_hear_of_what_memory_serves_once_a_minute(bench: Bench) -> None:
+    bench.put(PROMPT)
+    disk, network = bench.tiers
+    for _ in range(3):
+        bench.store.match(PROMPT)
+    match = bench.store.match(PROMPT)
+    assert bench.store.behind.flush()
+    assert disk.touched == network.touched == [[block.key for block in match.blocks]]
+    bench.store.match(PROMPT[:8])
+    assert bench.store.behind.flush()
+    assert disk.touched[1:] == [[block.key for block in match.blocks[:2]]]
+    bench.now += 60
+    disk.failing = True
+    bench.store.match(PROMPT)
+    assert bench.store.behind.flush()
+    assert (len(disk.touched), len(network.touched)) == (2, 3)
+    disk.failing = False
+
+
+def test_a_use_that_finds_the_queue_full_is_no_lost_block() -> None:
+    bench = Bench(DictTier(), max_behind_bytes=300)
+    store = bench.fresh(writing=False)
+    bench.put(as_tokens(range(8)))
+    dropped = store.behind.dropped
+    assert [store.match(as_tokens(range(length))).length for length in (4, 8)] == [4, 8]
+    assert store.behind.dropped == dropped
+    assert not store.behind.flush(0), "there was room for one"

@@ -56,10 +56,9 @@ def test_what_is_kept_is_forgotten_after_the_time_that_was_set(server: RedisServ
 
 
 @needs_redis
-@pytest.mark.parametrize("goes_on", [" And then"])
+@pytest.mark.parametrize("goes_on", ["", " And then"])
 @pytest.mark.parametrize("place", ["engine", "memory"])
 def test_what_a_faster_place_serves_counts_as_used(server: RedisServer, place: str, goes_on: str) -> None:
-    """Every sequence that ends is offered to the slower tiers as a whole, and these renew what they have of it."""
     with load(server.url) as llm:
         llm.generate(STORY, max_tokens=6)
         llm.service.settle()

@@ -1,21 +1,35 @@
 """Writing to slower tiers, later: a bounded queue between the store and them.
 
 `offer` never waits: what does not fit in the queue is dropped and counted, because a request must not wait for a disk. The
-caller gives the thread: it calls `run`, which returns after `close`.
+caller gives the thread: it calls `run`, which returns after `close`. Uses of what memory holds are told the same way.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from threading import Condition
 
 from rekindle.errors import TierUnavailable
 from rekindle.kv.block import Block
-from rekindle.kv.tier import Tier
+from rekindle.kv.tier import Place, Tier
+
+_PLACE_BYTES = 256  # that a place in the queue takes, about
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Something to do, and what it takes of the queue's room."""
+
+    run: Callable[[], None]
+    num_bytes: int
+    num_blocks: int = 0  # to be written
 
 
 class Behind:
@@ -26,7 +40,7 @@ class Behind:
         self._tiers = tiers
         self._max_bytes = max_bytes
         self._num_bytes = 0  # queued or being written
-        self._queue: deque[tuple[Sequence[Block], Sequence[Tier]]] = deque()
+        self._queue: deque[_Job] = deque()
         self._changed = Condition()
         self._closed = False
         self._failing: set[str] = set()  # names of tiers whose failure has been logged
@@ -34,29 +48,35 @@ class Behind:
     def offer(self, chain: Sequence[Block], tiers: Sequence[Tier] | None = None) -> bool:
         """Queue the blocks of one chain, given head first, for these tiers or all; False if there was no room."""
         size = sum(block.num_bytes for block in chain)
+        return self._add(_Job(partial(self._write, self._tiers if tiers is None else tiers, chain), size, len(chain)))
+
+    def touch(self, places: Sequence[Place]) -> bool:
+        """Tell all tiers, later, that this chain, given head first, was used; False if there was no room."""
+        return self._add(_Job(partial(self._touch, places), len(places) * _PLACE_BYTES))
+
+    def _add(self, job: _Job) -> bool:
         with self._changed:
-            if self._closed or self._num_bytes + size > self._max_bytes:
-                self.dropped += len(chain)
+            if self._closed or self._num_bytes + job.num_bytes > self._max_bytes:
+                self.dropped += job.num_blocks
                 return False
-            self._num_bytes += size
-            self._queue.append((chain, self._tiers if tiers is None else tiers))
+            self._num_bytes += job.num_bytes
+            self._queue.append(job)
             self._changed.notify_all()
             return True
 
     def run(self) -> None:
-        """Write what is queued until closed and empty."""
+        """Do what is queued until closed and empty."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                chain, tiers = self._queue.popleft()
+                job = self._queue.popleft()
             try:
-                for tier in tiers:
-                    self._write(tier, chain)
+                job.run()
             finally:
                 with self._changed:
-                    self._num_bytes -= sum(block.num_bytes for block in chain)
+                    self._num_bytes -= job.num_bytes
                     self._changed.notify_all()
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
@@ -69,8 +89,8 @@ class Behind:
         done = self.flush(timeout_seconds)
         with self._changed:
             self._closed = True
-            given_up = sum(len(chain) for chain, _ in self._queue)
-            self._num_bytes -= sum(block.num_bytes for chain, _ in self._queue for block in chain)
+            given_up = sum(job.num_blocks for job in self._queue)
+            self._num_bytes -= sum(job.num_bytes for job in self._queue)
             self._queue.clear()
             self.dropped += given_up
             self._changed.notify_all()
@@ -78,7 +98,16 @@ class Behind:
             _log.warning("stopped with %d blocks not written to slower tiers", given_up)
         return done
 
-    def _write(self, tier: Tier, chain: Sequence[Block]) -> None:
+    def _touch(self, places: Sequence[Place]) -> None:
+        for tier in self._tiers:
+            with suppress(TierUnavailable):
+                tier.touch(places)
+
+    def _write(self, tiers: Sequence[Tier], chain: Sequence[Block]) -> None:
+        for tier in tiers:
+            self._write_to(tier, chain)
+
+    def _write_to(self, tier: Tier, chain: Sequence[Block]) -> None:
         """A tier that fails is logged once, until it works again."""
         try:
             tier.put(chain)

@@ -14,6 +14,7 @@ Slower tiers stand behind the memory, in the order of their speed. Writes reach 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +30,11 @@ from rekindle.kv.block import Block
 from rekindle.kv.keys import Key, chain, root_key, tail_key
 from rekindle.kv.memory import MemoryTier
 from rekindle.kv.speed import Speed
-from rekindle.kv.tier import Place, Tier, TierStats
+from rekindle.kv.tier import Place, Tier, TierStats, place_of
 from rekindle.tokens import Tokens, common_length
+
+_TELL_SECONDS = 60.0  # a chain's use is told to slower tiers at most so often
+_MAX_TOLD = 10_000  # chains of which that is remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,7 @@ class Store:
         self._clock = clock
         self._fingerprint = fingerprint
         self._memory = MemoryTier(max_bytes)
+        self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
         self._lock = threading.Lock()
 
     def match(self, tokens: Tokens, salt: bytes = b"") -> Match:
@@ -102,8 +107,19 @@ class Store:
             self._memory.touch(
                 [block.key for block in blocks] + ([tail.key] if tail is not None and not shared else [])
             )
+            if self.tiers and blocks:
+                self._tell_use(blocks)
             whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
             return Match(tuple(blocks), length + shared, tail.logits if tail is not None and whole else None)
+
+    def _tell_use(self, blocks: Sequence[Block]) -> None:
+        """Slower tiers can't see what memory serves, and would forget just what is used most."""
+        now, end = self._clock(), blocks[-1].key
+        if now - self._told.get(end, -math.inf) >= _TELL_SECONDS:
+            if len(self._told) >= _MAX_TOLD:
+                self._told.clear()
+            self._told[end] = now
+            self.behind.touch([place_of(block) for block in blocks])
 
     def _best_tail(self, parent: Key, start: int, rest: Tokens) -> tuple[Block | None, int]:
         """The tail after `parent` that shares most with `rest`; among equals the one that is just that."""
