@@ -256,3 +256,86 @@ def test_a_resident_whose_blocks_the_store_has_lost_is_saved_again(stage: Stage)
     stage.store.clear()
     assert stage.scheduler.residents.evict()
     assert stage.ask(prompt).done.usage.cached_tokens == 100
+
+
+def test_prompts_that_do_not_fit_together_are_read_one_after_the_other() -> None:
+    stage = Stage(100)
+    answers = [stage.submit(ids(30, 50), 1), stage.submit(ids(31, 80), 1)]
+    stage.run()
+    assert [answer.done.usage.prompt_tokens for answer in answers] == [50, 80]
+
+
+def test_a_request_without_kv_cache_does_not_fail_its_neighbours() -> None:
+    stage = Stage(100)
+    answers = [stage.submit(ids(32, 60), 3), stage.submit(ids(33, 60), 3, use_kv_cache=False)]
+    stage.run()
+    assert [answer.num_tokens for answer in answers] == [3, 3]
+
+
+def test_a_request_without_kv_cache_reuses_nothing(stage: Stage) -> None:
+    stage.ask(ids(34, 60))
+    answer = stage.ask(ids(34, 60), use_kv_cache=False)
+    assert (answer.done.usage.cached_tokens, stage.scheduler.counts.hits) == (0, 0)
+
+
+def test_a_stored_block_that_the_engine_refuses_is_computed_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage.ask(ids(35, 100))
+    while stage.scheduler.residents.evict():
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "place", refuse)
+        answer = stage.ask(ids(35, 100))
+    assert (answer.text, answer.done.usage.computed_tokens) == (first.text, 100)
+
+
+def test_a_long_stored_tail_needs_room_for_all_of_it() -> None:
+    stage = Stage(100)
+    prompt = ids(36, 95)
+    stage.ask(prompt, 1)
+    while stage.scheduler.residents.evict():
+        pass
+    blocker = stage.submit(ids(37, 5), 8)
+    stage.scheduler.step()
+    answer = stage.submit(prompt[:82], 1)
+    stage.run()
+    assert answer.done.usage.cached_tokens >= 80 and blocker.done
+
+
+def test_a_resident_that_cannot_be_saved_leaves_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(100)
+    stage.ask(ids(38, 50), 1)
+    monkeypatch.setattr(stage.engine, "export", refuse)
+    assert stage.ask(ids(39, 80), 1).done.reason == "length"
+
+
+def test_a_request_that_must_wait_drives_no_resident_out() -> None:
+    stage = Stage(300)
+    stage.ask(ids(40, 40), 1)
+    busy = stage.submit(ids(41, 100), 60)
+    stage.run(until=lambda: busy.num_tokens > 0)
+    stage.submit(ids(42, 250), 1)
+    stage.scheduler.step()
+    assert len(stage.scheduler.residents) == 1
+    stage.run()
+
+
+def refuse(*_: object) -> None:
+    raise EngineError("made to fail")
+
+
+loads = st.lists(st.tuples(st.integers(1, 100), st.integers(1, 20), st.booleans()), min_size=1, max_size=8)
+
+
+@settings(max_examples=80)
+@given(loads, st.integers(0, 5))
+def test_no_load_gets_stuck(load: list[tuple[int, int, bool]], steps: int) -> None:
+    stage = Stage(120, max_length=120)
+    answers = []
+    for number, (length, max_tokens, cached) in enumerate(load):
+        answers.append(stage.submit(ids(number, length), max_tokens, use_kv_cache=cached))
+        for _ in range(steps):
+            stage.scheduler.step()
+    stage.run()
+    assert all(isinstance(answer.events[-1], Done) for answer in answers)

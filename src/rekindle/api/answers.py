@@ -45,7 +45,11 @@ class Runner:
 
         def submit() -> None:
             for index, generation in enumerate(generations):
+                if answers.closed:  # the client has gone while a schema was compiled
+                    return
                 answers.tickets[index] = self.service.submit(generation, answers.sink(index))
+            if answers.closed:
+                answers.close()
 
         try:
             if any(generation.json_schema is not None for generation in generations):
@@ -60,7 +64,7 @@ class Runner:
     def stop(self) -> None:
         """End all that run: their clients get a Stopping."""
         for answers in self._open:
-            for ticket in answers.tickets.values():
+            for ticket in list(answers.tickets.values()):
                 ticket.cancel()
 
 
@@ -72,6 +76,7 @@ class Answers:
 
     def __init__(self, num: int, closed: Callable[[Answers], None]) -> None:
         self.tickets: dict[int, Ticket] = {}  # of those that have not ended
+        self.closed = False
         self._num = num
         self._closed = closed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -89,7 +94,8 @@ class Answers:
 
     def close(self) -> None:
         """Cancel what still runs."""
-        for ticket in self.tickets.values():
+        self.closed = True
+        for ticket in list(self.tickets.values()):
             ticket.cancel()
         self.tickets.clear()
         self._closed(self)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llama_cpp
@@ -194,6 +194,9 @@ class LlamaEngine:
     def num_free_cells(self) -> int:
         return self._table.num_free_cells
 
+    def num_held(self, seqs: Iterable[SequenceId]) -> int:
+        return self._table.num_held(seqs)
+
     @property
     def num_free_sequences(self) -> int:
         return self._table.num_free_sequences
@@ -230,7 +233,8 @@ class LlamaEngine:
             for seq, row in outputs:
                 pointer = llama_cpp.llama_get_logits_ith(self._context, row)
                 address = ctypes.addressof(pointer.contents)
-                logits[seq] = np.frombuffer((ctypes.c_float * vocab_size).from_address(address), dtype=np.float32)
+                values = memoryview((ctypes.c_float * vocab_size).from_address(address))
+                logits[seq] = np.frombuffer(values, dtype=np.float32)
         return logits
 
     def _decode(self) -> None:

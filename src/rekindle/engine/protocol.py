@@ -10,7 +10,7 @@ leaves every sequence as it was. Engines are not thread-safe; one thread owns an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,6 +106,9 @@ class Engine(Protocol):
 
     @property
     def num_free_cells(self) -> int: ...
+
+    def num_held(self, seqs: Iterable[SequenceId]) -> int:
+        """Cells that any of these sequences sees."""
 
     @property
     def num_free_sequences(self) -> int: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,6 +112,10 @@ class SequenceTable:
             self._references[row.cells[index]] -= 1
             row.cells[index] = cell
         return row.cells[start:stop].tolist()
+
+    def num_held(self, seqs: Iterable[SequenceId]) -> int:
+        """Cells that any of these sequences sees."""
+        return len(set().union(*(self.row(seq).cells for seq in seqs)))
 
     def num_shared(self, seq: SequenceId, start: int, stop: int) -> int:
         """How many cells of a range other sequences see too."""

@@ -7,7 +7,7 @@ is the same, a chunk computed with other neighbours is not, and `recompute` mend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,9 @@ class ToyEngine:
     @property
     def num_free_cells(self) -> int:
         return self._table.num_free_cells
+
+    def num_held(self, seqs: Iterable[SequenceId]) -> int:
+        return self._table.num_held(seqs)
 
     @property
     def num_free_sequences(self) -> int:

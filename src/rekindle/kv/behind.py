@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from threading import Condition
 
 from rekindle.errors import TierUnavailable
@@ -46,9 +47,17 @@ class Behind:
         self._failing: set[str] = set()  # names of tiers whose failure has been logged
 
     def offer(self, chain: Sequence[Block], tiers: Sequence[Tier] | None = None) -> bool:
-        """Queue the blocks of one chain, given head first, for these tiers or all; False if there was no room."""
-        size = sum(block.num_bytes for block in chain)
-        return self._add(_Job(partial(self._write, self._tiers if tiers is None else tiers, chain), size, len(chain)))
+        """Queue the blocks of one chain, given head first, for these tiers or all. False if not all found room.
+
+        The head of a chain is worth keeping without its end, so as much is queued as fits; an empty queue takes anything.
+        """
+        with self._changed:
+            room, sizes = self._max_bytes - self._num_bytes, list(accumulate(block.num_bytes for block in chain))
+            count = len(chain) if self._num_bytes == 0 else sum(size <= room for size in sizes)
+            head = chain[:count]
+            self.dropped += len(chain) - count
+            write = partial(self._write, self._tiers if tiers is None else tiers, head)
+            return not head or (self._add(_Job(write, sizes[count - 1], count)) and count == len(chain))
 
     def touch(self, places: Sequence[Place]) -> bool:
         """Tell all tiers, later, that this chain, given head first, was used; False if there was no room."""
@@ -56,7 +65,7 @@ class Behind:
 
     def _add(self, job: _Job) -> bool:
         with self._changed:
-            if self._closed or self._num_bytes + job.num_bytes > self._max_bytes:
+            if self._closed or (self._num_bytes and self._num_bytes + job.num_bytes > self._max_bytes):
                 self.dropped += job.num_blocks
                 return False
             self._num_bytes += job.num_bytes
@@ -83,6 +92,13 @@ class Behind:
         """Wait until everything offered so far is written; False if it took too long."""
         with self._changed:
             return self._changed.wait_for(lambda: self._num_bytes == 0, timeout_seconds)
+
+    def clear(self) -> None:
+        """Forget what is queued; a chain that is being written right now is not."""
+        with self._changed:
+            self._num_bytes -= sum(job.num_bytes for job in self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
 
     def close(self, timeout_seconds: float) -> bool:
         """Write what is queued, for so long at most, and let `run` return. False if some was given up."""
@@ -115,6 +131,8 @@ class Behind:
             if tier.name not in self._failing:
                 self._failing.add(tier.name)
                 _log.warning("the %s tier cannot be written to, requests go on without it: %s", tier.name, error)
+        except Exception:
+            _log.exception("writing to the %s tier failed", tier.name)
         else:
             if tier.name in self._failing:
                 self._failing.remove(tier.name)

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
+
+MAX_TAILS = 256  # of one parent that are looked into
 
 
 class MemoryTier:
@@ -22,7 +25,7 @@ class MemoryTier:
         self.num_bytes = 0
         self.evictions = 0
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # oldest first
-        self._tails: dict[Key, set[Key]] = {}  # parent -> its tails
+        self._tails: dict[Key, dict[Key, None]] = {}  # parent -> its tails, oldest first
         self._pins: dict[Key, int] = {}
 
     def __len__(self) -> int:
@@ -33,8 +36,9 @@ class MemoryTier:
         return self._blocks.get(key)
 
     def tails(self, parent: Key) -> list[Block]:
-        """Tails that follow a block (or a root)."""
-        return [self._blocks[key] for key in self._tails.get(parent, ())]
+        """The newest tails that follow a block (or a root)."""
+        newest = islice(reversed(self._tails.get(parent, {})), MAX_TAILS)
+        return [self._blocks[key] for key in newest]
 
     def put(self, chain: Iterable[Block]) -> None:
         """Add the blocks of one chain, head first, and make room. What can't fit beside the pinned is left out.
@@ -112,11 +116,11 @@ class MemoryTier:
         if old is not None:
             self.num_bytes -= old.num_bytes
             if old.logits is not None:
-                self._tails[old.parent].discard(key)
+                self._tails[old.parent].pop(key, None)
                 if not self._tails[old.parent]:
                     del self._tails[old.parent]
         if block is not None:
             self._blocks[key] = block
             self.num_bytes += block.num_bytes
             if block.logits is not None:
-                self._tails.setdefault(block.parent, set()).add(key)
+                self._tails.setdefault(block.parent, {})[key] = None

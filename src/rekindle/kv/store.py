@@ -35,6 +35,7 @@ from rekindle.tokens import Tokens, common_length
 
 _TELL_SECONDS = 60.0  # a chain's use is told to slower tiers at most so often
 _MAX_TOLD = 10_000  # chains of which that is remembered
+CLEAR_SECONDS = 10.0  # that clearing waits for a block that is being written
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +204,7 @@ class Store:
         return Fetched(brought, refused)
 
     def _read(self, tier: Tier, tokens: Tokens, places: list[Place], known: int, root: Key) -> list[Block]:
-        """The blocks and tails of a tier that go on where `known` blocks end, put into memory as they come."""
+        """The blocks and tail of a tier that go on where `known` blocks end, put into memory."""
         blocks: list[Block] = []
         size = self.block_tokens
         try:
@@ -213,16 +214,16 @@ class Store:
                 if block is None or not block.holds(parent, start, tokens[start : start + size]):
                     break
                 blocks.append(block)
-                with self._lock:
-                    self._memory.put([block])
             end = known + len(blocks)
             tail = self._read_tail(tier, places[end - 1].key if end else root, tokens[end * size :])
             if tail is not None and tail.position == end * size:
                 blocks.append(tail)
-                with self._lock:
-                    self._memory.put([tail])
         except TierUnavailable:
             pass  # the tier counts its faults; what came before is good
+        with self._lock:  # as one chain, so that its head is what stays if not all of it fits
+            here = [block for place in places[:known] if (block := self._memory.get(place.key)) is not None]
+            if len(here) == known:
+                self._memory.put([*here, *blocks])
         return blocks
 
     def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
@@ -259,11 +260,16 @@ class Store:
         except TierUnavailable:
             return None
 
-    def clear(self) -> None:
-        """Forget everything, in every tier."""
-        self.behind.flush()
+    def clear_memory(self) -> None:
+        """Forget what is in memory; slower tiers keep what they have."""
         with self._lock:
             self._memory.clear()
+
+    def clear(self) -> None:
+        """Forget everything, in every tier. May wait for a slow one."""
+        self.clear_memory()
+        self.behind.clear()
+        self.behind.flush(CLEAR_SECONDS)
         for tier in self.tiers:
             with suppress(TierUnavailable):
                 tier.clear()

@@ -18,6 +18,7 @@ class Prompt:
     tokens: Tokens  # [length], at least one
     text: str | None = None  # what was tokenised, if it was text
     salt: bytes = b""  # the tenant's secret part of every key
+    bos: bool = False  # the text was tokenised with the model's BOS before it
 
     def __len__(self) -> int:
         return len(self.tokens)

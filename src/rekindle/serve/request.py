@@ -39,6 +39,8 @@ class Sampling:
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, (1 << 64) - 1)
         for token, bias in self.logit_bias.items():
             _check(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if self.top_logprobs is not None:
@@ -66,6 +68,11 @@ class Generation:
     use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
     tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT
+
+    @property
+    def reuses(self) -> bool:
+        """Whether KV of other requests is used, and this one's kept for others."""
+        return self.use_kv_cache and self.use_prefix_cache
 
     def __post_init__(self) -> None:
         if len(self.prompt) == 0:

@@ -6,15 +6,18 @@ sequences run out, or when there is nothing else to do, residents are saved to t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rekindle.engine.protocol import Engine, SequenceId
+from rekindle.errors import EngineError
 from rekindle.kv.store import Store
 from rekindle.reuse import plan
 from rekindle.serve.sampling import Vector
 from rekindle.tokens import Tokens, common_length
 
+_log = logging.getLogger(__name__)
 MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
 
 
@@ -63,7 +66,8 @@ class Residents:
         new = Resident(seq, self._engine.tokens(seq), salt, dict(marks))
         for old in [r for r in self._all if r.salt == salt and _begins(r.tokens, new.tokens)]:
             new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
-            new.saved = new.saved or (old.saved and len(old.tokens) == len(new.tokens))
+            same = len(old.tokens) == len(new.tokens) and set(marks) <= set(old.marks)
+            new.saved = new.saved or (old.saved and same)
             self._end(old)
         for length in sorted(new.marks)[:-MAX_MARKS]:
             del new.marks[length]
@@ -77,7 +81,7 @@ class Residents:
         victim = next((resident for resident in self._all if resident.seq not in kept), None)
         if victim is None:
             return False
-        self._save(victim)
+        self._save_or_log(victim)
         self._end(victim)
         return True
 
@@ -85,7 +89,7 @@ class Residents:
         """Save one resident that is not in the store yet; it stays. False if there is none."""
         unsaved = next((resident for resident in self._all if not resident.saved), None)
         if unsaved is not None:
-            self._save(unsaved)
+            self._save_or_log(unsaved)
         return unsaved is not None
 
     def clear(self) -> None:
@@ -96,6 +100,14 @@ class Residents:
     def _end(self, resident: Resident) -> None:
         self._all.remove(resident)
         self._engine.close(resident.seq)
+
+    def _save_or_log(self, resident: Resident) -> None:
+        """What cannot be saved is computed again one day; no request fails for it."""
+        try:
+            self._save(resident)
+        except EngineError as error:
+            _log.warning("a resident sequence could not be saved: %s", error)
+        resident.saved = True
 
     def _save(self, resident: Resident) -> None:
         size, tokens, seq = self._store.block_tokens, resident.tokens, resident.seq
@@ -109,7 +121,6 @@ class Residents:
             for length, logits in sorted(resident.marks.items())
         ]
         self._store.put(tokens, payloads, salt=resident.salt, tails=tails)
-        resident.saved = True
 
 
 def _begins(one: Tokens, other: Tokens) -> bool:

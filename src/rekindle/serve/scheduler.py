@@ -9,6 +9,7 @@ Here is no thread and no queue to wait on: a worker calls `step` as long as it r
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ from rekindle.serve.run import Run
 from rekindle.serve.sampling import Vector
 from rekindle.tokens import common_length
 
+_log = logging.getLogger(__name__)
 LONE_BUDGET = 2048  # prompt tokens per step when nobody is decoding
 
 
@@ -107,18 +109,19 @@ class Scheduler:
     def step(self) -> Step:
         finished = self._end_cancelled()
         admitted = self._admit()
-        batch = self._batch()
+        batch = _Batch()
         try:
+            self._fill(batch)
             logits = self._forward(batch)
         except EngineError as error:
-            return Step(admitted, 0, finished + self._fail(batch.runs, error))
+            return Step(admitted, 0, finished + self._fail(batch.runs or list(self.running), error))
         finished += self._emit(batch, logits)
         return Step(admitted, sum(len(item.tokens) for item in batch.work), finished)
 
     def clear_cache(self) -> None:
-        """Forget residents and everything stored; running requests go on."""
+        """Forget residents and what is in memory; running requests go on."""
         self.residents.clear()
-        self._store.clear()
+        self._store.clear_memory()
 
     def check_integrity(self) -> None:
         """Recount engine and store, and every sequence's owner. Raises AssertionError."""
@@ -127,8 +130,12 @@ class Scheduler:
         assert all(run.seq is not None for run in self.running)
         assert all(run.seq is None for run in self.waiting)
 
-    def fail_all(self, error: RekindleError) -> None:
-        self._fail([*self.waiting, *self.running], error)
+    def abandon(self, error: RekindleError) -> None:
+        """Tell every request that it failed, without touching the engine, which may be broken."""
+        for run in (*self.waiting, *self.running):
+            run.send(Failed(error))
+        self.waiting.clear()
+        self.running.clear()
 
     # Admission.
 
@@ -161,7 +168,14 @@ class Scheduler:
             return Admission.WORTH_WAITING
         planned = time.perf_counter()
         logits = None if plan.computed else self._known_logits(plan, match)
-        if not self._restore(run, plan, match):
+        try:
+            restored = self._restore(run, plan, match)
+        except EngineError as error:
+            _log.warning("stored KV cannot be used and is computed again: %s", error)
+            self._store.clear_memory()
+            plan, logits = make_plan(run.generation.prompt, [], Stored()), None
+            restored = self._restore(run, plan, Match((), 0, None))
+        if not restored:
             return Admission.NO_ROOM
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
         run.plan, run.read = plan, plan.reused
@@ -176,7 +190,7 @@ class Scheduler:
 
     def _begin_fetch(self, run: Run, plan: Plan) -> bool:
         """Look into slower tiers for what would have to be computed; once for each request."""
-        looks = self._fetch is not None and run.fetch is None and run.generation.use_prefix_cache
+        looks = self._fetch is not None and run.fetch is None and run.generation.reuses
         if not looks or plan.computed < max(1, self._min_tokens):
             return False
         assert self._fetch is not None
@@ -192,7 +206,7 @@ class Scheduler:
 
     def _readable_soon(self, run: Run) -> int:
         """Tokens of this prompt that a request which is being read now will hold in a moment."""
-        if not run.generation.use_prefix_cache:
+        if not run.generation.reuses:
             return 0
         readers = [other for other in self.running if other.reading and _shares(other, run)]
         return max((common_length(run.prompt, other.prompt) for other in readers), default=0)
@@ -202,7 +216,7 @@ class Scheduler:
         self.running.append(run)
 
     def _known(self, run: Run) -> tuple[list[Resident], Match]:
-        if not run.generation.use_prefix_cache:
+        if not run.generation.reuses:
             return [], Match((), 0, None)
         busy = [
             Resident(other.seq, self._engine.tokens(other.seq), frozenset(other.marks))
@@ -221,7 +235,8 @@ class Scheduler:
         try:
             if fork is not None:
                 self.residents.touch(fork.seq)
-            if not self._make_room(plan.total - (0 if fork is None else fork.stop) + 1):
+            placed = [block.position + len(block.tokens) for block in match.blocks]  # the last may go beyond the prompt
+            if not self._make_room(max(plan.total, *placed, 0) - (0 if fork is None else fork.stop) + 1, seq):
                 self._engine.close(seq)
                 return False
             for step in plan.steps:
@@ -251,7 +266,7 @@ class Scheduler:
         return logits
 
     def _count(self, run: Run, plan: Plan) -> None:
-        if run.generation.use_prefix_cache:
+        if run.generation.reuses:
             self.counts.requests += 1
             self.counts.hits += plan.reused > 0
             self.counts.prompt_tokens += plan.total
@@ -259,12 +274,20 @@ class Scheduler:
 
     # Room.
 
-    def _make_room(self, cells: int) -> bool:
-        """Free cells, beside one for each running request, by letting residents go. False if that is not enough."""
-        while self._engine.num_free_cells < cells + len(self.running):
-            if not self.residents.evict():
-                return not self.running and self._engine.num_free_cells >= cells - 1
-        return True
+    def _make_room(self, cells: int, *new: SequenceId) -> bool:
+        """Free cells, beside those that running requests are about to take, by letting residents go.
+
+        False, and nothing has left, if that would not be enough. `new` are sequences of the request that asks.
+        """
+        promised = sum(1 + len(run.prompt) - run.read for run in self.running)
+        if self._engine.num_free_cells >= cells + promised:
+            return True
+        held = self._engine.num_held([*new, *(run.seq for run in self.running if run.seq is not None)])
+        if self.running and self._engine.num_cells - held < cells + promised:
+            return False
+        while self._engine.num_free_cells < cells + promised and self.residents.evict():
+            pass
+        return bool(self._engine.num_free_cells >= cells + promised or not self.running)
 
     def _swap_out(self, run: Run) -> None:
         """Take a running request's KV out of the engine; it waits at the head of the queue."""
@@ -290,20 +313,21 @@ class Scheduler:
 
     # The batch.
 
-    def _batch(self) -> _Batch:
-        batch = _Batch()
+    def _fill(self, batch: _Batch) -> None:
+        """One token of every decoding request, and of the reading ones, oldest first, as much as the budget allows."""
         decoding = [run for run in self.running if not run.reading]
         budget = self._budget if decoding else max(self._budget, LONE_BUDGET)
-        self._secure(len(decoding))
+        first = next((run for run in self.running if run.reading), None)
+        least = 0 if first is None else 1 if first.generation.use_kv_cache else len(first.prompt)
+        self._secure(len(decoding) or least)
         for run in [run for run in self.running if not run.reading]:
             self._add(batch, run, 1)
         for run in [run for run in self.running if run.reading]:
-            room = min(budget, self._engine.num_free_cells - sum(len(item.tokens) for item in batch.work))
-            if room <= 0:
+            room = self._engine.num_free_cells - sum(len(item.tokens) for item in batch.work)
+            if budget <= 0 or room <= 0:
                 break
-            if run.generation.use_kv_cache or len(run.prompt) <= self._engine.num_free_cells:
-                budget -= self._add(batch, run, room)
-        return batch
+            if run.generation.use_kv_cache or len(run.prompt) <= room:
+                budget -= self._add(batch, run, min(budget, room))
 
     def _add(self, batch: _Batch, run: Run, count: int) -> int:
         assert run.seq is not None
@@ -322,7 +346,10 @@ class Scheduler:
         while self._engine.num_free_cells < cells and len(self.running) > 1:
             victim = self.running[-1]
             cells -= not victim.reading
-            self._swap_out(victim)
+            try:
+                self._swap_out(victim)
+            except EngineError as error:
+                self._fail([victim], error)
 
     def _forward(self, batch: _Batch) -> Logits:
         if not batch.work:
@@ -378,8 +405,7 @@ class Scheduler:
         if seq is None:
             return
         generation = run.generation
-        kept = generation.use_prefix_cache and generation.use_kv_cache
-        if kept and self._engine.length(seq) >= max(1, self._min_tokens):
+        if generation.reuses and self._engine.length(seq) >= max(1, self._min_tokens):
             self.residents.add(seq, _salt(run), run.marks)
         else:
             self._engine.close(seq)
@@ -404,6 +430,4 @@ def _salt(run: Run) -> bytes:
 
 def _shares(one: Run, other: Run) -> bool:
     """Whether two requests may use each other's KV."""
-    generations = (one.generation, other.generation)
-    cached = all(each.use_prefix_cache and each.use_kv_cache for each in generations)
-    return cached and _salt(one) == _salt(other)
+    return one.generation.reuses and other.generation.reuses and _salt(one) == _salt(other)

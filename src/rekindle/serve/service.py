@@ -47,6 +47,18 @@ class Ticket(Protocol):
         """Stop it at the next step, wherever it is; its sink still gets a `Done` with reason "cancelled"."""
 
 
+@dataclass(frozen=True)
+class _Ticket:
+    """The ticket of a run: the worker is woken, for it may be waiting for something else."""
+
+    run: Run
+    worker: Worker
+
+    def cancel(self) -> None:
+        self.run.cancel()
+        self.worker.wake()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
     """Reuse so far, by request and by token, and what is kept. `vars()` of it is its wire form, with the two rates."""
@@ -179,12 +191,12 @@ class Service:
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
         tokenizer = self.model.tokenizer
-        known = self._transcripts.longest(salt, text)
+        known = self._transcripts.longest((salt, bos), text)
         if known is not None:
             rest = tokenizer.encode(text[len(known.text) :])
             if len(rest) and tokenizer.is_special(int(rest[0])):
-                return Prompt(np.concatenate([known.tokens, rest]), text, salt)
-        return Prompt(tokenizer.encode(text, bos=bos), text, salt)
+                return Prompt(np.concatenate([known.tokens, rest]), text, salt, bos)
+        return Prompt(tokenizer.encode(text, bos=bos), text, salt, bos)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -210,7 +222,7 @@ class Service:
         arrived = now - generation.tokenize_ms / 1000 if generation.arrived is None else generation.arrived
         run = Run(generation, self._remembering(generation, sink), grammar, Clock(arrived=arrived, submitted=now))
         self._worker.submit(run)
-        return run
+        return _Ticket(run, self._worker)
 
     def _begin_fetch(self, run: Run) -> Future[Fetched]:
         """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
@@ -228,7 +240,7 @@ class Service:
         def remember(event: Event) -> None:
             if isinstance(event, Done) and event.text and self.model.tokenizer.decode(event.tokens) == event.text:
                 tokens = np.concatenate([prompt.tokens, as_tokens(event.tokens)])
-                self._transcripts.add(prompt.salt, f"{prompt.text}{event.text}", tokens)
+                self._transcripts.add((prompt.salt, prompt.bos), f"{prompt.text}{event.text}", tokens)
             sink(event)
 
         return remember
@@ -271,6 +283,7 @@ class Service:
         """Forget all residents and everything stored. Running requests go on."""
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
+        self._store.clear()
 
     def settle(self, timeout_seconds: float | None = None) -> bool:
         """Save every resident to the store and wait until it is written; False if that took too long."""

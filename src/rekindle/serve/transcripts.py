@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from rekindle.tokens import Tokens
 
+Owner = tuple[bytes, bool]
+
 
 @dataclass(frozen=True, eq=False)
 class Transcript:
@@ -24,24 +26,24 @@ class Transcript:
 
 
 class Transcripts:
-    """The latest sequences, by tenant. Thread-safe."""
+    """The latest sequences, by owner: the tenant's salt, and whether a BOS goes before the text. Thread-safe."""
 
     def __init__(self, max_entries: int = 256) -> None:
         self._max = max_entries
-        self._entries: OrderedDict[tuple[bytes, str], Transcript] = OrderedDict()
+        self._entries: OrderedDict[tuple[Owner, str], Transcript] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, salt: bytes, text: str, tokens: Tokens) -> None:
+    def add(self, owner: Owner, text: str, tokens: Tokens) -> None:
         with self._lock:
-            self._entries[salt, text] = Transcript(text, tokens)
-            self._entries.move_to_end((salt, text))
+            self._entries[owner, text] = Transcript(text, tokens)
+            self._entries.move_to_end((owner, text))
             while len(self._entries) > self._max:
                 self._entries.popitem(last=False)
 
-    def longest(self, salt: bytes, text: str) -> Transcript | None:
+    def longest(self, owner: Owner, text: str) -> Transcript | None:
         """The longest remembered text that `text` begins with."""
         with self._lock:
-            fitting = [t for (owner, known), t in self._entries.items() if owner == salt and text.startswith(known)]
+            fitting = [t for (whose, known), t in self._entries.items() if whose == owner and text.startswith(known)]
         return max(fitting, key=lambda transcript: len(transcript.text), default=None)
 
     def clear(self) -> None:

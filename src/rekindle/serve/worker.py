@@ -57,7 +57,7 @@ class Worker:
         """Queue a request. Raises Overloaded, Stopping, or EngineError when the worker has failed."""
         with self._lock:
             self._check_alive()
-            waiting = self._snapshot.waiting + self._posted
+            waiting = len(self._scheduler.waiting) + self._posted
             if waiting >= self._max_queue:
                 raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_queue}; try again later")
             self._posted += 1
@@ -105,8 +105,9 @@ class Worker:
         except Exception as error:
             _log.exception("the worker failed")
             self.failure = error
-            self._scheduler.fail_all(EngineError("the worker failed; see the server's log"))
-        self._close()
+            self._scheduler.abandon(EngineError("the worker failed; see the server's log"))
+        finally:
+            self._close()
 
     def _inbox_wait(self) -> None:
         if not self._scheduler.running:
@@ -121,9 +122,9 @@ class Worker:
             command()
 
     def _take(self, run: Run) -> None:
+        self._scheduler.submit(run)
         with self._lock:
             self._posted -= 1
-        self._scheduler.submit(run)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -136,7 +137,7 @@ class Worker:
         with self._lock:
             self._stopping = True
         self._obey()
-        self._scheduler.fail_all(Stopping("the server is being stopped"))
+        self._scheduler.abandon(Stopping("the server is being stopped"))
         while self.failure is None and self._scheduler.residents.save_one():
             pass
         self._publish()
