@@ -186,7 +186,5 @@ def lab_exact(
     """Is reuse exact? Answers and logits with and without it, beside what rounding alone does."""
     from rekindle.lab.exact import print_report, run_exact
 
-    report = run_exact(
-        model, prompts=prompts, answer_tokens=answer_tokens, kv_type=kv_type, threads=threads, seed=seed
-    )
+    report = run_exact(model, prompts=prompts, answer_tokens=answer_tokens, kv_type=kv_type, threads=threads, seed=seed)
     print_report(report, Console())
