@@ -43,7 +43,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="session")
 def ember_url() -> Iterator[str]:
     """The built-in model on the real engine."""
-    with Service.open(Settings(model="builtin")) as service, running(service) as url:
+    with Service.open(Settings(model="builtin", store="none")) as service, running(service) as url:
         yield url
 
 

@@ -43,7 +43,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(ember: openai.OpenAI) -> Non
 
 
 def test_choices_of_one_prompt(ember: openai.OpenAI) -> None:
-    arguments = GREEDY | {"temperature": 1.5, "seed": 11, "n": 3}
+    arguments = GREEDY | {"temperature": 8.0, "seed": 11, "n": 3}
     once, again = (ember.chat.completions.create(**arguments) for _ in range(2))
     texts = [choice.message.content for choice in once.choices]
     assert texts == [choice.message.content for choice in again.choices]

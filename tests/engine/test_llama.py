@@ -98,3 +98,14 @@ def test_settings_that_llama_cpp_refuses_are_a_model_error() -> None:
     with pytest.raises(ModelError, match="cannot make a context"):
         LlamaEngine(model, num_cells=256, threads=1, max_sequences=1000)
     model.close()
+
+
+@pytest.mark.parametrize("num_cells", [64, 300])
+def test_a_small_cache_has_the_cells_that_were_asked_for(num_cells: int) -> None:
+    model = GgufModel(ember.weights_path())
+    engine = LlamaEngine(model, num_cells=num_cells, threads=1)
+    seq = engine.open()
+    engine.forward([Work(seq, as_tokens([20] * num_cells))])
+    assert (engine.num_cells, engine.num_free_cells) == (num_cells, 0)
+    engine.shutdown()
+    model.close()

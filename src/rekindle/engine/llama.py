@@ -70,9 +70,11 @@ class LlamaEngine:
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self._window = model.window
         self._shift_pending = False
-        self._batch = Batch(BATCH_TOKENS)
-        cells = int(llama_cpp.llama_n_ctx(self._context)) - 1  # one is kept back, see `_settle`
-        self._table = SequenceTable(cells, range(1, max_sequences + 1))
+        capacity = int(llama_cpp.llama_n_batch(self._context))  # BATCH_TOKENS, less for a small context
+        self._batch = Batch(capacity)
+        # beyond a sliding window, llama.cpp could reuse cells of the batch itself
+        self._limit = min(capacity, model.window) if model.window else capacity
+        self._table = SequenceTable(num_cells, range(1, max_sequences + 1))
         self.num_calls = 0
         self.num_computed = 0
         self.spec = _spec(model, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
@@ -222,8 +224,7 @@ class LlamaEngine:
         """Decode spans, in as few calls as allowed. Raises EngineError; what was decoded by then stays in the cache."""
         logits: Logits = {}
         vocab_size = self.spec.vocab_size
-        limit = min(BATCH_TOKENS, self._window) if self._window else BATCH_TOKENS  # beyond it cells could be reused
-        for part in split(spans, limit):
+        for part in split(spans, self._limit):
             outputs = self._batch.fill(part)
             logits = {seq: row.copy() for seq, row in logits.items()}  # llama.cpp is about to write over them
             self._decode()
@@ -321,7 +322,7 @@ def _unpack(payload: Payload) -> list[tuple[int, int, memoryview]]:
 
 def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, num_ids: int) -> Any:
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = num_cells
+    params.n_ctx = num_cells + 1  # one cell is kept back, see `_settle`
     params.n_batch = BATCH_TOKENS
     params.n_ubatch = MICRO_BATCH_TOKENS
     params.n_seq_max = num_ids  # of those that are decoded or saved; guards may lie above

@@ -335,6 +335,13 @@ class Service:
         }
 
 
+def _num_threads(settings: Settings) -> int:
+    """As asked, or the cores that this process may use."""
+    if settings.threads is not None:
+        return settings.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _num_cells(settings: Settings, model: Model) -> int:
     """As asked, or room for a few conversations of the length that the model was trained for."""
     return settings.context or min(DEFAULT_CELLS, 2 * model.gguf.train_context)
@@ -348,7 +355,7 @@ def _llama_engine(settings: Settings, model: Model) -> Engine:
     return LlamaEngine(
         model.gguf,
         num_cells=_num_cells(settings, model),
-        threads=settings.threads or len(os.sched_getaffinity(0)),
+        threads=_num_threads(settings),
         kv_type=settings.kv_type,
         max_sequences=_num_sequences(settings),
     )
