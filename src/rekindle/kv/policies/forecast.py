@@ -31,7 +31,8 @@ _TYPICAL_USES = [1.0, 2.0, 3.0, 4.5] + [7.0 * 2**octave for octave in range(13)]
 _PRIOR_SHARE = 0.42  # of blocks are used again, and of those used n times n / (n + 2.5), before anything was seen
 _PRIOR_UNUSED = 2.5
 _GENERAL_BLOCKS, _GROUP_BLOCKS, _FACTOR_BLOCKS = 100, 200, 300  # observations that outweigh what was thought before
-_HALF_LIFE = 16_384  # uses of segments after which an observation counts half
+_HALF_LIFE = 8_192  # uses of segments after which an observation counts half
+_SMOOTHINGS = 5  # of counts over buckets; fewer, and noise at old ages misleads
 _ROUNDS = 3  # of fitting base and factors in turns
 _LARGEST_CHANCE = 0.95
 
@@ -141,7 +142,9 @@ def _base(general: Floats, used: Floats, seen: Floats, group: npt.NDArray[np.int
 
 
 def _smooth(counts: Floats) -> Floats:
-    """Each bucket with half of its neighbours', but for the first and last."""
-    result = counts.copy()
-    result[:, 2:-2] = (counts[:, 1:-3] + 2 * counts[:, 2:-2] + counts[:, 3:-1]) / 4
-    return result
+    """Spread over neighbouring buckets, about half an octave of age; but not from or to the first and last."""
+    for _ in range(_SMOOTHINGS):
+        spread = counts.copy()
+        spread[:, 2:-2] = (counts[:, 1:-3] + 2 * counts[:, 2:-2] + counts[:, 3:-1]) / 4
+        counts = spread
+    return counts

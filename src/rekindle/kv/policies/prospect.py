@@ -1,8 +1,7 @@
 """Our default: the block goes whose place in the store promises least.
 
 What a block promises is learned from the load itself (`forecast.py`) by age, by how often it was used, by whether a request
-ended with it, and by how much less it is used than its predecessor (a head shared by
-many chains, or one of its branches).
+ended with it, and by how much less it is used than its predecessor (a head shared by many chains, or one of its branches).
 It is weighed by what computing the block costs per byte. A new block that promises less than all stored ones is the next
 victim at once: so admission is decided by the same rule as eviction.
 
@@ -25,7 +24,7 @@ from rekindle.kv.policies.segments import Segment, common_length, split
 from rekindle.kv.policy import K, Policy
 
 _GHOSTS_PER_BLOCK, _MIN_GHOSTS = 4, 65_536  # how many evicted keys are remembered
-_FIRST_LESSON, _LESSON, _LESSON_GROWTH = 64, 1_024, 1.3  # uses of segments between two lessons, at first and later
+_FIRST_LESSON, _LESSON, _LESSON_GROWTH = 64, 512, 1.3  # uses of segments between two lessons, at first and later
 _MOST_BRANCHED = 3  # octaves between the uses of a block and its predecessor's
 _NO_PREDECESSOR = 4
 
@@ -58,6 +57,11 @@ class Prospect(Policy[K]):
 
     def __len__(self) -> int:
         return self._num_stored
+
+    @property
+    def num_remembered(self) -> int:
+        """Keys that are held: of stored blocks and of ghosts."""
+        return self._num_stored + self._num_ghosts
 
     def hit(self, chain: Sequence[K]) -> None:
         self._let_time_pass()
