@@ -188,3 +188,17 @@ def lab_exact(
 
     report = run_exact(model, prompts=prompts, answer_tokens=answer_tokens, kv_type=kv_type, threads=threads, seed=seed)
     print_report(report, Console())
+
+
+@lab.command("trace")
+@guarded
+def lab_trace(
+    file: Annotated[Path, typer.Argument(help="JSON lines as published with Mooncake: hash_ids, input_length …")],
+    capacity: Annotated[list[int] | None, typer.Option(help="blocks that fit; may be repeated", min=1)] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="an eviction policy; may be repeated; default: all")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+) -> None:
+    """What each eviction policy would have reused of a recorded load, beside Belady's optimum."""
+    from rekindle.cli.lab import replay_trace
+
+    replay_trace(file, capacity, policy, plot)

@@ -1,4 +1,4 @@
-"""`rekindle lab model`: a file of random weights, with a progress bar."""
+"""`rekindle lab model` and `rekindle lab trace`: what they show while they work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rekindle.lab.models import make_model
+from rekindle.lab.trace import CAPACITIES, print_report, run_trace
 
 
 def write_model(shape: str, quant: str, out: Path, seed: int) -> None:
@@ -25,3 +26,20 @@ def write_model(shape: str, quant: str, out: Path, seed: int) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] | None, plot: Path | None) -> None:
+    """Replay, with a progress bar; then the table, the plot if one is wanted, and one line of JSON."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(file.name, total=None)
+        report = run_trace(
+            file,
+            capacities or CAPACITIES,
+            policies or None,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if plot is not None:
+        from rekindle.lab.trace_plot import plot_report
+
+        plot_report(report, plot)
+    print_report(report, Console())
