@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
@@ -27,14 +27,14 @@ import numpy as np
 
 from rekindle.engine.batch import Batch, Span, split
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
-from rekindle.engine.sequences import SequenceTable
+from rekindle.engine.sequences import BookKeeping, SequenceTable
 from rekindle.engine.verify import check_payload, check_work
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.model import llama_log
 from rekindle.model.fingerprint import fingerprint, weights_digest
 from rekindle.model.gguf import GgufModel
 from rekindle.model.spec import ModelSpec
-from rekindle.tokens import Tokens, as_tokens
+from rekindle.tokens import as_tokens
 
 KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 SCRATCH = 0
@@ -45,7 +45,7 @@ MICRO_BATCH_TOKENS = 512
 _PIECE = struct.Struct("<III")  # first index, tokens, bytes
 
 
-class LlamaEngine:
+class LlamaEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
     def __init__(
@@ -175,33 +175,9 @@ class LlamaEngine:
 
     # Book-keeping.
 
-    def open(self) -> SequenceId:
-        return self._table.open()
-
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)
         self._remove(seq, 0)
-
-    def tokens(self, seq: SequenceId) -> Tokens:
-        return self._table.tokens(seq)
-
-    def length(self, seq: SequenceId) -> int:
-        return self._table.length(seq)
-
-    @property
-    def num_cells(self) -> int:
-        return self._table.num_cells
-
-    @property
-    def num_free_cells(self) -> int:
-        return self._table.num_free_cells
-
-    def num_held(self, seqs: Iterable[SequenceId]) -> int:
-        return self._table.num_held(seqs)
-
-    @property
-    def num_free_sequences(self) -> int:
-        return self._table.num_free_sequences
 
     def check_integrity(self) -> None:
         """Also asks llama.cpp for the first and last position of each sequence."""

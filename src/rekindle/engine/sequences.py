@@ -160,3 +160,33 @@ class SequenceTable:
             self._references[cell] -= 1
             if self._references[cell] == 0:
                 self._free_cells.append(cell)
+
+
+class BookKeeping:
+    """What every engine answers from its table; the meaning of each method is in `Engine`."""
+
+    _table: SequenceTable
+
+    def open(self) -> SequenceId:
+        return self._table.open()
+
+    def tokens(self, seq: SequenceId) -> Tokens:
+        return self._table.tokens(seq)
+
+    def length(self, seq: SequenceId) -> int:
+        return self._table.length(seq)
+
+    @property
+    def num_cells(self) -> int:
+        return self._table.num_cells
+
+    @property
+    def num_free_cells(self) -> int:
+        return self._table.num_free_cells
+
+    def num_held(self, seqs: Iterable[SequenceId]) -> int:
+        return self._table.num_held(seqs)
+
+    @property
+    def num_free_sequences(self) -> int:
+        return self._table.num_free_sequences

@@ -7,17 +7,16 @@ is the same, a chunk computed with other neighbours is not, and `recompute` mend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
-from rekindle.engine.sequences import SequenceTable
+from rekindle.engine.sequences import BookKeeping, SequenceTable
 from rekindle.engine.verify import check_payload, check_work
 from rekindle.errors import ForeignPayload
 from rekindle.model.spec import ModelSpec
-from rekindle.tokens import Tokens
 
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 States = npt.NDArray[np.uint64]
@@ -29,7 +28,7 @@ def _hash(values: States) -> States:
     return values ^ (values >> np.uint64(31))
 
 
-class ToyEngine:
+class ToyEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
     def __init__(self, spec: ModelSpec, num_cells: int, max_sequences: int = 64) -> None:
@@ -86,32 +85,8 @@ class ToyEngine:
             self._compute(seq, start, stop)
             self.num_calls += stop > start
 
-    def open(self) -> SequenceId:
-        return self._table.open()
-
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)
-
-    def tokens(self, seq: SequenceId) -> Tokens:
-        return self._table.tokens(seq)
-
-    def length(self, seq: SequenceId) -> int:
-        return self._table.length(seq)
-
-    @property
-    def num_cells(self) -> int:
-        return self._table.num_cells
-
-    @property
-    def num_free_cells(self) -> int:
-        return self._table.num_free_cells
-
-    def num_held(self, seqs: Iterable[SequenceId]) -> int:
-        return self._table.num_held(seqs)
-
-    @property
-    def num_free_sequences(self) -> int:
-        return self._table.num_free_sequences
 
     def check_integrity(self) -> None:
         self._table.check_integrity()
