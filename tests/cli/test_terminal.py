@@ -43,8 +43,10 @@ class Terminal:
 
 
 # Opening it as the leader of a session makes a terminal the controlling one: then Ctrl-C on it is a signal.
+# Who starts the tests may ignore SIGINT, as a shell does for what it runs in the background.
 TAKE_AND_RUN = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.open(os.ttyname(0), os.O_RDWR)
 from rekindle.cli import main
 sys.argv[0] = "rekindle"
