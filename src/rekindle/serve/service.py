@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest, PromptTooLong
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Fetched, Store
-from rekindle.kv.tier import Tier
-from rekindle.model.fingerprint import cache_folder
 from rekindle.model.model import Model
-from rekindle.model.spec import ModelSpec
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.assembly import check_store_url, open_engine, open_tiers
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
@@ -35,9 +30,7 @@ from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
 from rekindle.tokens import as_tokens
 
-DEFAULT_CELLS = 8192
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
-NETWORK_TIMEOUT_SECONDS = 2.0  # of each operation of the network tier; decoding goes on meanwhile
 
 
 class Ticket(Protocol):
@@ -101,7 +94,7 @@ class Service:
             engine.spec.fingerprint,
             max_bytes=settings.store_memory,
             block_tokens=settings.block_tokens,
-            tiers=_tiers(settings, engine),
+            tiers=open_tiers(settings, engine),
         )
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
         for tier in self._store.tiers:
@@ -130,11 +123,10 @@ class Service:
     def open(cls, settings: Settings) -> Self:
         """Load the model and start the worker. Raises ModelError or InvalidRequest."""
         if settings.store_url is not None:
-            _check_url(settings.store_url)  # before a model is loaded in vain
-        toy = settings.engine == "toy"
-        model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=toy)
+            check_store_url(settings.store_url)  # before a model is loaded in vain
+        model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=settings.engine == "toy")
         try:
-            return cls(settings, model, _toy_engine(settings, model) if toy else _llama_engine(settings, model))
+            return cls(settings, model, open_engine(settings, model))
         except BaseException:
             model.close()
             raise
@@ -333,81 +325,3 @@ class Service:
             "running": worker.running,
             "queued": worker.waiting,
         }
-
-
-def _num_threads(settings: Settings) -> int:
-    """As asked, or the cores that this process may use."""
-    if settings.threads is not None:
-        return settings.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _num_cells(settings: Settings, model: Model) -> int:
-    """As asked, or room for a few conversations of the length that the model was trained for."""
-    return settings.context or min(DEFAULT_CELLS, 2 * model.gguf.train_context)
-
-
-def _num_sequences(settings: Settings) -> int:
-    return min(settings.max_running + settings.max_residents + 8, 127)
-
-
-def _llama_engine(settings: Settings, model: Model) -> Engine:
-    return LlamaEngine(
-        model.gguf,
-        num_cells=_num_cells(settings, model),
-        threads=_num_threads(settings),
-        kv_type=settings.kv_type,
-        max_sequences=_num_sequences(settings),
-    )
-
-
-def _tiers(settings: Settings, engine: Engine) -> list[Tier]:
-    """The slower tiers as set, the fastest first."""
-    tiers: list[Tier] = []
-    if _wants_disk(settings):
-        folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
-        tiers.append(DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk))
-    if settings.store_url is not None:
-        tiers.append(_network_tier(settings.store_url, settings, engine))
-    return tiers
-
-
-def _wants_disk(settings: Settings) -> bool:
-    """A toy engine's KV is not worth a file unless a folder is named."""
-    is_named = settings.store != "auto"
-    return settings.store != "none" and settings.store_disk > 0 and (is_named or settings.engine != "toy")
-
-
-def _network_tier(url: str, settings: Settings, engine: Engine) -> Tier:
-    from rekindle.kv.network import NetworkTier  # here, because most have none
-
-    password = settings.store_password
-    return NetworkTier(
-        url,
-        fingerprint=engine.spec.fingerprint,
-        ttl_seconds=settings.store_ttl_seconds,
-        timeout_seconds=NETWORK_TIMEOUT_SECONDS,
-        password=None if password is None else password.get_secret_value(),
-    )
-
-
-def _check_url(url: str) -> None:
-    """Raises InvalidRequest."""
-    from rekindle.kv.link import parse_url
-
-    parse_url(url)
-
-
-def _toy_engine(settings: Settings, model: Model) -> Engine:
-    spec = ModelSpec(
-        name=model.name,
-        architecture="toy",
-        vocab_size=model.tokenizer.vocab_size,
-        num_layers=1,
-        train_context=4096,
-        kv_bytes_per_token=8,
-        window=0,
-        can_shift=True,
-        fingerprint=b"toy" + bytes(13),
-    )
-    return ToyEngine(spec, settings.context or DEFAULT_CELLS, _num_sequences(settings))

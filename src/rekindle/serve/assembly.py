@@ -1,0 +1,102 @@
+"""What settings stand for: the engine they describe, and the tiers that stand behind its store's memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rekindle.engine.llama import LlamaEngine
+from rekindle.engine.protocol import Engine
+from rekindle.engine.toy import ToyEngine
+from rekindle.kv.disk import DiskTier
+from rekindle.kv.tier import Tier
+from rekindle.model.fingerprint import cache_folder
+from rekindle.model.model import Model
+from rekindle.model.spec import ModelSpec
+from rekindle.settings import Settings
+
+DEFAULT_CELLS = 8192
+NETWORK_TIMEOUT_SECONDS = 2.0  # of each operation of the network tier; decoding goes on meanwhile
+
+
+def open_engine(settings: Settings, model: Model) -> Engine:
+    """The engine that the settings name, for a model that was opened for it. Raises ModelError or EngineError."""
+    return _toy_engine(settings, model) if settings.engine == "toy" else _llama_engine(settings, model)
+
+
+def _num_threads(settings: Settings) -> int:
+    """As asked, or the cores that this process may use."""
+    if settings.threads is not None:
+        return settings.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_cells(settings: Settings, model: Model) -> int:
+    """As asked, or room for a few conversations of the length that the model was trained for."""
+    return settings.context or min(DEFAULT_CELLS, 2 * model.gguf.train_context)
+
+
+def _num_sequences(settings: Settings) -> int:
+    return min(settings.max_running + settings.max_residents + 8, 127)
+
+
+def _llama_engine(settings: Settings, model: Model) -> Engine:
+    return LlamaEngine(
+        model.gguf,
+        num_cells=_num_cells(settings, model),
+        threads=_num_threads(settings),
+        kv_type=settings.kv_type,
+        max_sequences=_num_sequences(settings),
+    )
+
+
+def open_tiers(settings: Settings, engine: Engine) -> list[Tier]:
+    """The slower tiers as set, the fastest first."""
+    tiers: list[Tier] = []
+    if _wants_disk(settings):
+        folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
+        tiers.append(DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk))
+    if settings.store_url is not None:
+        tiers.append(_network_tier(settings.store_url, settings, engine))
+    return tiers
+
+
+def _wants_disk(settings: Settings) -> bool:
+    """A toy engine's KV is not worth a file unless a folder is named."""
+    is_named = settings.store != "auto"
+    return settings.store != "none" and settings.store_disk > 0 and (is_named or settings.engine != "toy")
+
+
+def _network_tier(url: str, settings: Settings, engine: Engine) -> Tier:
+    from rekindle.kv.network import NetworkTier  # here, because most have none
+
+    password = settings.store_password
+    return NetworkTier(
+        url,
+        fingerprint=engine.spec.fingerprint,
+        ttl_seconds=settings.store_ttl_seconds,
+        timeout_seconds=NETWORK_TIMEOUT_SECONDS,
+        password=None if password is None else password.get_secret_value(),
+    )
+
+
+def check_store_url(url: str) -> None:
+    """Raises InvalidRequest."""
+    from rekindle.kv.link import parse_url
+
+    parse_url(url)
+
+
+def _toy_engine(settings: Settings, model: Model) -> Engine:
+    spec = ModelSpec(
+        name=model.name,
+        architecture="toy",
+        vocab_size=model.tokenizer.vocab_size,
+        num_layers=1,
+        train_context=4096,
+        kv_bytes_per_token=8,
+        window=0,
+        can_shift=True,
+        fingerprint=b"toy" + bytes(13),
+    )
+    return ToyEngine(spec, settings.context or DEFAULT_CELLS, _num_sequences(settings))
