@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 from tests.engine.conftest import TOY_SPEC
 from tests.kv.doubles import DictTier
@@ -67,10 +69,14 @@ class Answer:
         return sum(len(event.tokens) for event in self.events if isinstance(event, Piece))
 
 
+def ids(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(10, 900, count).tolist()
+
+
 class Stage:
     """Scheduler, engine and store, with short words for tests."""
 
-    def __init__(self, num_cells: int = 2000, tiers: Sequence[DictTier] = (), **options: int) -> None:
+    def __init__(self, num_cells: int = 2000, tiers: Sequence[DictTier] = (), **options: Any) -> None:
         self.engine = ToyEngine(TOY_SPEC, num_cells)
         max_bytes = options.pop("store_bytes", 1 << 30)
         self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from threading import Thread
 
 from tests.kv.doubles import DictTier
-from tests.serve.conftest import Answer, Stage
-from tests.serve.test_scheduler import ids
+from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.errors import StoreError
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serve.conftest import Answer, Stage
+from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.errors import EngineError
 from rekindle.serve.request import Done, Failed, Sampling
-
-
-def ids(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(10, 900, count).tolist()
 
 
 def test_an_exact_repeat_makes_no_model_call_before_its_first_token(stage: Stage) -> None:

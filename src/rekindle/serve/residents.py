@@ -14,6 +14,7 @@ from rekindle.engine.protocol import Engine, SequenceId
 from rekindle.errors import EngineError
 from rekindle.kv.store import Store
 from rekindle.reuse import plan
+from rekindle.serve.observe import Observer
 from rekindle.serve.sampling import Vector
 from rekindle.tokens import Tokens, common_length
 
@@ -35,10 +36,11 @@ class Resident:
 class Residents:
     """The idle sequences of one engine, least recently used first."""
 
-    def __init__(self, engine: Engine, store: Store, *, max_residents: int) -> None:
+    def __init__(self, engine: Engine, store: Store, *, max_residents: int, observer: Observer | None = None) -> None:
         self._engine = engine
         self._store = store
         self._max = max_residents
+        self._observer = observer or Observer()
         self._all: list[Resident] = []
 
     def __len__(self) -> int:
@@ -83,6 +85,7 @@ class Residents:
             return False
         self._save_or_log(victim)
         self._end(victim)
+        self._observer.evicted(len(victim.tokens))
         return True
 
     def save_one(self) -> bool:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from rekindle.engine.protocol import Engine, Logits, Payload, SequenceId, Work
@@ -23,6 +23,7 @@ from rekindle.kv.speed import Speed
 from rekindle.kv.store import Fetched, Match, Store
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
+from rekindle.serve.observe import Observer
 from rekindle.serve.request import Failed, FinishReason
 from rekindle.serve.residents import Residents
 from rekindle.serve.run import Run
@@ -51,7 +52,9 @@ class Step:
 
     admitted: int = 0
     computed: int = 0  # tokens forwarded
-    finished: int = 0
+    finished: int = 0  # requests that ended, in whatever way
+    decoded: int = 0  # of the computed tokens, those of answers
+    seconds: float = 0.0  # the whole step
 
     @property
     def idle(self) -> bool:
@@ -87,6 +90,7 @@ class Scheduler:
         min_tokens: int,
         max_length: int,
         fetch: Callable[[Run], Future[Fetched]] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """`fetch` starts to bring a prompt's KV from slower tiers into memory; whoever gives it wakes the worker."""
         self._engine = engine
@@ -96,7 +100,8 @@ class Scheduler:
         self._budget = prefill_budget
         self._min_tokens = min_tokens
         self._max_length = max_length
-        self.residents = Residents(engine, store, max_residents=max_residents)
+        self._observer = observer or Observer()
+        self.residents = Residents(engine, store, max_residents=max_residents, observer=self._observer)
         self.waiting: deque[Run] = deque()
         self.running: list[Run] = []  # in the order of admission
         self.counts = Counts()
@@ -105,8 +110,15 @@ class Scheduler:
 
     def submit(self, run: Run) -> None:
         self.waiting.append(run)
+        self._observer.queued(run)
 
     def step(self) -> Step:
+        started = time.perf_counter()
+        step = replace(self._step(), seconds=time.perf_counter() - started)
+        self._observer.stepped(step)
+        return step
+
+    def _step(self) -> Step:
         finished = self._end_cancelled()
         admitted = self._admit()
         batch = _Batch()
@@ -115,8 +127,9 @@ class Scheduler:
             logits = self._forward(batch)
         except EngineError as error:
             return Step(admitted, 0, finished + self._fail(batch.runs or list(self.running), error))
+        decoded = sum(1 for run in batch.runs if run.generated)
         finished += self._emit(batch, logits)
-        return Step(admitted, sum(len(item.tokens) for item in batch.work), finished)
+        return Step(admitted, sum(len(item.tokens) for item in batch.work), finished, decoded)
 
     def clear_cache(self) -> None:
         """Forget residents and what is in memory; running requests go on."""
@@ -134,6 +147,7 @@ class Scheduler:
         """Tell every request that it failed, without touching the engine, which may be broken."""
         for run in (*self.waiting, *self.running):
             run.send(Failed(error))
+            self._observer.failed(run, error)
         self.waiting.clear()
         self.running.clear()
 
@@ -181,6 +195,7 @@ class Scheduler:
         run.plan, run.read = plan, plan.reused
         self._enter(run)
         self._count(run, plan)
+        self._observer.admitted(run, plan)
         if logits is not None:
             run.marks[plan.total] = logits
             reason = self._advance(run, logits)
@@ -298,6 +313,7 @@ class Scheduler:
         self.running.remove(run)
         self.waiting.appendleft(run)
         self.counts.swaps += 1
+        self._observer.swapped(run)
 
     def _resume(self, run: Run) -> Admission:
         assert run.swapped is not None
@@ -309,6 +325,7 @@ class Scheduler:
         self._engine.place(run.seq, run.swapped, 0)
         run.swapped = None
         self._enter(run)
+        self._observer.resumed(run)
         return Admission.STARTED
 
     # The batch.
@@ -381,7 +398,12 @@ class Scheduler:
     def _advance(self, run: Run, logits: Vector) -> FinishReason | None:
         """Sample one token; says why the answer is complete, if it is."""
         assert run.seq is not None
+        before = run.clock.last_token
         reason = run.advance(logits, self._tokenizer.piece, self._tokenizer.is_end)
+        if before:
+            self._observer.token(run, run.clock.last_token - before)
+        else:
+            self._observer.first_token(run)
         self.counts.generated_tokens += 1
         if reason is None and run.length >= self._max_length:
             reason = "length"
@@ -394,6 +416,7 @@ class Scheduler:
     def _end(self, run: Run, reason: FinishReason) -> None:
         self._leave(run)
         run.finish(reason)
+        self._observer.finished(run, reason)
 
     def _leave(self, run: Run) -> None:
         """Take a request out; what it has computed stays as a resident if it is worth keeping."""
@@ -421,6 +444,7 @@ class Scheduler:
         for run in runs:
             self._leave(run)
             run.send(Failed(error))
+            self._observer.failed(run, error)
         return len(runs)
 
 

@@ -22,6 +22,7 @@ from rekindle.model.model import Model
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, open_engine, open_tiers
 from rekindle.serve.grammar import Grammars
+from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
@@ -83,7 +84,7 @@ class CacheStats:
 class Service:
     """One served model. Thread-safe, but for `open` and `close`. A context manager."""
 
-    def __init__(self, settings: Settings, model: Model, engine: Engine) -> None:
+    def __init__(self, settings: Settings, model: Model, engine: Engine, observers: Sequence[Observer] = ()) -> None:
         self.settings = settings
         self.model = model
         self.engine_spec = engine.spec
@@ -112,6 +113,7 @@ class Service:
             min_tokens=settings.min_tokens,
             max_length=self.max_tokens,
             fetch=self._begin_fetch if self._store.tiers else None,
+            observer=Observers(observers),
         )
         self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
@@ -120,13 +122,13 @@ class Service:
         self._started = time.monotonic()
 
     @classmethod
-    def open(cls, settings: Settings) -> Self:
-        """Load the model and start the worker. Raises ModelError or InvalidRequest."""
+    def open(cls, settings: Settings, *, observers: Sequence[Observer] = ()) -> Self:
+        """Load the model and start the worker; `observers` hear what happens. Raises ModelError or InvalidRequest."""
         if settings.store_url is not None:
             check_store_url(settings.store_url)  # before a model is loaded in vain
         model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=settings.engine == "toy")
         try:
-            return cls(settings, model, open_engine(settings, model))
+            return cls(settings, model, open_engine(settings, model), observers)
         except BaseException:
             model.close()
             raise
