@@ -18,10 +18,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
@@ -49,9 +50,17 @@ class DiskTier:
     name = "disk"
 
     def __init__(
-        self, folder: Path, *, fingerprint: bytes, max_bytes: int, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        *,
+        fingerprint: bytes,
+        max_bytes: int,
+        label: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`label` is what people call the model: it is noted in the folder, for those who look into it."""
         self.max_bytes = max_bytes
+        self._label = label
         self._folder = Folder(folder)
         self._fingerprint = fingerprint
         self._clock = clock
@@ -186,6 +195,8 @@ class DiskTier:
             for index, (block, path) in enumerate(zip(chain, paths, strict=True)):
                 if known[index] is None and not self._write(path, block, newest - index * _STEP_NS):
                     return
+            if self._label is not None:
+                self._folder.label(self._fingerprint, self._label)
 
     def _write(self, path: Path, block: Block, mark: int) -> bool:
         """Whether there was room for it."""

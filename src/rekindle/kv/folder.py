@@ -5,6 +5,7 @@
                                                  all tails of a parent
     <folder>/v1/ab/cd/.<random>.writing          a file that is being written, or was when its writer died
     <folder>/v1/aside/                           the last few files that were not what was written
+    <folder>/v1/models/<fingerprint>.json        what people call the model that a fingerprint stands for
 
 A file gets its name only when it is whole, so readers need no lock. There is no fsync: what a killed process has written
 stays, and what a power failure tears fails its checksum. Everything here raises OSError as it comes.
@@ -12,12 +13,15 @@ stays, and what a power failure tears fails its checksum. Everything here raises
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rekindle.kv.format import SUFFIX, VERSION, Buffer
 from rekindle.kv.keys import Key
@@ -25,6 +29,7 @@ from rekindle.kv.tier import Place
 
 _NAME = re.compile(rf"(?:([0-9a-f]{{32}})\.)?([0-9a-f]{{32}}){re.escape(SUFFIX)}")
 _FAN = re.compile(r"[0-9a-f]{2}")
+_LABEL = re.compile(r"([0-9a-f]+)\.json")
 _WRITING = ".writing"
 _PAGE_BYTES = 4096  # what a file system gives out at once, mostly
 _MAX_ASIDE = 16
@@ -59,6 +64,7 @@ class Folder:
         self.path = path
         self._root = path / f"v{VERSION}"
         self._aside = self._root / "aside"
+        self._models = self._root / "models"
 
     def path_of(self, place: Place) -> Path:
         name = place.key.hex()
@@ -151,11 +157,33 @@ class Folder:
 
     def clear(self) -> None:
         """Delete all that is ours, and the folders that are empty then."""
-        for file in [*self.walk(), *self._set_aside()]:
-            file.path.unlink(missing_ok=True)
-        for folder in [*self._folders(), *self._fans(self._root), self._aside, self._root]:
+        for path in [*(file.path for file in [*self.walk(), *self._set_aside()]), *self._labels()]:
+            path.unlink(missing_ok=True)
+        for folder in [*self._folders(), *self._fans(self._root), self._aside, self._models, self._root]:
             with suppress(OSError):  # not empty, or not there
                 folder.rmdir()
+
+    # What models are called.
+
+    def label(self, fingerprint: bytes, facts: Mapping[str, Any]) -> None:
+        """Note what a fingerprint stands for, unless it was noted. Best effort: no block depends on it."""
+        path = self._models / f"{fingerprint.hex()}.json"
+        with suppress(OSError):
+            if not path.exists():
+                self.write(path, [json.dumps(facts).encode()], time.time_ns())
+
+    def labels(self) -> dict[bytes, dict[str, Any]]:
+        """What was noted, by fingerprint; what can't be read is left out."""
+        found = {}
+        for path in self._labels():
+            with suppress(OSError, ValueError):
+                facts = json.loads(path.read_bytes())
+                if isinstance(facts, dict):
+                    found[bytes.fromhex(path.stem)] = facts
+        return found
+
+    def _labels(self) -> list[Path]:
+        return [Path(entry.path) for entry in _entries(self._models) if _LABEL.fullmatch(entry.name)]
 
     def _fan(self, key: Key) -> Path:
         name = key.hex()

@@ -12,6 +12,7 @@ the bytes as they lie tells whether any of them is not what was written, and the
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,23 @@ _TYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "F32": np.dtype("<f4
 _TENSORS = {"tokens": "I32", "logits": "F32", "payload": "U8"}
 
 Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Front:
+    """What the beginning of a file says of its block, unchecked."""
+
+    key: bytes
+    parent: bytes
+    position: int  # of the first token
+    tokens: Tokens
+    tail: bool
+    fingerprint: bytes
+
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.position + len(self.tokens)
 
 
 def encode(block: Block, fingerprint: bytes) -> bytes:
@@ -130,6 +148,27 @@ def _tensor(data: memoryview, name: str, header: dict[str, Any]) -> npt.NDArray[
     if [len(tensor)] != entry["shape"]:
         raise CorruptBlock(f"a tensor {name} of {len(tensor)} numbers expected, got the shape {entry['shape']}")
     return tensor
+
+
+def peek(beginning: bytes) -> Front | None:
+    """What the first bytes of a file say; None if they don't reach to the end of the tokens or make no sense."""
+    view = memoryview(beginning)
+    length = int.from_bytes(view[:_LENGTH_BYTES], "little")
+    try:
+        header = json.loads(bytes(view[_LENGTH_BYTES : _LENGTH_BYTES + length]))
+        facts = header["__metadata__"]
+        if facts["version"] != VERSION:
+            return None
+        return Front(
+            bytes.fromhex(facts["key"]),
+            bytes.fromhex(facts["parent"]),
+            int(facts["position"]),
+            _tensor(view[_LENGTH_BYTES + length :], "tokens", header).copy(),
+            "logits" in header,
+            bytes.fromhex(facts["fingerprint"]),
+        )
+    except (CorruptBlock, KeyError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def peek_tokens(beginning: bytes) -> Tokens | None:

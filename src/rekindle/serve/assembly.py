@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
@@ -50,15 +51,24 @@ def _llama_engine(settings: Settings, model: Model) -> Engine:
     )
 
 
-def open_tiers(settings: Settings, engine: Engine) -> list[Tier]:
+def open_tiers(settings: Settings, model: Model, engine: Engine) -> list[Tier]:
     """The slower tiers as set, the fastest first."""
     tiers: list[Tier] = []
     if _wants_disk(settings):
         folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
-        tiers.append(DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk))
+        label = _label(settings, model)
+        disk = DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk, label=label)
+        tiers.append(disk)
     if settings.store_url is not None:
         tiers.append(_network_tier(settings.store_url, settings, engine))
     return tiers
+
+
+def _label(settings: Settings, model: Model) -> dict[str, Any]:
+    """What a folder's reader needs to name the model and to show its tokens as text."""
+    status = model.path.stat()
+    file = {"path": str(model.path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"name": model.name, "file": file, "kv_type": settings.kv_type, "block_tokens": settings.block_tokens}
 
 
 def _wants_disk(settings: Settings) -> bool:

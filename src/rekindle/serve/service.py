@@ -95,7 +95,7 @@ class Service:
             engine.spec.fingerprint,
             max_bytes=settings.store_memory,
             block_tokens=settings.block_tokens,
-            tiers=open_tiers(settings, engine),
+            tiers=open_tiers(settings, model, engine),
         )
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
         for tier in self._store.tiers:
