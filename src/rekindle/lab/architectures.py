@@ -11,6 +11,8 @@ every architecture:
 * **Greedy decoding is not stuck.** With tied embeddings a token's own row lies in the residual stream and votes for
   itself again. Its RMS there is 0.5 / sqrt(width) of the updates', which gives it a lead of half a standard deviation,
   and the model does not repeat one token for ever.
+* **Padding is never said.** Rows of the output matrix beyond the tokenizer's own tokens are a tenth as loud, so greedy
+  answers are text, which a client can see arrive, and which has about as many tokens when it is read again.
 
 Norm weights jitter around their mean by a tenth, so that a forgotten or swapped norm shows. GGUF stores gemma's norm
 weights with the 1 already added (its converter does so, and llama.cpp multiplies by them as they are), so they are
@@ -36,6 +38,7 @@ _LOGIT_SPREAD = 3.0  # standard deviation of logits
 _EMBEDDING_RMS = 0.5  # of untied embeddings: less than the updates, so that the context outweighs the last token
 _SELF_VOTE = 0.5  # by how many standard deviations a tied embedding may favour its own token
 _NORM_JITTER = 0.1
+PADDING_LOUDNESS = 0.1  # of the rows of padding tokens in what makes logits
 _SILU_GAIN = 0.6  # RMS of silu(x) for standard normal x, rounded
 
 
@@ -48,6 +51,7 @@ class Tensor:
     mean: float = 0.0
     spread: float = 0.0  # standard deviation
     single: bool = False  # kept in float32 whatever the file's type
+    makes_logits: bool = False  # a row for each token of the vocabulary
     values: npt.NDArray[np.float32] | None = None
 
     @property
@@ -117,12 +121,12 @@ def _ends(shape: Shape, vocabulary: int) -> Iterator[Tensor]:
     if not shape.tied:
         yield Tensor("token_embd.weight", (vocabulary, width), spread=_EMBEDDING_RMS)
         yield _norm(last_norm, width)
-        yield _matrix("output", vocabulary, width, _LOGIT_SPREAD)
+        yield replace(_matrix("output", vocabulary, width, _LOGIT_SPREAD), makes_logits=True)
         return
     entering_rms = _SELF_VOTE / sqrt(width) * _residual_rms(shape)
     # gemma multiplies embeddings by sqrt(width) on their way in, not on their way out
     spread = entering_rms / sqrt(width) if shape.arch == "gemma3" else entering_rms
-    yield Tensor("token_embd.weight", (vocabulary, width), spread=spread)
+    yield Tensor("token_embd.weight", (vocabulary, width), spread=spread, makes_logits=True)
     yield _norm(last_norm, width, mean=_LOGIT_SPREAD / (spread * sqrt(width)))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.errors import InvalidRequest, ModelError
-from rekindle.lab.architectures import Tensor, tensors, write_metadata
+from rekindle.lab.architectures import PADDING_LOUDNESS, Tensor, tensors, write_metadata
 from rekindle.lab.quants import Quantisation, known_quantisations, quantisation_named, quantise
 from rekindle.lab.shapes import Shape, shape_named
 from rekindle.lab.vocabulary import Vocabulary, read_vocabulary
@@ -184,25 +184,27 @@ def _write_floats(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_data(writer, plan, kind, seed, progress)
+        _write_data(writer, plan, kind, seed, vocabulary.num_padding, progress)
     finally:
         writer.close()
 
 
-def _write_data(writer: gguf.GGUFWriter, plan: list[Tensor], kind: Quantisation, seed: int, progress: Progress) -> None:
+def _write_data(
+    writer: gguf.GGUFWriter, plan: list[Tensor], kind: Quantisation, seed: int, num_padding: int, progress: Progress
+) -> None:
     file: IO[bytes] = writer.fout[0]
     done, total = 0, sum(tensor.num_values for tensor in plan)
     writer.write_padding(file, file.tell())
     for tensor in plan:
         name = "f32" if tensor.single else kind.name
-        for piece in _pieces(tensor, seed):
+        for piece in _pieces(tensor, seed, num_padding):
             file.write(_encode(piece, name).data)
             done += piece.size
             progress(done, total)
         writer.write_padding(file, file.tell())
 
 
-def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.float32]]:
+def _pieces(tensor: Tensor, seed: int, num_padding: int) -> Iterator[npt.NDArray[np.float32]]:
     """The tensor's numbers in order, flat, a few million at a time; each piece is valid until the next is asked for."""
     if tensor.values is not None:
         yield np.ascontiguousarray(tensor.values, dtype=np.float32).reshape(-1)
@@ -210,11 +212,13 @@ def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.float32]]:
     name_digest = hashlib.blake2b(tensor.name.encode(), digest_size=8).digest()
     generator = np.random.default_rng([seed, int.from_bytes(name_digest, "little")])
     buffer = np.empty(min(tensor.num_values, _PIECE_VALUES), dtype=np.float32)
+    num_loud = tensor.num_values - (num_padding * tensor.shape[1] if tensor.makes_logits else 0)
     for start in range(0, tensor.num_values, buffer.size):
         piece = buffer[: tensor.num_values - start]
         generator.standard_normal(dtype=np.float32, out=piece)
         piece *= np.float32(tensor.spread)
         piece += np.float32(tensor.mean)
+        piece[max(0, num_loud - start) :] *= np.float32(PADDING_LOUDNESS)
         yield piece
 
 
