@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one_from_every_source(file:
     for error in (refusal(file), refusal(environ={"REKINDLE_THREAD": "2"}), refusal(thread=2)):
         assert str(error) == "unknown setting 'thread'; did you mean 'threads'?"
         assert error.param == "thread"
-    assert "known: block_tokens, context" in str(refusal(zzzzzz=1))
+    assert "known: api_key, api_key_file, block_tokens" in str(refusal(zzzzzz=1))
     file.write_text("[server]\nport = 1")
     assert "unknown setting 'server'" in str(refusal(file))
 
@@ -140,3 +141,39 @@ def test_a_hint_names_the_nearest_or_all() -> None:
     assert nearest("modle", ["model", "engine"]) == "; did you mean 'model'?"
     assert nearest("x", ["model", "engine"]) == "; known: engine, model"
     assert nearest("x", []) == "; known: "
+
+
+def test_a_setting_of_several_values_comes_as_an_array_a_list_or_one_text(file: Path) -> None:
+    file.write_text('api_keys = ["one", "two"]\ncors_origin = "*"')
+    settings = Settings.load(file, {})
+    assert [key.get_secret_value() for key in settings.api_key] == ["one", "two"]
+    assert settings.cors_origin == ("*",)
+    for variable in ("REKINDLE_API_KEY", "REKINDLE_API_KEYS"):
+        settings = Settings.load(file, {variable: "three, four"})
+        assert [key.get_secret_value() for key in settings.api_key] == ["three", "four"]
+    settings = Settings.load(file, {"REKINDLE_API_KEYS": "three"}, api_key=["five,six"])
+    assert [key.get_secret_value() for key in settings.api_key] == ["five,six"]
+    assert Settings.load(None, {}).api_key == ()
+
+
+def test_several_values_named_twice_or_not_at_all_are_a_mistake() -> None:
+    both = refusal(environ={"REKINDLE_API_KEY": "one", "REKINDLE_API_KEYS": "two"})
+    assert str(both) == "settings api_key and api_keys are the same; use one of them"
+    assert "at least one value is expected" in str(refusal(environ={"REKINDLE_API_KEY": " "}))
+
+
+def test_an_api_key_is_in_no_message(file: Path) -> None:
+    settings = Settings.load(None, {"REKINDLE_API_KEYS": "hush,quiet"}, port=1)
+    assert not {"hush", "quiet"} & set(re.findall(r"\w+", f"{settings!r} {settings} {settings.model_dump_json()}"))
+    for text in ("api_key = 12345678", "api_key = ['fine', 12345678]", "api_keys = {x = 12345678}"):
+        file.write_text(text)
+        error = refusal(file)
+        assert error.param is not None and error.param.startswith("api_key") and "12345678" not in str(error)
+
+
+@pytest.mark.parametrize("origin", ["https://a.org/", "https://a.org/x", "a.org", "https://", "https://x@a.org", "**"])
+def test_a_cors_origin_that_no_browser_sends(origin: str) -> None:
+    assert "expected * or an origin such as" in str(refusal(cors_origin=["*", origin]))
+    assert (
+        Settings.load(None, {}, cors_origin="https://a.org:8443,http://localhost").cors_origin[1] == "http://localhost"
+    )

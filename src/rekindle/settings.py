@@ -2,11 +2,14 @@
 
 The file is TOML (`--config FILE`), environment names are the field names in capitals after `REKINDLE_`
 (`REKINDLE_THREADS=2`), flags are keyword arguments. A name that is not a setting is refused with the nearest known one.
+A setting of several values is an array in the file, an option given several times, or one text with commas between
+them; it may be named in the plural (`REKINDLE_API_KEYS=one,two`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +20,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, Validati
 from rekindle.errors import InvalidRequest, nearest
 
 PREFIX = "REKINDLE_"
-SECRETS = frozenset({"store_url", "store_password"})  # not repeated in messages: the URL may hold a password
+SECRETS = frozenset({"store_url", "store_password", "api_key"})  # not repeated in messages; a URL may hold a password
+SEVERAL = frozenset({"api_key", "cors_origin"})
 
 
 class Settings(BaseModel):
@@ -53,6 +57,23 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
+    api_key: tuple[SecretStr, ...] = Field(
+        (), description="key that requests must bring; may be given several times, best in the environment or a file"
+    )
+    api_key_file: str | None = Field(None, description="file of further API keys, one per line, as KEY or NAME:KEY")
+    max_per_key: int | None = Field(None, ge=1, description="answers of one API key under way; default: no limit")
+    request_timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds that a request may take, its wait included; default: any"
+    )
+    drain_seconds: float = Field(
+        5.0, ge=0, allow_inf_nan=False, description="at the end, time for running answers; new ones are refused"
+    )
+    stall_seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="end with an error when one step takes longer; default: never"
+    )
+    cors_origin: tuple[str, ...] = Field(
+        (), description="origin of web pages that may call, or * for all; may be given several times"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -62,16 +83,33 @@ class Settings(BaseModel):
             raise ValueError("a number or text is expected")
         return value
 
+    @field_validator(*SEVERAL, mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """One text holds one value or several; a text that holds none is a mistake, such as a variable left empty."""
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        if value is not parts and not parts:
+            raise ValueError("at least one value is expected")
+        return parts
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Browsers send an origin in this form and no other; one with a path would never be met."""
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
+                raise ValueError("expected * or an origin such as https://example.org, without a path")
+        return value
+
     @classmethod
     def load(cls, file: Path | None = None, environ: Mapping[str, str] | None = None, /, **flags: Any) -> Settings:
         """Merge the three sources; a flag that is None was not given. Raises InvalidRequest."""
         merged: dict[str, Any] = {}
         if file is not None:
-            merged |= _read(file)
-        for name, value in (os.environ if environ is None else environ).items():
-            if name.startswith(PREFIX):
-                merged[name.removeprefix(PREFIX).lower()] = value
-        merged |= {name: value for name, value in flags.items() if value is not None}
+            merged |= _singular(_read(file))
+        pairs = (os.environ if environ is None else environ).items()
+        merged |= _singular({name[len(PREFIX) :].lower(): value for name, value in pairs if name.startswith(PREFIX)})
+        merged |= _singular({name: value for name, value in flags.items() if value is not None})
         for name in merged:
             if name not in cls.model_fields:
                 raise InvalidRequest(f"unknown setting {name!r}{nearest(name, cls.model_fields)}", param=name)
@@ -80,10 +118,18 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            got = "" if name in SECRETS else f", got {first['input']!r}"
+            got = "" if first["loc"][0] in SECRETS else f", got {first['input']!r}"
             raise InvalidRequest(
                 f"setting {name}: {first['msg'].removeprefix('Value error, ')}{got}", param=name
             ) from None
+
+
+def _singular(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What one source says, with each setting of several values under its field's name."""
+    for name in SEVERAL:
+        if name in source and f"{name}s" in source:
+            raise InvalidRequest(f"settings {name} and {name}s are the same; use one of them", param=name)
+    return {name[:-1] if name[:-1] in SEVERAL else name: value for name, value in source.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:

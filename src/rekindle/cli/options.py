@@ -18,9 +18,22 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from rekindle.settings import PREFIX, Settings
+from rekindle.settings import PREFIX, SEVERAL, Settings
 
-SERVER_ONLY = frozenset({"host", "port", "max_body_bytes"})  # of no use to a command that opens no socket
+SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
+    {
+        "host",
+        "port",
+        "max_body_bytes",
+        "api_key",
+        "api_key_file",
+        "max_per_key",
+        "request_timeout",
+        "drain_seconds",
+        "stall_seconds",
+        "cors_origin",
+    }
+)
 PANEL = "Settings"
 
 
@@ -33,7 +46,7 @@ def with_settings(*, leave_out: Collection[str] = ()) -> Callable[[Callable[...,
         parameters = [*own, *(_parameter(name, Settings.model_fields[name]) for name in names), _CONFIG]
 
         def run(**given: Any) -> None:
-            flags = {name: given.pop(name) for name in names}
+            flags = {name: given.pop(name) or None if name in SEVERAL else given.pop(name) for name in names}
             command(Settings.load(given.pop("config"), **flags), **given)
 
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
@@ -59,7 +72,7 @@ def default_of(field: FieldInfo) -> str | None:
     """The default as text; None where the description says what happens without a value."""
     if isinstance(field.default, ByteSize):
         return field.default.human_readable(separator="")
-    return None if field.default is None else str(field.default)
+    return None if field.default in (None, ()) else str(field.default)
 
 
 def values_of(field: FieldInfo) -> str:
@@ -89,7 +102,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = typer.Option(
         *flags, help=help_of(field), metavar=values_of(field), show_default=False, rich_help_panel=PANEL
     )
-    return _keyword(name, str | None, option)
+    return _keyword(name, list[str] | None if name in SEVERAL else str | None, option)
 
 
 def _keyword(name: str, kind: Any, option: Any) -> inspect.Parameter:
