@@ -10,7 +10,7 @@ import numpy.typing as npt
 from rekindle.kv.keys import Key
 from rekindle.tokens import Tokens
 
-_RECORD_BYTES = 400  # a block's Python objects, about
+RECORD_BYTES = 400  # a block's Python objects, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,4 +32,4 @@ class Block:
     @property
     def num_bytes(self) -> int:
         logits = 0 if self.logits is None else self.logits.nbytes
-        return _RECORD_BYTES + self.payload.nbytes + self.tokens.nbytes + logits
+        return RECORD_BYTES + self.payload.nbytes + self.tokens.nbytes + logits

@@ -13,6 +13,7 @@ from itertools import islice
 
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
+from rekindle.kv.pins import Pins
 
 MAX_TAILS = 256  # of one parent that are looked into
 
@@ -20,8 +21,9 @@ MAX_TAILS = 256  # of one parent that are looked into
 class MemoryTier:
     """A byte budget of blocks. Not thread-safe; the store guards it."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, pins: Pins | None = None) -> None:
         self.max_bytes = max_bytes
+        self.pins = Pins(0) if pins is None else pins
         self.num_bytes = 0
         self.evictions = 0
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # oldest first
@@ -89,13 +91,14 @@ class MemoryTier:
         assert all(self._tails.values()), "an empty set of tails"
         assert all(block.position == 0 or block.parent in self._blocks for block in self._blocks.values()), "a hole"
         assert self.num_bytes <= self.max_bytes or self._pins
+        self.pins.check_integrity({key: block.num_bytes for key, block in self._blocks.items()})
 
     def _make_room(self) -> None:
         if self.num_bytes <= self.max_bytes:
             return
         kept = self._pinned_chains()
         while self.num_bytes > self.max_bytes:
-            victim = next((key for key in self._blocks if key not in kept), None)
+            victim = next((key for key in self._blocks if key not in kept and key not in self.pins), None)
             if victim is None:
                 return
             self._change(victim, None)
@@ -115,6 +118,7 @@ class MemoryTier:
         old = self._blocks.pop(key, None)
         if old is not None:
             self.num_bytes -= old.num_bytes
+            self.pins.went(key)
             if old.logits is not None:
                 self._tails[old.parent].pop(key, None)
                 if not self._tails[old.parent]:
@@ -122,5 +126,6 @@ class MemoryTier:
         if block is not None:
             self._blocks[key] = block
             self.num_bytes += block.num_bytes
+            self.pins.came(key, block.num_bytes)
             if block.logits is not None:
                 self._tails.setdefault(block.parent, {})[key] = None

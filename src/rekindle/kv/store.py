@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from rekindle.errors import TierUnavailable
+from rekindle.errors import InvalidRequest, TierUnavailable
 from rekindle.kv.behind import Behind
-from rekindle.kv.block import Block
+from rekindle.kv.block import RECORD_BYTES, Block
 from rekindle.kv.keys import Key, chain, root_key, tail_key
 from rekindle.kv.memory import MemoryTier
+from rekindle.kv.pins import Held, Pin, Pins, check_seconds, pin_id
 from rekindle.kv.speed import Speed
 from rekindle.kv.tier import Place, Tier, TierStats, place_of
 from rekindle.tokens import Tokens, common_length
@@ -57,6 +58,9 @@ class StoreStats:
     evictions: int
     tiers: tuple[TierStats, ...] = ()
     dropped: int = 0  # blocks that were never written to slower tiers, because their queue was full
+    pins: int = 0
+    pinned_bytes: int = 0  # in memory, kept by pins
+    max_pinned_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,24 @@ class Fetched:
 
     tokens: dict[str, int] = field(default_factory=dict)  # tier -> tokens brought into memory
     refused: str | None = None  # why more was there and was not fetched
+
+
+class Sizes:
+    """What a block takes that was not seen yet, judged by those that were."""
+
+    def __init__(self, bytes_per_token: float) -> None:
+        self._per_token = bytes_per_token
+        self._logits = 0
+
+    def see(self, block: Block) -> None:
+        if len(block.tokens):
+            self._per_token = block.payload.nbytes / len(block.tokens)
+        if block.logits is not None:
+            self._logits = block.logits.nbytes
+
+    def expected(self, num_tokens: int, *, tail: bool) -> int:
+        each = self._per_token + 4
+        return RECORD_BYTES + int(num_tokens * each) + (self._logits if tail else 0)
 
 
 class Store:
@@ -78,15 +100,22 @@ class Store:
         block_tokens: int = 64,
         tiers: Sequence[Tier] = (),
         max_behind_bytes: int = 256 << 20,
+        max_pinned_share: float = 0.5,
+        bytes_per_token: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`max_pinned_share` of the memory may be pinned; `bytes_per_token` is what a payload is expected to have."""
         self.block_tokens = block_tokens
         self.tiers = tuple(tiers)  # behind the memory, fastest first
         self.behind = Behind(self.tiers, max_bytes=max_behind_bytes)
         self.speeds = {tier.name: Speed() for tier in tiers}
         self._clock = clock
         self._fingerprint = fingerprint
-        self._memory = MemoryTier(max_bytes)
+        self._wall_clock = wall_clock
+        self._sizes = Sizes(bytes_per_token)
+        self._pins = Pins(int(max_bytes * max_pinned_share))
+        self._memory = MemoryTier(max_bytes, self._pins)
         self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
         self._lock = threading.Lock()
 
@@ -174,9 +203,16 @@ class Store:
                     start = length - length % self.block_tokens
                     part = tokens[start:length].copy()
                     blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
-            self._memory.put(blocks)
+            self._put(blocks)
         if self.tiers and blocks:
             self.behind.offer(blocks)
+
+    def _put(self, blocks: Sequence[Block]) -> None:
+        """Into memory, under the lock."""
+        self._pins.expire(self._wall_clock())
+        for block in blocks:
+            self._sizes.see(block)
+        self._memory.put(blocks)
 
     def fetch(self, tokens: Tokens, salt: bytes = b"", *, compute: Speed | None = None) -> Fetched:
         """Bring what slower tiers have of this prompt's beginning into memory, in order, as far as it goes.
@@ -223,7 +259,7 @@ class Store:
         with self._lock:  # as one chain, so that its head is what stays if not all of it fits
             here = [block for place in places[:known] if (block := self._memory.get(place.key)) is not None]
             if len(here) == known:
-                self._memory.put([*here, *blocks])
+                self._put([*here, *blocks])
         return blocks
 
     def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
@@ -260,6 +296,72 @@ class Store:
         except TierUnavailable:
             return None
 
+    # Pins.
+
+    def pin(self, tokens: Tokens, *, salt: bytes = b"", ttl_seconds: float, name: str | None = None) -> Pin:
+        """Keep a prompt's blocks and the tail that ends it for so long, whether they are there yet or come later.
+
+        On disk they stay through a restart; in the network tier they live at least as long. The pin itself, which can be
+        listed and ended, lives in this store only. Raises InvalidRequest for a time that is none and for too many bytes.
+        """
+        check_seconds(ttl_seconds)
+        if not len(tokens):
+            raise InvalidRequest("there is nothing to pin: at least one token is needed", param="prompt")
+        places = self._places(tokens, salt)
+        with self._lock:
+            now = self._wall_clock()
+            self._pins.expire(now)
+            held = Held(
+                id=pin_id(places[-1].key),
+                name=name,
+                owner=root_key(self._fingerprint, salt),
+                places=tuple(places),
+                num_tokens=len(tokens),
+                expires_at=now + ttl_seconds,
+            )
+            blocks = (self._memory.get(place.key) for place in places)
+            stored = {block.key: block.num_bytes for block in blocks if block is not None}
+            lengths = [self.block_tokens] * (len(places) - 1) + [len(tokens) % self.block_tokens]
+            sizes = {
+                place.key: stored.get(place.key, self._sizes.expected(length, tail=place.tail))
+                for place, length in zip(places, lengths, strict=True)
+            }
+            held = self._pins.add(held, sizes, stored)
+            return self._view(held, now)
+
+    def unpin(self, pin_id: str) -> bool:
+        """End a pin; False if there is none of this id."""
+        with self._lock:
+            self._pins.expire(self._wall_clock())
+            return self._pins.remove(pin_id) is not None
+
+    def pins(self) -> list[Pin]:
+        """Those that have not ended; which end first, first."""
+        with self._lock:
+            now = self._wall_clock()
+            self._pins.expire(now)
+            return [self._view(held, now) for held in self._pins.all()]
+
+    def _places(self, tokens: Tokens, salt: bytes) -> list[Place]:
+        """Of all whole blocks of a prompt and the tail that ends it."""
+        parent = root_key(self._fingerprint, salt)
+        places = []
+        for _, key, _ in chain(parent, tokens, self.block_tokens):
+            places.append(Place(key=key, parent=parent))
+            parent = key
+        rest = tokens[len(places) * self.block_tokens :]
+        return [*places, Place(key=tail_key(parent, rest), parent=parent, tail=True)]
+
+    def _view(self, held: Held, now: float) -> Pin:
+        return Pin(
+            id=held.id,
+            name=held.name,
+            num_tokens=held.num_tokens,
+            num_bytes=self._pins.bytes_of(held),
+            expires_at=held.expires_at,
+            expires_in=held.expires_at - now,
+        )
+
     def clear_memory(self) -> None:
         """Forget what is in memory; slower tiers keep what they have."""
         with self._lock:
@@ -284,8 +386,10 @@ class Store:
     def stats(self) -> StoreStats:
         with self._lock:
             memory = self._memory
+            self._pins.expire(self._wall_clock())
+            pinned = (len(self._pins), self._pins.num_bytes, self._pins.max_bytes)
             kept = (len(memory), memory.num_bytes, memory.max_bytes, memory.evictions)
-        return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped)
+        return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped, *pinned)
 
     def check_integrity(self) -> None:
         with self._lock:
