@@ -146,18 +146,18 @@ class Folder:
         self._aside.mkdir(_FOLDER_MODE, exist_ok=True)
         path.replace(self._aside / path.name)
         left = max_bytes
-        kept = sorted(self._set_aside(), key=lambda file: file.used_ns, reverse=True)
+        kept = sorted(self.set_aside_files(), key=lambda file: file.used_ns, reverse=True)
         for index, file in enumerate(kept):
             left -= file.num_bytes
             if index >= _MAX_ASIDE or left < 0:
                 file.path.unlink(missing_ok=True)
 
     def aside_bytes(self) -> int:
-        return sum(file.num_bytes for file in self._set_aside())
+        return sum(file.num_bytes for file in self.set_aside_files())
 
     def clear(self) -> None:
         """Delete all that is ours, and the folders that are empty then."""
-        for path in [*(file.path for file in [*self.walk(), *self._set_aside()]), *self._labels()]:
+        for path in [*(file.path for file in [*self.walk(), *self.set_aside_files()]), *self._labels()]:
             path.unlink(missing_ok=True)
         for folder in [*self._folders(), *self._fans(self._root), self._aside, self._models, self._root]:
             with suppress(OSError):  # not empty, or not there
@@ -196,7 +196,7 @@ class Folder:
     def _fans(self, folder: Path) -> list[Path]:
         return [Path(entry.path) for entry in _entries(folder) if _FAN.fullmatch(entry.name) and entry.is_dir()]
 
-    def _set_aside(self) -> list[File]:
+    def set_aside_files(self) -> list[File]:
         found = []
         for entry in _entries(self._aside):
             status = entry.stat(follow_symlinks=False)
