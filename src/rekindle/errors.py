@@ -46,6 +46,17 @@ class Overloaded(RekindleError):
     status = 429
     code = "overloaded"
 
+    def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds  # about when; None: not known
+
+
+class TimedOut(RekindleError):
+    """The request took longer than this server allows, its wait included; it has been given up."""
+
+    status = 504
+    code = "request_timeout"
+
 
 class Stopping(RekindleError):
     """The server is being stopped; nothing new is taken and what runs is given up."""

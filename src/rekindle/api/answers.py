@@ -3,20 +3,25 @@
 A `Runner` submits all generations of a request at once (several for n > 1 or several prompts) and gives their
 `Answers`. The worker's sinks only hand events over to the event loop. Whoever has answers closes them when done with
 them, which cancels what still runs: so a client that goes away, an error in one choice and a normal end are all the
-same to the worker. A server that is stopped tells the runner, and who still waits gets an error instead of silence.
+same to the worker. When the time of a request is over, or the server's, its answers fail: who waits for them hears so at
+once, whatever the worker is doing, and the worker ends them with its next step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
-from rekindle.errors import Stopping
+from rekindle.api.door import arrived
+from rekindle.api.keys import caller_of
+from rekindle.api.load import Load
+from rekindle.errors import Overloaded, RekindleError, Stopping, TimedOut
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink, TokenInfo
 from rekindle.serve.service import Service, Ticket
 
@@ -34,14 +39,14 @@ class Answer:
 class Runner:
     """Runs generations on a service, and knows the answers that are not closed. Belongs to one event loop."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, load: Load) -> None:
         self.service = service
+        self.load = load
         self._open: set[Answers] = set()
 
-    async def submit(self, generations: Sequence[Generation]) -> Answers:
-        """Raises what `Service.submit` raises; then none of them runs."""
-        answers = Answers(len(generations), self._open.discard)
-        self._open.add(answers)
+    async def submit(self, request: HTTPConnection, generations: Sequence[Generation]) -> Answers:
+        """Raises what `Service.submit` raises, and Overloaded if the caller has too many; then none of them runs."""
+        answers = self._opened(request, len(generations))
 
         def submit() -> None:
             for index, generation in enumerate(generations):
@@ -49,23 +54,40 @@ class Runner:
                     return
                 answers.tickets[index] = self.service.submit(generation, answers.sink(index))
             if answers.closed:
-                answers.close()
+                answers.cancel()
 
         try:
             if any(generation.json_schema is not None for generation in generations):
                 await asyncio.to_thread(submit)  # a schema is compiled first, which streams should not wait for
             else:
                 submit()
-        except BaseException:
+        except BaseException as error:
             answers.close()
+            if isinstance(error, Overloaded):
+                error.retry_seconds = self.load.until_room()
             raise
         return answers
 
     def stop(self) -> None:
         """End all that run: their clients get a Stopping."""
         for answers in self._open:
-            for ticket in list(answers.tickets.values()):
-                ticket.cancel()
+            answers.fail(Stopping("the server is being stopped"))
+
+    def _opened(self, request: HTTPConnection, num: int) -> Answers:
+        """Answers without tickets, counted and under their time limit."""
+        caller, began = caller_of(request), time.perf_counter()
+        self.load.take(caller, num)
+
+        def closed(answers: Answers) -> None:
+            self._open.discard(answers)
+            self.load.give_back(caller, num, time.perf_counter() - began if answers.complete else None)
+
+        answers = Answers(num, closed)
+        self._open.add(answers)
+        if (limit := self.service.settings.request_timeout) is not None:
+            error = TimedOut(f"the request took longer than the {limit:g} seconds that this server allows")
+            answers.fail_after(arrived(request) + limit - began, error)
+        return answers
 
 
 class Answers:
@@ -78,10 +100,12 @@ class Answers:
         self.tickets: dict[int, Ticket] = {}  # of those that have not ended
         self.closed = False
         self._num = num
+        self._num_left = num
         self._closed = closed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._first: tuple[int, Event] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def sink(self, index: int) -> Sink:
         """For the worker: hands the events of one generation over to the event loop."""
@@ -92,12 +116,33 @@ class Answers:
 
         return hand_over
 
-    def close(self) -> None:
-        """Cancel what still runs."""
-        self.closed = True
+    @property
+    def complete(self) -> bool:
+        """Whether all have come to their end."""
+        return not self._num_left
+
+    def fail(self, error: RekindleError) -> None:
+        """End them with an error, behind what has come so far."""
+        self.cancel()
+        self._events.put_nowait((0, Failed(error)))
+
+    def fail_after(self, seconds: float, error: RekindleError) -> None:
+        """`fail` then, unless they are closed before."""
+        self._timer = self._loop.call_later(max(0.0, seconds), self.fail, error)
+
+    def cancel(self) -> None:
+        """Let the worker end what still runs. May be called from any thread."""
         for ticket in list(self.tickets.values()):
             ticket.cancel()
-        self.tickets.clear()
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self.cancel()
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._closed(self)
 
     def __enter__(self) -> Self:
@@ -118,7 +163,9 @@ class Answers:
             self._first = None
             if not isinstance(event, Piece):
                 self.tickets.pop(index, None)
-            yield index, _check(event)
+            checked = _check(event)
+            self._num_left -= isinstance(checked, Done)
+            yield index, checked
 
     async def whole(self) -> list[Answer]:
         """All answers, in the order of their generations."""

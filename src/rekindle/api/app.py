@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import rekindle
 from rekindle.api import refusals
@@ -11,21 +12,35 @@ from rekindle.api.chat import chat_router
 from rekindle.api.completions import completions_router
 from rekindle.api.door import Door
 from rekindle.api.generate import generate_router
+from rekindle.api.keys import Keys
+from rekindle.api.load import Load
 from rekindle.api.openai import models_router
 from rekindle.api.status import status_router
 from rekindle.serve.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """The HTTP API of an open service. Who opened the service closes it. `app.state.runner` ends what still runs.
+    """The HTTP API of an open service. Who opened the service closes it. Raises InvalidRequest for a bad key file.
+
+    `app.state.runner` ends what still runs, `app.state.load` knows what is under way and lets nothing new in.
 
     The schema is at /openapi.json. FastAPI's pages for it are left out: they load scripts from the network.
     """
     app = FastAPI(title="Rekindle", version=rekindle.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Door, max_body_bytes=service.settings.max_body_bytes)
+    settings = service.settings
+    load = app.state.load = Load(settings)
+    app.add_middleware(Door, keys=Keys.load(settings), load=load, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origin:  # outside of the door: browsers ask for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     refusals.install(app)
-    runner = app.state.runner = Runner(service)
+    runner = app.state.runner = Runner(service, load)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
-    for router in [*routers, status_router(service)]:
+    for router in [*routers, status_router(service, load)]:
         app.include_router(router)
     return app

@@ -8,8 +8,9 @@ from starlette.responses import Response
 
 from rekindle.api.answers import Answer, Runner
 from rekindle.api.door import arrived
+from rekindle.api.keys import caller_of
 from rekindle.api.logprobs import chat_logprobs
-from rekindle.api.openai import Choice, answer, built, check_model, check_num_answers
+from rekindle.api.openai import Choice, answer, built, check_model
 from rekindle.api.wire import ChatRequest
 from rekindle.serve.request import Done, Generation, Piece
 from rekindle.serve.service import Service
@@ -57,17 +58,18 @@ def chat_router(runner: Runner) -> APIRouter:
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Continue a conversation."""
         check_model(runner.service, body.model)
-        check_num_answers(runner.service, body.num_choices)
-        generations = await _generations(runner.service, body, arrived(request))
+        runner.load.check_num_answers(body.num_choices)
+        generations = await _generations(runner.service, request, body)
         return await answer(request, runner, body, ChatForm(bool(body.logprobs)), generations)
 
     return router
 
 
-async def _generations(service: Service, body: ChatRequest, arrived: float) -> list[Generation]:
+async def _generations(service: Service, request: Request, body: ChatRequest) -> list[Generation]:
     messages = [message.for_template() for message in body.messages]
     num_characters = sum(len(message["content"]) for message in messages)
-    prompt, tokenize_ms = await built(num_characters, lambda: service.chat_prompt(messages, salt=body.salt))
+    salt = caller_of(request).salt(body.cache_salt)
+    prompt, tokenize_ms = await built(num_characters, lambda: service.chat_prompt(messages, salt=salt))
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return [
         Generation(
@@ -77,7 +79,7 @@ async def _generations(service: Service, body: ChatRequest, arrived: float) -> l
             stop=body.stops,
             json_schema=body.constraint,
             ignore_eos=bool(body.ignore_eos),
-            arrived=arrived,
+            arrived=arrived(request),
             tokenize_ms=tokenize_ms,
         )
         for choice in range(body.num_choices)

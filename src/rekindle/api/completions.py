@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from rekindle.api.answers import Answer, Runner
 from rekindle.api.door import arrived
+from rekindle.api.keys import caller_of
 from rekindle.api.logprobs import CompletionLogprobs
-from rekindle.api.openai import Choice, answer, built, check_model, check_num_answers
+from rekindle.api.openai import Choice, answer, built, check_model
 from rekindle.api.wire import CompletionRequest
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Generation, Piece
@@ -59,9 +60,10 @@ def completions_router(runner: Runner) -> APIRouter:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue each prompt."""
         check_model(service, body.model)
-        check_num_answers(service, len(body.prompts) * body.num_choices)
+        runner.load.check_num_answers(len(body.prompts) * body.num_choices)
+        salt = caller_of(request).salt(body.cache_salt)
         num_characters = sum(len(prompt) for prompt in body.prompts)
-        prompts, tokenize_ms = await built(num_characters, lambda: _prompts(service, body))
+        prompts, tokenize_ms = await built(num_characters, lambda: _prompts(service, body, salt))
         generations = [
             Generation(
                 prompt=prompt,
@@ -83,11 +85,9 @@ def completions_router(runner: Runner) -> APIRouter:
     return router
 
 
-def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
+def _prompts(service: Service, body: CompletionRequest, salt: bytes) -> list[Prompt]:
     return [
-        service.text_prompt(prompt, salt=body.salt)
-        if isinstance(prompt, str)
-        else service.token_prompt(prompt, salt=body.salt)
+        service.text_prompt(prompt, salt=salt) if isinstance(prompt, str) else service.token_prompt(prompt, salt=salt)
         for prompt in body.prompts
     ]
 

@@ -1,4 +1,7 @@
-"""The door: the first thing a request meets. It notes when the request came and how large it may be.
+"""The door: the first thing a request meets. It notes when the request came and who sent it, and says how large it may be.
+
+Where API keys are set, only the open routes let anybody in: what tells whether the server lives, and the root. While the
+server drains, whatever would begin new work is told to come back.
 
 The size is watched while the body is read, so that neither a false nor a missing Content-Length lets more in.
 """
@@ -8,16 +11,22 @@ from __future__ import annotations
 import time
 from typing import cast
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rekindle.api.refusals import respond
+from rekindle.api.keys import ANYBODY, Keys, note
+from rekindle.api.load import Load, retry_after
+from rekindle.api.refusals import refuse, respond
+from rekindle.errors import RekindleError, Stopping
 
+OPEN_ROUTES = frozenset({"/", "/health", "/ready"})
 _ARRIVED = "rekindle.arrived"
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})  # these begin no work
 
 
-def arrived(request: Request) -> float:
+def arrived(request: HTTPConnection) -> float:
     """`time.perf_counter()` when the request's head was there and its body was not yet read."""
     return cast(float, request.scope[_ARRIVED])
 
@@ -25,15 +34,36 @@ def arrived(request: Request) -> float:
 class Door:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, load: Load, max_body_bytes: int) -> None:
         self._app = app
+        self._keys = keys
+        self._load = load
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         scope[_ARRIVED] = time.perf_counter()
+        if scope["path"] in OPEN_ROUTES:
+            note(scope, ANYBODY)
+            await self._enter(scope, receive, send)
+            return
+        try:
+            note(scope, self._keys.check(Headers(scope=scope)))
+            if self._load.draining and scope.get("method") not in _READING:
+                raise Stopping("the server is being stopped and takes nothing new; try again later")
+        except Stopping as error:
+            headers = retry_after(self._load.until_end()) | {"Connection": "close"}
+            await refuse(error, headers)(scope, receive, send)
+        except RekindleError as error:
+            await refuse(error)(scope, receive, send)
+        else:
+            with self._load.request():
+                await self._enter(scope, receive, send)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Go on, with an eye on the size of the body."""
         if _declared_bytes(scope) > self._max_body_bytes:
             await respond(413, self._message, code="body_too_large")(scope, receive, send)
             return

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from rekindle.api import sse
 from rekindle.api.answers import Answers, Runner, while_connected
 from rekindle.api.door import arrived
+from rekindle.api.keys import caller_of
 from rekindle.api.openai import begun, built
 from rekindle.api.refusals import Json, refusal_of
 from rekindle.api.wire import GenerateRequest
@@ -27,22 +28,23 @@ def generate_router(runner: Runner) -> APIRouter:
     @router.post("/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt. `tokens_per_sec` counts generated tokens over the whole latency, queueing included."""
-        generation = await _generation(runner.service, body, arrived(request))
-        with await runner.submit([generation]) as answers:
+        generation = await _generation(runner.service, request, body)
+        with await runner.submit(request, [generation]) as answers:
             (answer,) = await while_connected(request, answers.whole())
         return Json({"text": answer.done.text} | _numbers(body, answer.done))
 
     @router.post("/generate_stream")
     async def generate_stream(request: Request, body: GenerateRequest) -> Response:
         """Continue a prompt, one event {"token", "index"} at a time; then the numbers of /generate, then [DONE]."""
-        answers = await runner.submit([await _generation(runner.service, body, arrived(request))])
+        answers = await runner.submit(request, [await _generation(runner.service, request, body)])
         return await begun(request, answers, _stream(body, answers))
 
     return router
 
 
-async def _generation(service: Service, body: GenerateRequest, arrived: float) -> Generation:
-    prompt, tokenize_ms = await built(len(body.prompt), lambda: service.text_prompt(body.prompt))
+async def _generation(service: Service, request: Request, body: GenerateRequest) -> Generation:
+    salt = caller_of(request).salt()
+    prompt, tokenize_ms = await built(len(body.prompt), lambda: service.text_prompt(body.prompt, salt=salt))
     return Generation(
         prompt=prompt,
         max_tokens=body.max_new_tokens,
@@ -51,7 +53,7 @@ async def _generation(service: Service, body: GenerateRequest, arrived: float) -
         ignore_eos=bool(body.ignore_eos),
         use_kv_cache=body.use_cache,
         use_prefix_cache=body.use_prefix_cache,
-        arrived=arrived,
+        arrived=arrived(request),
         tokenize_ms=tokenize_ms,
     )
 

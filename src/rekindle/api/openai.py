@@ -129,7 +129,7 @@ async def answer(
 ) -> Response:
     """Run the generations and answer as the request asked, whole or as a stream."""
     writer = Writer(form, runner.service.model_name, len(generations), fields)
-    answers = await runner.submit(generations)
+    answers = await runner.submit(request, generations)
     if fields.stream:
         return await begun(request, answers, _stream(writer, answers))
     with answers:
@@ -167,13 +167,6 @@ def check_model(service: Service, model: str | None) -> None:
     """Accept the model's name, what it was loaded by, or none. Raises UnknownModel."""
     if model is not None and model not in (service.model_name, service.settings.model):
         raise UnknownModel(f"there is no model {model[:100]!r} here, only {service.model_name!r}", param="model")
-
-
-def check_num_answers(service: Service, num_answers: int) -> None:
-    """More answers than may ever wait are refused as a whole, instead of at the queue's end. Raises InvalidRequest."""
-    most = service.settings.max_queue
-    if num_answers > most:
-        raise InvalidRequest(f"at most {most} choices fit into one request, got {num_answers}", param="n")
 
 
 def models_router(service: Service) -> APIRouter:

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.api.load import retry_after
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,19 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_failure)
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
+def refuse(error: Exception, headers: Mapping[str, str] | None = None) -> Json:
+    """The refusal that an error is, as a response with the headers that belong to its status, and others."""
     status, body = refusal_of(error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
-    return Json(body, status_code=status, headers=headers)
+    own: dict[str, str] = {}
+    if status == 401:
+        own["WWW-Authenticate"] = "Bearer"
+    elif status in (429, 503):
+        own |= retry_after(error.retry_seconds if isinstance(error, Overloaded) else None)
+    return Json(body, status_code=status, headers=own | dict(headers or {}))
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return refuse(error)
 
 
 async def _on_leaving(request: Request, error: Exception) -> Response:

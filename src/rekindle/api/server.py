@@ -1,17 +1,25 @@
-"""Putting the app on a socket.
+"""Putting the app on a socket, and how that ends.
 
 The socket is bound here, before anything runs, so that port 0 can be asked for and a port in use is told at once. It is
 made with the protocol named, TCP: asyncio switches Nagle's algorithm off only then, and with it on a streamed token may
 wait 40 ms for the client's acknowledgement of the one before.
+
+    serving --signal--> draining --all answered, or drain_seconds over--> cut --> closed
+       |                    `--another signal--> the process ends at once, with 128 + its number
+       `--the worker fails--> alarm (FAILURE_SECONDS, for whoever asks why) --> closed, with an error
+
+While it drains, connections are still accepted, so that a load balancer is told and a client is asked to come back. Who
+is cut gets an error in the format of its API.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,18 +28,21 @@ import uvicorn
 
 from rekindle.api.answers import Runner
 from rekindle.api.app import create_app
-from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.api.load import Load
+from rekindle.errors import EngineError, InvalidRequest, RekindleError
 from rekindle.serve.service import Service
 
-GRACE_SECONDS = 5  # for running answers, when the server is asked to stop
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEEP_ALIVE_SECONDS = 75
+FAILURE_SECONDS = 3.0  # between the worker's failure and the end: clients read why, a probe reads /health
+_CUT_SECONDS = 2  # for those who are cut to read the error
 _BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
-    """Tells when it accepts connections. Answers that run when it is to stop have `grace_seconds`, then they end."""
+    """Tells when it accepts connections, drains when it is asked to end, and ends by itself when the worker fails."""
 
-    def __init__(self, service: Service, ready: Callable[[], None], grace_seconds: int) -> None:
+    def __init__(self, service: Service, ready: Callable[[], None]) -> None:
         app = create_app(service)
         super().__init__(
             uvicorn.Config(
@@ -41,47 +52,65 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=grace_seconds + 2,  # connections are cut then
+                timeout_graceful_shutdown=_CUT_SECONDS,
             )
         )
+        self._service = service
         self._ready = ready
-        self._grace_seconds = grace_seconds
+        self._load: Load = app.state.load
         self._runner: Runner = app.state.runner
+        self._failed_at: float | None = None
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """Signals are not uvicorn's: it would close the socket at the first one."""
+        return contextlib.nullcontext()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first asks to drain, which begins within a tenth of a second; the second can't wait."""
+        if self._load.draining:
+            os._exit(128 + number)
+        self._load.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: is it over?"""
+        if await super().on_tick(counter) or self._load.drained:
+            return True
+        if self._service.alarm is None:
+            self._failed_at = None  # a step that seemed to stall may come to its end
+            return False
+        self._failed_at = self._failed_at or time.monotonic()
+        return time.monotonic() - self._failed_at >= FAILURE_SECONDS
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stop = asyncio.get_running_loop().call_later(self._grace_seconds, self._runner.stop)
+        self._load.drain()
+        self._runner.stop()
         await super().shutdown(sockets)
-        stop.cancel()
 
 
 def serve(
     service: Service, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let running answers end for `GRACE_SECONDS`. Call it in the main thread.
+    """Serve until SIGINT or SIGTERM, then let running answers end for `drain_seconds`. Call it in the main thread.
 
-    `ready` gets the base URL once connections are accepted. The service stays open. Raises InvalidRequest if the
-    address cannot be listened on.
+    A second signal ends the process at once. `ready` gets the base URL once connections are accepted. The service stays
+    open. Raises InvalidRequest if the address cannot be listened on, EngineError if the worker fails.
     """
     listener = _listen(host, port)
     url = _url(listener, host)
-    server = _Server(service, lambda: ready(url) if ready else None, GRACE_SECONDS)
-    # uvicorn raises the signal again when it is done: then this handler lets the caller close the service
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    server = _Server(service, lambda: ready(url) if ready else None)
+    before = {number: signal.signal(number, server.on_signal) for number in SIGNALS}
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         listener.close()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    if (alarm := service.alarm) is not None:
+        raise EngineError(f"the worker failed ({alarm}); the server cannot go on")
 
 
 @contextmanager
@@ -89,7 +118,7 @@ def running(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterato
     """A server in a thread, for tests and scripts; gives its base URL. Raises InvalidRequest as `serve` does."""
     listener = _listen(host, port)
     ready = threading.Event()
-    server = _Server(service, ready.set, grace_seconds=0)
+    server = _Server(service, ready.set)
     thread = threading.Thread(target=server.run, args=([listener],), name="rekindle-http", daemon=True)
     thread.start()
     try:

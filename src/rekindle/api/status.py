@@ -1,4 +1,8 @@
-"""What is kept and how it goes: `/cache/stats`, `/cache/clear`, `/health` and the root."""
+"""What is kept and how it goes: `/cache/stats`, `/cache/clear`, `/health`, `/ready` and the root.
+
+`/health` is for a supervisor: when it says 503 the process is of no use any more and should be started anew. `/ready` is
+for a load balancer: while it says 503, requests should go elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import asyncio
 from fastapi import APIRouter
 
 import rekindle
+from rekindle.api.load import Load, retry_after
 from rekindle.api.refusals import Json
 from rekindle.serve.service import Service
 
@@ -19,11 +24,12 @@ _ROUTES = {
     "cache_stats": "/cache/stats",
     "cache_clear": "/cache/clear",
     "health": "/health",
+    "ready": "/ready",
     "openapi": "/openapi.json",
 }
 
 
-def status_router(service: Service) -> APIRouter:
+def status_router(service: Service, load: Load) -> APIRouter:
     """These endpoints."""
     router = APIRouter(tags=["status"])
 
@@ -35,9 +41,21 @@ def status_router(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Json:
-        """200 while the worker is well, 503 otherwise."""
+        """200 while the worker is well, 503 with the kind of its error otherwise."""
         state = service.health()
-        return Json(state, status_code=200 if state["status"] == "ok" else 503)
+        return Json(state) if state["status"] == "ok" else Json(state, status_code=503, headers=retry_after(None))
+
+    @router.get("/ready")
+    async def ready() -> Json:
+        """200 if a request would be taken now; 503 when the queue is full, the server drains, or its worker failed."""
+        state = service.health()
+        if state["status"] != "ok":
+            return Json({"status": "failed"}, status_code=503, headers=retry_after(None))
+        if load.draining:
+            return Json({"status": "draining"}, status_code=503, headers=retry_after(load.until_end()))
+        if state["queued"] >= service.settings.max_queue:
+            return Json({"status": "queue full"}, status_code=503, headers=retry_after(load.until_room()))
+        return Json({"status": "ready"})
 
     @router.get("/cache/stats")
     async def cache_stats() -> Json:

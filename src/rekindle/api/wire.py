@@ -187,10 +187,6 @@ class OpenAIFields(SamplingFields):
     def constraint(self) -> dict[str, Any] | None:
         return None if self.response_format is None else self.response_format.constraint
 
-    @property
-    def salt(self) -> bytes:
-        return (self.cache_salt or "").encode("utf-8")
-
 
 class Part(Wire):
     """One part of a message's content; only text is understood."""

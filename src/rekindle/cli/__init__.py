@@ -10,11 +10,16 @@ Answers go to stdout; all that is said about them goes to stderr, so that stdout
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main() -> None:
     """Entry point of the `rekindle` command."""
+    if sys.argv[1:2] == ["serve"]:  # a signal is the normal way to end it, also before it has begun (`serve.py`)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: os._exit(0))
     try:
         from rekindle.cli.app import app
 

@@ -1,7 +1,15 @@
-"""`rekindle serve`: open the model, put it on a socket, say where, and end cleanly on a signal."""
+"""`rekindle serve`: open the model, put it on a socket, say where, and end cleanly on a signal.
+
+SIGINT and SIGTERM are the normal way to end a server. While it loads, nothing is at stake: it ends at once, with 0.
+While it serves, the first one lets running answers end (`rekindle.api.server`), then the store is written, and it ends
+with 0. Another one meanwhile ends it at once, with 130 or 143. When the worker fails it ends by itself, with 1, so that
+a supervisor can start it anew.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import signal
 import sys
 from contextlib import closing
@@ -10,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from rekindle.cli.refusals import FAILED, complain
+from rekindle.errors import EngineError
 from rekindle.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,28 +31,49 @@ SWITCH_SECONDS = 0.0005
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; both are a normal end, while the model loads too. Raises RekindleError."""
+    """Serve until SIGINT or SIGTERM. Raises RekindleError."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    outside = _Signals()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, outside.handle)
+    from rekindle.api.keys import Keys  # these take a while; signals are ours already
+    from rekindle.api.server import serve
+    from rekindle.serve.service import Service
+
+    if not Keys.load(settings) and not _is_local(settings.host):
+        complain(f"anybody who reaches {settings.host} may use this server: no API key is set")
+    typer.echo(f"Loading {settings.model} …", err=True)
+    with closing(Service.open(settings)) as service:
+
+        def ready(url: str) -> None:
+            outside.served = True
+            typer.echo(f"Rekindle is listening on {url} ({describe(service)})")
+
+        try:
+            serve(service, settings.host, settings.port, ready)
+        except EngineError as error:
+            if service.alarm == "stalled":  # its thread would be waited for in vain
+                complain(str(error))
+                os._exit(FAILED)
+            raise
+
+
+class _Signals:
+    """What a signal does while the server is not serving."""
+
+    def __init__(self) -> None:
+        self.served = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Before, nothing is at stake; afterwards the end has been asked for already, and cannot wait."""
+        os._exit(128 + number if self.served else 0)
+
+
+def _is_local(host: str) -> bool:
     try:
-        from rekindle.api.server import serve  # these take a while; signals are ours already
-        from rekindle.serve.service import Service
-
-        typer.echo(f"Loading {settings.model} …", err=True)
-        with closing(Service.open(settings)) as service:
-            serve(service, settings.host, settings.port, lambda url: _announce(service, url))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _announce(service: Service, url: str) -> None:
-    typer.echo(f"Rekindle is listening on {url} ({describe(service)})")
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def describe(service: Service) -> str:

@@ -316,11 +316,19 @@ class Service:
         """Model calls since the start."""
         return self._engine.num_calls
 
+    @property
+    def alarm(self) -> str | None:
+        """Why nobody will be answered any more: the name of the error that ended the worker, "stalled", or None."""
+        if self._worker.failure is not None:
+            return type(self._worker.failure).__name__
+        limit = self.settings.stall_seconds
+        return "stalled" if limit is not None and self._worker.busy_seconds > limit else None
+
     def health(self) -> dict[str, Any]:
-        """{"status": "ok" | "failed", "model", "engine", "uptime_seconds", "running", "queued"}."""
-        worker = self._worker.snapshot
+        """{"status": "ok" | "failed", "reason" if failed, "model", "engine", "uptime_seconds", "running", "queued"}."""
+        worker, alarm = self._worker.snapshot, self.alarm
         return {
-            "status": "ok" if self._worker.failure is None else "failed",
+            **({"status": "ok"} if alarm is None else {"status": "failed", "reason": alarm}),
             "model": self.model_name,
             "engine": "toy" if isinstance(self._engine, ToyEngine) else "llama.cpp",
             "uptime_seconds": round(time.monotonic() - self._started, 1),

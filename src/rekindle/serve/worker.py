@@ -2,6 +2,9 @@
 
 Everything reaches it as a command in its inbox, so no lock guards the engine. When nothing is to be computed it saves
 residents to the store, one at a time, and then waits for the next command.
+
+An error that is not one request's ends the thread: the engine's state is unknown then. That is an alarm, never a hang:
+whoever waits is told, whoever comes later is refused, and `failure` says why.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,12 +50,19 @@ class Worker:
         self._posted = 0  # submissions that the thread has not taken yet
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="rekindle-worker", daemon=True)
-        self.failure: Exception | None = None
+        self._busy_since: float | None = None  # time.monotonic(); None: waits for a command
+        self.failure: BaseException | None = None
         self._thread.start()
 
     @property
     def snapshot(self) -> Snapshot:
         return self._snapshot
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the step that is being taken has taken so far; 0.0 if there is nothing to do."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, run: Run) -> None:
         """Queue a request. Raises Overloaded, Stopping, or EngineError when the worker has failed."""
@@ -96,22 +107,31 @@ class Worker:
     def _main(self) -> None:
         try:
             while not self._stopping:
+                self._busy_since = time.monotonic()
                 self._obey()
                 if not self._stopping:
                     step = self._scheduler.step()
                     self._publish()
                     if step.idle and not self._scheduler.residents.save_one():
                         self._inbox_wait()
-        except Exception as error:
+        except BaseException as error:  # of whatever kind: a thread that is gone answers nobody
             _log.exception("the worker failed")
             self.failure = error
-            self._scheduler.abandon(EngineError("the worker failed; see the server's log"))
+            self._scheduler.abandon(self._failed())
         finally:
             self._close()
+            self._busy_since = None
+
+    def _failed(self) -> EngineError:
+        """For those who wait; the failure itself may hold what is not for them."""
+        return EngineError(f"the worker failed ({type(self.failure).__name__}); see the server's log")
 
     def _inbox_wait(self) -> None:
         if not self._scheduler.running:
-            self._inbox.get()()
+            self._busy_since = None
+            command = self._inbox.get()
+            self._busy_since = time.monotonic()
+            command()
 
     def _obey(self) -> None:
         while True:
@@ -137,14 +157,17 @@ class Worker:
         with self._lock:
             self._stopping = True
         self._obey()
-        self._scheduler.abandon(Stopping("the server is being stopped"))
-        while self.failure is None and self._scheduler.residents.save_one():
-            pass
+        self._scheduler.abandon(Stopping("the server is being stopped") if self.failure is None else self._failed())
+        try:
+            while self.failure is None and self._scheduler.residents.save_one():
+                pass
+        except Exception:
+            _log.exception("the residents could not be saved")
         self._publish()
 
     def _check_alive(self) -> None:
         if self.failure is not None:
-            raise EngineError("the worker failed; see the server's log")
+            raise self._failed()
         if self._stopping:
             raise Stopping("the server is being stopped")
 
