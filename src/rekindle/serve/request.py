@@ -66,6 +66,8 @@ class Generation:
         True  # False: read the whole sequence again for every token (to show what the KV cache is worth)
     )
     use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
+    warm: bool = False  # read the prompt when nobody else has work, store its KV, and answer nothing
+    pin_seconds: float | None = None  # keep the KV of prompt and answer for so long
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
     tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT
 
@@ -81,6 +83,8 @@ class Generation:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
         if any(not text for text in self.stop):
             raise InvalidRequest("a stop string must not be empty", param="stop")
+        if not self.reuses and (self.warm or self.pin_seconds is not None):
+            raise InvalidRequest("KV that is not kept cannot be pinned or warmed", param="use_prefix_cache")
 
 
 @dataclass(frozen=True)

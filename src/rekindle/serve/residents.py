@@ -63,8 +63,11 @@ class Residents:
                 return resident
         return None
 
-    def add(self, seq: SequenceId, salt: bytes, marks: dict[int, Vector]) -> None:
-        """Take over a sequence. Residents that are a beginning of it are ended, their logits kept."""
+    def add(self, seq: SequenceId, salt: bytes, marks: dict[int, Vector], *, spare: bool = False) -> None:
+        """Take over a sequence. Residents that are a beginning of it are ended, their logits kept.
+
+        A spare one is the first to leave the engine.
+        """
         new = Resident(seq, self._engine.tokens(seq), salt, dict(marks))
         for old in [r for r in self._all if r.salt == salt and _begins(r.tokens, new.tokens)]:
             new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
@@ -73,7 +76,7 @@ class Residents:
             self._end(old)
         for length in sorted(new.marks)[:-MAX_MARKS]:
             del new.marks[length]
-        self._all.append(new)
+        self._all.insert(0 if spare else len(self._all), new)
         while len(self._all) > self._max:
             self.evict()
 
@@ -87,6 +90,11 @@ class Residents:
         self._end(victim)
         self._observer.evicted(len(victim.tokens))
         return True
+
+    def save(self, seq: SequenceId) -> None:
+        """Save this one now, if it is still here; it stays."""
+        for resident in [each for each in self._all if each.seq == seq]:
+            self._save_or_log(resident)
 
     def save_one(self) -> bool:
         """Save one resident that is not in the store yet; it stays. False if there is none."""

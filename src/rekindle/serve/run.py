@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,8 +60,10 @@ class Run:
     generated: list[int] = field(default_factory=list)
     marks: dict[int, Vector] = field(default_factory=dict)  # sequence length -> logits after it
     prefill_calls: int = 0
+    parked: int = 0  # tokens of the prompt that this run computed before it made way for others
     fetch: Future[Fetched] | None = None  # of KV from slower tiers; started when something is missing
     text: list[str] = field(default_factory=list)
+    context: Context = field(default_factory=copy_context)  # of whoever made the request: its id, its trace
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.generation.sampling)
@@ -129,7 +132,8 @@ class Run:
             self.send(Piece(rest, ()))
         assert self.plan is not None or reason == "cancelled"
         plan = self.plan or Plan((), 0, None)
-        usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=plan.reused, completion_tokens=len(self.generated))
+        cached = max(0, plan.reused - self.parked)
+        usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=cached, completion_tokens=len(self.generated))
         tokens = tuple(self.generated)
         self.send(
             Done(reason=reason, usage=usage, timings=self._timings(), plan=plan, text="".join(self.text), tokens=tokens)

@@ -4,6 +4,9 @@ A batch holds one token of every decoding request and as much prefill as the bud
 stalls the others. A prompt whose beginning is being read right now waits for it and forks. When cells run out, residents
 go to the store first; then the request that was admitted last is swapped out, and resumed later with nothing recomputed.
 
+Prompts that are only to be warmed are read one at a time and while nobody else has work. When a request comes, what was
+read so far makes way at once, as a resident; it goes on from there.
+
 Here is no thread and no queue to wait on: a worker calls `step` as long as it returns work done.
 """
 
@@ -31,6 +34,7 @@ from rekindle.serve.sampling import Vector
 from rekindle.tokens import common_length
 
 _log = logging.getLogger(__name__)
+_NOBODY = Observer()
 LONE_BUDGET = 2048  # prompt tokens per step when nobody is decoding
 
 
@@ -110,7 +114,7 @@ class Scheduler:
 
     def submit(self, run: Run) -> None:
         self.waiting.append(run)
-        self._observer.queued(run)
+        self._watching(run).queued(run)
 
     def step(self) -> Step:
         started = time.perf_counter()
@@ -147,18 +151,27 @@ class Scheduler:
         """Tell every request that it failed, without touching the engine, which may be broken."""
         for run in (*self.waiting, *self.running):
             run.send(Failed(error))
-            self._observer.failed(run, error)
+            self._watching(run).failed(run, error)
         self.waiting.clear()
         self.running.clear()
+
+    def _watching(self, run: Run) -> Observer:
+        """Who is told of a run: of warming nobody, as it is no request that anybody waits for."""
+        return _NOBODY if run.generation.warm else self._observer
 
     # Admission.
 
     def _admit(self) -> int:
         """Start waiting requests, oldest first, as long as there is room. Some wait for a prefix that is being read."""
         admitted = 0
+        is_busy = any(not run.generation.warm for run in (*self.waiting, *self.running))
+        if is_busy:
+            self._park()
         for run in list(self.waiting):
             if len(self.running) >= self._max_running:
                 break
+            if run.generation.warm and (is_busy or self.running):
+                continue
             try:
                 started = self._resume(run) if run.swapped is not None else self._start(run)
             except EngineError as error:
@@ -195,13 +208,21 @@ class Scheduler:
         run.plan, run.read = plan, plan.reused
         self._enter(run)
         self._count(run, plan)
-        self._observer.admitted(run, plan)
+        self._watching(run).admitted(run, plan)
         if logits is not None:
             run.marks[plan.total] = logits
             reason = self._advance(run, logits)
             if reason is not None:
                 self._end(run, reason)
         return Admission.STARTED
+
+    def _park(self) -> None:
+        """What is being warmed makes way."""
+        for run in [run for run in self.running if run.generation.warm]:
+            assert run.seq is not None and run.plan is not None
+            run.parked += run.read - run.plan.reused
+            self._leave(run)
+            self.waiting.append(run)
 
     def _begin_fetch(self, run: Run, plan: Plan) -> bool:
         """Look into slower tiers for what would have to be computed; once for each request."""
@@ -281,7 +302,7 @@ class Scheduler:
         return logits
 
     def _count(self, run: Run, plan: Plan) -> None:
-        if run.generation.reuses:
+        if run.generation.reuses and not run.generation.warm:
             self.counts.requests += 1
             self.counts.hits += plan.reused > 0
             self.counts.prompt_tokens += plan.total
@@ -313,7 +334,7 @@ class Scheduler:
         self.running.remove(run)
         self.waiting.appendleft(run)
         self.counts.swaps += 1
-        self._observer.swapped(run)
+        self._watching(run).swapped(run)
 
     def _resume(self, run: Run) -> Admission:
         assert run.swapped is not None
@@ -325,7 +346,7 @@ class Scheduler:
         self._engine.place(run.seq, run.swapped, 0)
         run.swapped = None
         self._enter(run)
-        self._observer.resumed(run)
+        self._watching(run).resumed(run)
         return Admission.STARTED
 
     # The batch.
@@ -333,7 +354,8 @@ class Scheduler:
     def _fill(self, batch: _Batch) -> None:
         """One token of every decoding request, and of the reading ones, oldest first, as much as the budget allows."""
         decoding = [run for run in self.running if not run.reading]
-        budget = self._budget if decoding else max(self._budget, LONE_BUDGET)
+        is_small = decoding or any(run.generation.warm for run in self.running)  # who comes has to wait for one step
+        budget = self._budget if is_small else max(self._budget, LONE_BUDGET)
         first = next((run for run in self.running if run.reading), None)
         least = 0 if first is None else 1 if first.generation.use_kv_cache else len(first.prompt)
         self._secure(len(decoding) or least)
@@ -398,12 +420,14 @@ class Scheduler:
     def _advance(self, run: Run, logits: Vector) -> FinishReason | None:
         """Sample one token; says why the answer is complete, if it is."""
         assert run.seq is not None
+        if run.generation.warm:
+            return "length"
         before = run.clock.last_token
         reason = run.advance(logits, self._tokenizer.piece, self._tokenizer.is_end)
         if before:
-            self._observer.token(run, run.clock.last_token - before)
+            self._watching(run).token(run, run.clock.last_token - before)
         else:
-            self._observer.first_token(run)
+            self._watching(run).first_token(run)
         self.counts.generated_tokens += 1
         if reason is None and run.length >= self._max_length:
             reason = "length"
@@ -416,10 +440,13 @@ class Scheduler:
     def _end(self, run: Run, reason: FinishReason) -> None:
         self._leave(run)
         run.finish(reason)
-        self._observer.finished(run, reason)
+        self._watching(run).finished(run, reason)
 
     def _leave(self, run: Run) -> None:
-        """Take a request out; what it has computed stays as a resident if it is worth keeping."""
+        """Take a request out; what it has computed stays as a resident if it is worth keeping.
+
+        Warmed prompts are saved to the store as soon as they are whole, and are the first to leave the engine.
+        """
         if run in self.running:
             self.running.remove(run)
         elif run in self.waiting:
@@ -429,7 +456,9 @@ class Scheduler:
             return
         generation = run.generation
         if generation.reuses and self._engine.length(seq) >= max(1, self._min_tokens):
-            self.residents.add(seq, _salt(run), run.marks)
+            self.residents.add(seq, _salt(run), run.marks, spare=generation.warm)
+            if generation.warm and run.marks:
+                self.residents.save(seq)
         else:
             self._engine.close(seq)
 
@@ -444,7 +473,7 @@ class Scheduler:
         for run in runs:
             self._leave(run)
             run.send(Failed(error))
-            self._observer.failed(run, error)
+            self._watching(run).failed(run, error)
         return len(runs)
 
 
