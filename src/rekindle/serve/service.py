@@ -15,13 +15,15 @@ import numpy as np
 
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
-from rekindle.errors import InvalidRequest, PromptTooLong
+from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Fetched, Store
 from rekindle.model.model import Model
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, open_engine, open_tiers
 from rekindle.serve.grammar import Grammars
+from rekindle.serve.levels import Levels
+from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
@@ -103,6 +105,7 @@ class Service:
                 self._fetchers.submit(tier.scan)
         self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
         self._writer.start()
+        self.metrics = Metrics()
         scheduler = Scheduler(
             engine,
             self._store,
@@ -113,13 +116,23 @@ class Service:
             min_tokens=settings.min_tokens,
             max_length=self.max_tokens,
             fetch=self._begin_fetch if self._store.tiers else None,
-            observer=Observers(observers),
+            observer=Observers([self.metrics, *observers]),
         )
         self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
         self._transcripts = Transcripts()
         self._started = time.monotonic()
+        self.metrics.registry.register(Levels(engine, self._store, self._worker, model=self._about_model()))
+
+    def _about_model(self) -> dict[str, str]:
+        """Labels of a metric."""
+        return {
+            "model": self.model_name,
+            "engine": str(self.health()["engine"]),
+            "kv_type": self.settings.kv_type,
+            "fingerprint": self.engine_spec.fingerprint.hex(),
+        }
 
     @classmethod
     def open(cls, settings: Settings, *, observers: Sequence[Observer] = ()) -> Self:
@@ -200,6 +213,16 @@ class Service:
 
     def submit(self, generation: Generation, sink: Sink) -> Ticket:
         """Queue a generation. Raises PromptTooLong, Overloaded, InvalidRequest at once; later errors reach the sink."""
+        try:
+            run = self._run(generation, sink)
+            self._worker.submit(run)
+        except RekindleError:
+            self.metrics.refused()
+            raise
+        return _Ticket(run, self._worker)
+
+    def _run(self, generation: Generation, sink: Sink) -> Run:
+        """A run of what can be run here. Raises PromptTooLong, InvalidRequest."""
         length = len(generation.prompt)
         if length >= self.max_tokens:
             raise PromptTooLong(
@@ -214,9 +237,7 @@ class Service:
         grammar = None if schema is None else self._grammars.for_schema(schema)
         now = time.perf_counter()
         arrived = now - generation.tokenize_ms / 1000 if generation.arrived is None else generation.arrived
-        run = Run(generation, self._remembering(generation, sink), grammar, Clock(arrived=arrived, submitted=now))
-        self._worker.submit(run)
-        return _Ticket(run, self._worker)
+        return Run(generation, self._remembering(generation, sink), grammar, Clock(arrived=arrived, submitted=now))
 
     def _begin_fetch(self, run: Run) -> Future[Fetched]:
         """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
