@@ -1,4 +1,6 @@
-"""Engines under test: the toy, ember, and tiny random-weight models of real architectures, each in two KV types."""
+"""Engines under test: the toy; llama.cpp with ember and tiny random-weight models of real architectures, each in two KV
+types; torch with ember and tiny models made from transformers' own configurations.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from rekindle.engine.batch import Span
 from rekindle.engine.llama import SCRATCH, LlamaEngine
 from rekindle.engine.protocol import Engine, SequenceId, Work
+from rekindle.engine.torch import attention
+from rekindle.engine.torch.engine import TorchEngine
 from rekindle.engine.toy import ToyEngine
 from rekindle.lab.models import make_model
+from rekindle.lab.torch_models import TINY as TORCH_SHAPES
+from rekindle.lab.torch_models import tiny_model
 from rekindle.model import ember
 from rekindle.model.gguf import GgufModel
 from rekindle.model.spec import ModelSpec
@@ -22,7 +30,14 @@ from rekindle.tokens import Tokens
 CELLS = 512
 ROUNDING = {"f16": (0.1, 0.1), "q8_0": (0.25, 1.0)}  # of logits that spread over +-10; see `Bench`
 TINY = ["tiny-llama", "tiny-qwen3", "tiny-gemma3"]
-KINDS = ["toy", "ember-f16", *(f"{shape}-{kv}" for shape in TINY for kv in ("f16", "q8_0"))]
+TORCH_ROUNDING = {"float32": (1e-3, 5e-3), "bfloat16": (0.5, 1.0)}
+TORCH_KINDS = ["torch-ember-float32", "torch-qwen3-bfloat16", *(f"torch-{shape}-float32" for shape in TORCH_SHAPES)]
+KINDS = [
+    "toy",
+    "ember-f16",
+    *(f"{shape}-{kv}" for shape in TINY for kv in ("f16", "q8_0")),
+    *TORCH_KINDS,
+]
 TOY_SPEC = ModelSpec(
     name="toy",
     architecture="toy",
@@ -63,6 +78,10 @@ class Bench:
             engine._share(SCRATCH, seq, position, position + len(tokens))
             engine._remove(SCRATCH, 0)
             engine._table.append(seq, tokens)
+        elif isinstance(engine, TorchEngine):
+            engine._table.append(seq, tokens)
+            cells = engine._cells(seq)[position:]
+            engine._compute([attention.Span(tokens, position, cells, first=position)])
         else:
             assert isinstance(engine, ToyEngine)
             alone = self.read(tokens)
@@ -86,6 +105,12 @@ def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     if kind == "toy":
         yield Bench(ToyEngine(TOY_SPEC, CELLS - 1), 0.0, 0.0, kind)
         return
+    if kind.startswith("torch-"):
+        torch_engine = open_torch(kind)
+        yield Bench(torch_engine, *TORCH_ROUNDING[kind.rpartition("-")[2]], kind)
+        torch_engine.check_integrity()
+        torch_engine.shutdown()
+        return
     shape, _, kv_type = kind.rpartition("-")
     model = GgufModel(ember.weights_path() if shape == "ember" else tiny_models[shape])
     engine = LlamaEngine(model, num_cells=CELLS, threads=1, kv_type=kv_type, max_sequences=16)
@@ -93,3 +118,14 @@ def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     engine.check_integrity()
     engine.shutdown()
     model.close()
+
+
+def open_torch(kind: str) -> TorchEngine:
+    """An engine for a kind such as torch-ember-float32."""
+    _, _, rest = kind.partition("-")
+    shape, _, dtype = rest.rpartition("-")
+    if shape == "ember":
+        model = AutoModelForCausalLM.from_pretrained(ember.hf_path(), dtype=getattr(torch, dtype))
+    else:
+        model = tiny_model(shape, getattr(torch, dtype))
+    return TorchEngine(model, num_cells=CELLS, max_sequences=16)

@@ -1,4 +1,4 @@
-"""What every engine promises. Each test runs on the toy and on real llama.cpp contexts."""
+"""What every engine promises. Each test runs on the toy, on real llama.cpp contexts and on real transformers models."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_recompute_of_everything_equals_a_full_prefill(bench: Bench) -> None:
     full = bench.read(np.concatenate([head, *chunks]))
     calls = bench.engine.num_calls
     bench.engine.recompute(seq, [(20, 60), (60, 100)])
-    assert bench.engine.num_calls >= calls + 2
+    assert bench.engine.num_calls > calls
     assert bench.close(next_logits(bench, seq), next_logits(bench, full))
 
 

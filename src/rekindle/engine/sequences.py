@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,27 @@ import numpy as np
 from rekindle.engine.protocol import Range, SequenceId
 from rekindle.errors import BadRange, ContextFull, UnknownSequence
 from rekindle.tokens import Tokens
+
+
+class FreeCells:
+    """The cells that nobody holds, handed out in any order. An engine that profits from neighbours brings its own kind."""
+
+    def __init__(self, num_cells: int) -> None:
+        self._cells = list(range(num_cells - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cells)
+
+    def take(self, count: int, after: int | None) -> list[int]:
+        """Hand out `count` cells, of which there must be as many; `after` is the cell that they will follow."""
+        return [self._cells.pop() for _ in range(count)]
+
+    def give(self, cells: Sequence[int]) -> None:
+        """Take cells back."""
+        self._cells.extend(cells)
 
 
 @dataclass
@@ -27,11 +48,11 @@ class _Row:
 class SequenceTable:
     """Open sequences over a fixed number of cells. Every method checks, then changes."""
 
-    def __init__(self, num_cells: int, ids: Sequence[SequenceId]) -> None:
+    def __init__(self, num_cells: int, ids: Sequence[SequenceId], free: FreeCells | None = None) -> None:
         self.num_cells = num_cells
         self.ids = tuple(ids)
         self._free_ids = list(reversed(self.ids))
-        self._free_cells = list(range(num_cells - 1, -1, -1))
+        self._free_cells = FreeCells(num_cells) if free is None else free
         self._references = array("i", [0] * num_cells)
         self._rows: dict[SequenceId, _Row] = {}
 
@@ -85,7 +106,7 @@ class SequenceTable:
     def append(self, seq: SequenceId, tokens: Tokens) -> list[int]:
         """Take cells for tokens at the end; returns them. Raises ContextFull."""
         row = self.row(seq)
-        cells = self._take(len(tokens))
+        cells = self._take(len(tokens), row.cells[-1] if row.cells else None)
         row.tokens.frombytes(tokens.tobytes())
         row.cells.extend(cells)
         return cells
@@ -148,9 +169,9 @@ class SequenceTable:
         assert sorted([*self._free_cells, *seen]) == list(range(self.num_cells))
         assert sorted([*self._free_ids, *self._rows]) == sorted(self.ids)
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int, after: int | None = None) -> list[int]:
         self.check_room(count)
-        cells = [self._free_cells.pop() for _ in range(count)]
+        cells = self._free_cells.take(count, after)
         for cell in cells:
             self._references[cell] = 1
         return cells
@@ -158,8 +179,7 @@ class SequenceTable:
     def _release(self, cells: array[int]) -> None:
         for cell in cells:
             self._references[cell] -= 1
-            if self._references[cell] == 0:
-                self._free_cells.append(cell)
+        self._free_cells.give([cell for cell in cells if self._references[cell] == 0])
 
 
 class BookKeeping:

@@ -31,11 +31,16 @@ def check_payload(table: SequenceTable, seq: SequenceId, payload: Payload, posit
     length = table.length(seq)
     if position != length:
         raise BadRange(f"a payload goes at the end of its sequence: position {length} expected, got {position}")
+    check_fingerprint(payload, spec)
+    if position != payload.position and not spec.can_shift:
+        raise EngineError(f"{spec.architecture} KV cannot be moved from position {payload.position} to {position}")
+    table.check_room(len(payload))
+
+
+def check_fingerprint(payload: Payload, spec: ModelSpec) -> None:
+    """Raises ForeignPayload."""
     if payload.fingerprint != spec.fingerprint:
         raise ForeignPayload(
             f"the payload's fingerprint is {payload.fingerprint.hex()}, this engine's is {spec.fingerprint.hex()}: "
             "it was made with another model, KV type or build"
         )
-    if position != payload.position and not spec.can_shift:
-        raise EngineError(f"{spec.architecture} KV cannot be moved from position {payload.position} to {position}")
-    table.check_room(len(payload))

@@ -1,0 +1,251 @@
+"""Attention over the pool, for a batch that holds tokens of several sequences in one row.
+
+The model computes Q, K and V of all new tokens; this module writes K and V to the new tokens' cells and answers each query
+from the cells of its own sequence. Keys of one query come in **parts** that need no mask: a run of neighbouring cells in
+the pool, read in place; and among the new tokens themselves, the causal square. Each part gives an output and the logarithm
+of its softmax's denominator, and parts are joined exactly by those (as in flash attention and flash-decoding,
+https://arxiv.org/abs/2205.14135):
+
+    out = Σ w_i out_i,  w_i = exp(lse_i - logsumexp(lse))
+
+    keys:     |■■■■■■■■■■■■| |■■■■■■|        ◣         two runs of cells seen in full, then the causal square
+    cells:     40 … 51        112…117     new tokens
+
+Heads that share K and V (grouped queries) become rows of one product when a single token is decoded, and a batch
+dimension otherwise, so K and V are never repeated. Queries of a sliding window are taken in blocks; each block sees only
+the cells that its window can reach, under a mask that all layers of that window share.
+
+What the fused kernel can't do (soft caps, V of another width than K, devices other than the CPU) goes the plain way: keys
+gathered, one mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rekindle.engine.torch.borrow import ATTENTION
+from rekindle.engine.torch.gaps import runs
+from rekindle.engine.torch.pool import Cells, Pool
+from rekindle.errors import ModelError
+from rekindle.tokens import Tokens
+
+_MAX_RUNS = 4  # more, and copying the cells together is cheaper than attending to each run
+_MIN_BLOCK = 64  # queries of a sliding window that are answered together
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """New tokens of one sequence at consecutive positions, and the keys that they may see."""
+
+    tokens: Tokens  # [count]
+    position: int  # of the first
+    cells: Cells  # of positions [first, position + count); the last `count` are the new tokens'
+    first: int = 0  # position of the first key that may be seen
+    logits: bool = False  # whether the last token's are wanted
+
+    def part(self, start: int, stop: int) -> Span:
+        """The tokens [start, stop) of this span."""
+        end = self.position + stop - self.first
+        last = stop == len(self.tokens)
+        return Span(self.tokens[start:stop], self.position + start, self.cells[:end], self.first, self.logits and last)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Queries that see the same parts."""
+
+    start: int  # rows of the batch
+    stop: int
+    parts: tuple[slice | Tensor, ...]  # cells of the pool, all of which every query sees …
+    mask: Tensor | None  # … but for this [queries, keys], float, 0 or -inf; then there is one part
+    is_causal: bool  # the queries also see each other's keys, up to their own
+
+
+class Batch:
+    """One call of the model. All layers with the same window share what is worked out here."""
+
+    def __init__(self, pool: Pool, layers: dict[nn.Module, int], spans: Sequence[Span]) -> None:
+        self._pool, self._layers = pool, layers
+        self._spans = list(zip(np.cumsum([0, *(len(span.tokens) for span in spans)]).tolist(), spans, strict=False))
+        self._target = pool.index(np.concatenate([span.cells[-len(span.tokens) :] for span in spans]))
+        self._blocks: dict[int, list[_Block]] = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int,
+        softcap: float,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Q [1, heads, rows, key_dim], K and V [1, kv_heads, rows, width] to [1, rows, heads, value_dim]."""
+        layer = self._layers[module]
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        new = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+        keys[self._target] = new[0]
+        values[self._target] = new[1]
+        if query.device.type != "cpu" or softcap or keys.shape[-1] != values.shape[-1]:
+            return self._attend_plainly(query, keys, values, scaling, window, softcap)
+        blocks = self._blocks.get(window)
+        if blocks is None:
+            blocks = self._blocks[window] = self._plan(window, query.dtype)
+        outputs = [_attend_block(block, query, keys, values, new, scaling) for block in blocks]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _plan(self, window: int, dtype: torch.dtype) -> list[_Block]:
+        blocks = []
+        for row, span in self._spans:
+            count, end = len(span.tokens), span.position + len(span.tokens)
+            if count == 1:
+                cells = span.cells[-window:]
+                blocks.append(_Block(row, row + 1, self._parts(cells), None, False))
+            elif not window or end - span.first <= window:
+                blocks.append(_Block(row, row + count, self._parts(span.cells[:-count]), None, True))
+            else:
+                blocks += self._window_blocks(row, span, window, dtype)
+        return blocks
+
+    def _window_blocks(self, row: int, span: Span, window: int, dtype: torch.dtype) -> list[_Block]:
+        blocks = []
+        step = max(window, _MIN_BLOCK)
+        for start in range(0, len(span.tokens), step):
+            stop = min(start + step, len(span.tokens))
+            queries = np.arange(span.position + start, span.position + stop)
+            keys = np.arange(max(span.first, queries[0] - window + 1), queries[-1] + 1)
+            distance = torch.from_numpy(queries[:, None] - keys[None, :])
+            mask = torch.zeros(distance.shape, dtype=dtype)
+            mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+            part = self._pool.index(span.cells[keys[0] - span.first : keys[-1] + 1 - span.first])
+            blocks.append(_Block(row + start, row + stop, (part,), mask, False))
+        return blocks
+
+    def _parts(self, cells: Cells) -> tuple[slice | Tensor, ...]:
+        found = runs(cells)
+        return tuple(slice(*run) for run in found) if len(found) <= _MAX_RUNS else (torch.from_numpy(cells),)
+
+    def _attend_plainly(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int, softcap: float
+    ) -> Tensor:
+        outputs = []
+        for row, span in self._spans:
+            count = len(span.tokens)
+            if window and count == 1:
+                span = Span(
+                    span.tokens, span.position, span.cells[-window:], max(span.first, span.position + 1 - window)
+                )
+            index = self._pool.index(span.cells)
+            heads, kv_heads = query.shape[1], keys.shape[1]
+            q = query[0, :, row : row + count].reshape(kv_heads, heads // kv_heads, count, -1)
+            k, v = (pool[index].transpose(0, 1)[:, None] for pool in (keys, values))
+            mask = _visible(span, window).to(query.device)
+            if softcap:
+                scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scaling / softcap)) * softcap
+                weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+                out = (weights @ v.float()).to(query.dtype)
+            else:
+                k, v = (each.expand(-1, heads // kv_heads, -1, -1) for each in (k, v))
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if count == 1 else mask, scale=scaling)
+            outputs.append(out.permute(2, 0, 1, 3).reshape(count, heads, -1))
+        return torch.cat(outputs)[None]
+
+
+def _attend_block(
+    block: _Block, query: Tensor, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor], scaling: float
+) -> Tensor:
+    """[queries, heads, width]."""
+    heads, kv_heads, count = query.shape[1], keys.shape[1], block.stop - block.start
+    groups = None if count == 1 else heads // kv_heads
+    rows = query[0, :, block.start : block.stop]
+    grouped = rows.reshape((1, kv_heads, -1, rows.shape[-1]) if count == 1 else (kv_heads, -1, count, rows.shape[-1]))
+    results = []
+    for part in block.parts:
+        k, v = (_as_heads(pool[part], groups) for pool in (keys, values))
+        results.append(_flash(grouped, k, v, scaling, mask=block.mask))
+    if block.is_causal:
+        k, v = (_as_heads(each[block.start : block.stop], groups) for each in new)
+        results.append(_flash(grouped, k, v, scaling, is_causal=True))
+    out = results[0][0] if len(results) == 1 else _join(results)
+    return out.view(1, heads, -1) if count == 1 else out.permute(2, 0, 1, 3).reshape(count, heads, -1)
+
+
+def _as_heads(cells: Tensor, groups: int | None) -> Tensor:
+    """[cells, kv_heads, width] as the queries need it, not copied: a head's groups are rows of its product, or, where there
+    is a number of them, heads that read the same K and V.
+    """
+    heads = cells.transpose(0, 1)
+    return heads[None] if groups is None else heads[:, None].expand(-1, groups, -1, -1)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, *, mask: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output as the query, and logsumexp [batch, heads, queries] in float32."""
+    if mask is not None:
+        mask = mask.expand(*query.shape[:2], -1, -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
+    )
+    return out, lse
+
+
+def _join(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over all keys from attention over parts of them."""
+    outs, lses = zip(*results, strict=True)
+    weights = torch.softmax(torch.stack(lses), dim=0)
+    total = sum(out * weight[..., None] for out, weight in zip(outs, weights, strict=True))
+    assert isinstance(total, Tensor)
+    return total.to(outs[0].dtype)
+
+
+def _visible(span: Span, window: int) -> Tensor:
+    """[queries, keys] bool."""
+    queries = torch.arange(span.position, span.position + len(span.tokens))
+    keys = torch.arange(span.first, span.position + len(span.tokens))
+    distance = queries[:, None] - keys[None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    rekindle: Any = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of its own attention functions."""
+    if rekindle is None:
+        raise ModelError("its layers do not pass keyword arguments on to their attention")
+    if attention_mask is not None:
+        others["attention_mask"] = attention_mask
+    out = rekindle.attend(
+        module,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        others=others,
+    )
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention)

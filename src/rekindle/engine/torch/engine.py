@@ -1,0 +1,280 @@
+"""The torch engine: the seven verbs over a pool of cells.
+
+All verbs but two are book-keeping and copies: `fork` shares cells by counting references, `export` and `place` copy between
+cells and bytes, `drop` and `place` turn keys. `forward` and `recompute` run the model on spans of tokens. To the model a
+recomputed range is a span like any other, whose sequence happens to end there: its cells are written anew layer by layer,
+and its queries see all that lies before. So ranges far apart are one call.
+
+A span of tokens is the unit of exactness: a key is seen if its position is not after the query's, whatever the order in
+which cells were filled.
+
+Sliding-window layers keep all of their cells. A window's queries read no more than the window, so the time is that of the
+window; but `fork` and `truncate` promise every earlier length, and the token that follows there sees the window before
+that length. What has left today's window could be forgotten only together with the promise, and computing it again would
+take as many windows of tokens as the model has such layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.sequences import BookKeeping, SequenceTable
+from rekindle.engine.torch.attention import Batch, Span
+from rekindle.engine.torch.borrow import Borrowed
+from rekindle.engine.torch.gaps import Gaps
+from rekindle.engine.torch.identity import identify, weights_digest
+from rekindle.engine.torch.payload import PayloadLayout
+from rekindle.engine.torch.pool import Cells, Pool
+from rekindle.engine.torch.survey import survey
+from rekindle.engine.verify import check_fingerprint, check_payload, check_work
+from rekindle.errors import ContextFull, EngineError, ModelError
+from rekindle.model.spec import ModelSpec
+
+BATCH_TOKENS = 2048  # of one model call
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKV:
+    """K and V of one layer for some tokens, in the engine's type."""
+
+    key: Tensor  # [kv_heads, tokens, key_dim], turned to the tokens' positions
+    value: Tensor  # [kv_heads, tokens, value_dim]
+
+
+class TorchEngine(BookKeeping):
+    """See the module's docstring; the meaning of each method is in `Engine`."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_cells: int,
+        max_sequences: int = 64,
+        max_length: int | None = None,
+        name: str | None = None,
+        weights: bytes | None = None,
+    ) -> None:
+        """An engine on a causal language model of transformers, on the device and in the type that the model has.
+
+        The model may be used by others between calls, but not be changed. `max_length` bounds the length of one sequence;
+        models with longrope take their long factors if it goes beyond their short range. `weights` is a digest of the
+        weights; without it they are read once, about a second per gigabyte. Raises ModelError if the model can't be served.
+        """
+        self._model = model
+        self._borrowed = Borrowed(model, num_cells, max_length)
+        try:
+            found = survey(model, self._borrowed)
+        except ModelError as error:
+            raise ModelError(f"the torch engine can't serve {type(model).__name__}: {error}") from None
+        self._layers = {module: index for index, module in enumerate(found.modules)}
+        self._rotations = [layer.rotation for layer in found.layers]
+        self._immovable = found.immovable
+        self._max_length = found.max_length
+        self.layout = PayloadLayout(tuple(layer.shape for layer in found.layers), found.dtype)
+        self._pool = Pool(self.layout, num_cells, model.device)
+        self._table = SequenceTable(num_cells, range(max_sequences), Gaps(num_cells))
+        self.num_calls = 0
+        self.num_computed = 0
+        config = model.config.get_text_config()
+        self.spec = ModelSpec(
+            name=name or getattr(config, "_name_or_path", "") or type(model).__name__,
+            architecture=config.model_type,
+            vocab_size=config.vocab_size,
+            num_layers=len(found.layers),
+            train_context=getattr(config, "max_position_embeddings", num_cells),
+            kv_bytes_per_token=self.layout.bytes_per_token,
+            window=max(layer.window for layer in found.layers),
+            can_shift=found.immovable is None,
+            fingerprint=identify(model, weights or weights_digest(model), found),
+        )
+
+    # The seven verbs.
+
+    def forward(self, work: Sequence[Work]) -> Logits:
+        check_work(self._table, work, self.spec.vocab_size)
+        for item in work:
+            self._check_length(self.length(item.seq) + len(item.tokens))
+        if not work:
+            return {}
+        starts = [self.length(item.seq) for item in work]
+        for item in work:
+            self._table.append(item.seq, item.tokens)
+        spans = [
+            Span(item.tokens, start, self._cells(item.seq), logits=item.logits)
+            for item, start in zip(work, starts, strict=True)
+        ]
+        try:
+            rows = self._compute(spans)
+        except BaseException:
+            for item, start in zip(work, starts, strict=True):
+                self._table.truncate(item.seq, start)
+            raise
+        return dict(zip((item.seq for item in work if item.logits), rows, strict=True))
+
+    def fork(self, seq: SequenceId, length: int) -> SequenceId:
+        return self._table.fork(seq, length)
+
+    def truncate(self, seq: SequenceId, length: int) -> None:
+        self._table.truncate(seq, length)
+
+    def drop(self, seq: SequenceId, start: int, stop: int) -> None:
+        self._table.check_range(seq, start, stop)
+        length = self.length(seq)
+        if stop == length or start == stop:
+            return self.truncate(seq, length - (stop - start))
+        self._check_movable("a cut may only be made at the end")
+        freed = (stop - start) - self._table.num_shared(seq, start, stop)
+        self._table.check_room(self._table.num_shared(seq, stop, length) - freed)
+        before = self._cells(seq)[stop:]
+        self._table.cut(seq, start, stop)
+        self._table.renew(seq, start, start + length - stop)  # others see the cells that would have to move
+        after = self._cells(seq)[start:]
+        moved = before != after
+        if moved.any():
+            self._pool.copy(before[moved], after[moved])
+        self._turn(after, start - stop)
+        return None
+
+    def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
+        self._table.check_range(seq, start, stop)
+        data = self._pool.save(self._cells(seq)[start:stop])
+        return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint)
+
+    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
+        check_payload(self._table, seq, payload, position, self.spec)
+        self._check_length(position + len(payload))
+        self.layout.check(memoryview(payload.data), len(payload))
+        self._table.append(seq, payload.tokens)
+        cells = self._cells(seq)[position:]
+        self._pool.load(memoryview(payload.data), cells)
+        self._turn(cells, position - payload.position)
+
+    def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
+        self._table.check_ranges(seq, ranges)
+        ranges = [(start, stop) for start, stop in ranges if start < stop]
+        self._table.check_room(sum(stop - start for start, stop in ranges))
+        if not ranges:
+            return
+        chosen = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        before = self._cells(seq)[chosen]
+        for start, stop in ranges:
+            self._table.renew(seq, start, stop)
+        cells, tokens = self._cells(seq), self.tokens(seq)
+        kept = self._pool.save(before)
+        try:
+            self._compute([Span(tokens[start:stop], start, cells[:stop]) for start, stop in ranges])
+        except BaseException:
+            self._pool.load(kept, cells[chosen])
+            raise
+
+    # Looking into KV.
+
+    def look(self, payload: Payload, position: int | None = None) -> list[LayerKV]:
+        """A payload's K and V, layer by layer, K turned to where its first token would stand at `position`.
+
+        The tensors are on the CPU; without a turn they share the payload's memory and must not be written, nor outlive it.
+        Raises ForeignPayload, EngineError if the model's keys can't be moved.
+        """
+        by = 0 if position is None else position - payload.position
+        if by:
+            self._check_movable("a payload can only be read where it was computed")
+        check_fingerprint(payload, self.spec)
+        data = self.layout.wrap(memoryview(payload.data), len(payload))
+        pairs = enumerate(self.layout.split(data, len(payload)))
+        return [
+            LayerKV(self._turned(layer, key, by).transpose(0, 1), value.transpose(0, 1))
+            for layer, (key, value) in pairs
+        ]
+
+    # Book-keeping.
+
+    def close(self, seq: SequenceId) -> None:
+        self._table.close(seq)
+
+    def check_integrity(self) -> None:
+        self._table.check_integrity()
+
+    def shutdown(self) -> None:
+        """Frees the pool; the model stays as it is."""
+        self._pool.keys.clear()
+        self._pool.values.clear()
+
+    # The model underneath.
+
+    @torch.inference_mode()
+    def _compute(self, spans: Sequence[Span]) -> list[Any]:
+        """Run the model on spans, in as few calls as allowed. Logits float32[vocab_size] of each span that wants them."""
+        rows: list[Any] = []
+        for batch in _batches(spans, BATCH_TOKENS):
+            rows += self._call(batch)
+        return rows
+
+    def _call(self, spans: Sequence[Span]) -> list[Any]:
+        tokens = np.concatenate([span.tokens for span in spans])
+        positions = np.concatenate([np.arange(span.position, span.position + len(span.tokens)) for span in spans])
+        ends = np.cumsum([len(span.tokens) for span in spans]) - 1
+        wanted = ends[[span.logits for span in spans]]
+        device = self._pool.device
+        with self._borrowed.lent():
+            output = self._model(
+                input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device),
+                position_ids=torch.from_numpy(positions)[None].to(device),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(wanted).to(device),
+                rekindle=Batch(self._pool, self._layers, spans),
+            )
+        self.num_calls += 1
+        self.num_computed += len(tokens)
+        return list(output.logits[0].float().cpu().numpy())
+
+    def _cells(self, seq: SequenceId) -> Cells:
+        return np.array(self._table.cells(seq), dtype=np.int64)
+
+    def _turn(self, cells: Cells, by: int) -> None:
+        if not by:
+            return
+        index = self._pool.index(cells)
+        for layer, keys in enumerate(self._pool.keys):
+            keys[index] = self._turned(layer, keys[index], by)
+
+    def _turned(self, layer: int, keys: Tensor, by: int) -> Tensor:
+        rotation = self._rotations[layer]
+        if not by:
+            return keys
+        assert rotation is not None
+        return rotation.turn(keys, by)
+
+    def _check_movable(self, consequence: str) -> None:
+        if self._immovable is not None:
+            raise EngineError(f"{self.spec.architecture} KV cannot be moved ({self._immovable}): {consequence}")
+
+    def _check_length(self, length: int) -> None:
+        if length > self._max_length:
+            raise ContextFull(
+                f"a sequence of this engine has at most {self._max_length} tokens, {length} would be needed"
+            )
+
+
+def _batches(spans: Sequence[Span], limit: int) -> Iterator[list[Span]]:
+    """The same tokens in batches of at most `limit`, order kept."""
+    batch: list[Span] = []
+    room = limit
+    for span in spans:
+        start = 0
+        while start < len(span.tokens):
+            stop = min(len(span.tokens), start + room)
+            batch.append(span.part(start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch

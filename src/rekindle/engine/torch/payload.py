@@ -1,0 +1,92 @@
+"""The bytes of a payload, and how to look into them.
+
+    layer 0: K of all tokens, V of all tokens; layer 1: K, V; …      nothing between, no header
+
+K of one token is [kv_heads, key_dim] and V [kv_heads, value_dim], in the engine's type and the machine's byte order, K
+already turned to the payload's position. So the size follows from the number of tokens, and a layer can be read as an
+array in place. LAYOUT names this format in every fingerprint; it changes when the format does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.errors import ForeignPayload
+
+LAYOUT = "torch 1: layers of K then V, each [tokens, heads, width]"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps for one token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def values(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class PayloadLayout:
+    """Where each layer's K and V lie in a payload."""
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.dtype.itemsize * sum(layer.values for layer in self.layers)
+
+    def allocate(self, count: int) -> Tensor:
+        """Room for `count` tokens on the CPU, uint8[bytes]."""
+        return torch.empty(count * self.bytes_per_token, dtype=torch.uint8)
+
+    def wrap(self, data: memoryview, count: int) -> Tensor:
+        """A payload's bytes as a tensor that must not be written, uint8[bytes], not copied; it does not keep `data` alive.
+
+        Raises ForeignPayload if they are not `count` tokens.
+        """
+        self.check(data, count)
+        if not count:
+            return self.allocate(0)
+        # torch warns of buffers that can't be written; that nobody writes to this one is ours to see to
+        address = np.frombuffer(data, dtype=np.uint8).ctypes.data
+        return torch.frombuffer((ctypes.c_uint8 * data.nbytes).from_address(address), dtype=torch.uint8)
+
+    def check(self, data: memoryview, count: int) -> None:
+        """Raises ForeignPayload if these bytes can't be `count` tokens."""
+        expected = count * self.bytes_per_token
+        if data.nbytes != expected:
+            raise ForeignPayload(
+                f"the payload is torn: {expected} bytes expected for {count} tokens, got {data.nbytes}"
+            )
+
+    def split(self, data: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """K [count, kv_heads, key_dim] and V [count, kv_heads, value_dim] of each layer, as views of uint8[bytes]."""
+        values = data.view(self.dtype)
+        offset = 0
+        for layer in self.layers:
+            pair = []
+            for width in (layer.key_dim, layer.value_dim):
+                size = count * layer.kv_heads * width
+                pair.append(values[offset : offset + size].view(count, layer.kv_heads, width))
+                offset += size
+            yield pair[0], pair[1]
+
+    def join(self, layers: Sequence[tuple[Tensor, Tensor]]) -> memoryview:
+        """Bytes of K and V as `split` gives them."""
+        count = len(layers[0][0])
+        data = self.allocate(count)
+        for (to_key, to_value), (key, value) in zip(self.split(data, count), layers, strict=True):
+            to_key.copy_(key)
+            to_value.copy_(value)
+        return memoryview(data.numpy().data)
