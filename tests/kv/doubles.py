@@ -56,6 +56,9 @@ class DictTier:
         self._check()
         self.blocks.clear()
 
+    def clear_model(self) -> None:
+        self.clear()
+
     def stats(self) -> TierStats:
         size = sum(block.num_bytes for block in self.blocks.values())
         return TierStats(name=self.name, blocks=len(self.blocks), bytes=size, max_bytes=None)

@@ -199,6 +199,17 @@ def test_clearing_leaves_no_folders(bench: Bench) -> None:
     assert list(bench.folder.iterdir()) == []
 
 
+def test_clearing_a_model_leaves_the_others(bench: Bench) -> None:
+    ours, theirs = bench.tier(), bench.tier(fingerprint=b"o" * 16)
+    chains = [make_chain(seed, 3, tail=2) for seed in range(2)]
+    ours.put(chains[0])
+    theirs.put(chains[1])
+    ours.clear_model()
+    assert (bench.kept(ours, chains[0]), bench.kept(theirs, chains[1])) == (0, 4)
+    assert ours.stats().blocks == 4
+    ours.check_integrity()
+
+
 def test_what_dead_writers_left_counts_and_is_cleared_away(bench: Bench) -> None:
     tier = bench.tier(files=4)
     folder = bench.folder / "v1" / "ab" / "cd"
@@ -282,42 +293,6 @@ def test_many_tails_of_one_parent_are_searched_without_reading_them_all(bench: B
     assert all_facts(tier.tails(tails[0].parent, tails[7].tokens)) == all_facts([tails[7]])
     assert tier.stats().hits == before + 1
     assert SIZE > 3
-
-
-@pytest.mark.parametrize("cold_from", [0, 2, 19])
-def test_files_that_are_not_in_memory_are_fetched_ahead_once(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, cold_from: int
-) -> None:
-    tier = bench.tier()
-    chain = make_chain(1, 20)
-    tier.put(chain)
-    paths = [tier._folder.path_of(place_of(block)) for block in chain]
-    read: list[Path] = []
-    fetched: list[tuple[Path, int]] = []
-    monkeypatch.setattr("rekindle.kv.folder._is_in_memory", lambda *_: len(read) <= cold_from)
-    monkeypatch.setattr(tier._folder, "read_ahead", lambda path: fetched.append((path, len(read))))
-    original = tier._folder.read
-
-    def reading(path: Path) -> object:
-        read.append(path)
-        return original(path)
-
-    monkeypatch.setattr(tier._folder, "read", reading)
-    assert bench.used(tier, chain) == all_facts(chain)
-    assert read == paths
-    assert [path for path, _ in fetched] == paths[cold_from + 1 :]
-    assert all(0 <= paths.index(path) - so_far <= 9 for path, so_far in fetched)
-
-
-def test_a_file_is_found_to_be_in_memory_or_not(bench: Bench) -> None:
-    """As far as the system tells; what was just written is there."""
-    tier = bench.tier()
-    (block,) = chain = make_chain(1, 1)
-    tier.put(chain)
-    path = tier._folder.path_of(place_of(block))
-    assert tier._folder.read(path).in_memory
-    tier._folder.read_ahead(path)
-    tier._folder.read_ahead(path / "nothing")
 
 
 def test_integrity_is_really_checked(bench: Bench) -> None:

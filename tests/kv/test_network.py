@@ -136,6 +136,21 @@ def test_clearing_takes_ours_and_nothing_else(server: RedisServer, tier: Network
 
 
 @needs_redis
+def test_clearing_a_model_leaves_the_others(server: RedisServer, tier: NetworkTier) -> None:
+    other = NetworkTier(server.url, fingerprint=b"o" * 16, ttl_seconds=100, timeout_seconds=30)
+    theirs = make_chain(1000, 3, tail=2)
+    other.put(theirs)
+    for seed in range(30):
+        tier.put(make_chain(seed, 50, tail=1))
+    tier.clear_model()
+    assert all_facts(other.get([place_of(block) for block in theirs])) == all_facts(theirs)
+    assert len(names(server)) == 5  # four blocks, and the list of the tails of one
+    other.scan()
+    assert other.stats().blocks == 4
+    other.close()
+
+
+@needs_redis
 def test_what_others_wrote_is_counted_by_a_scan(server: RedisServer, tier: NetworkTier) -> None:
     other = NetworkTier(server.url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=30)
     other.put(CHAIN)

@@ -28,7 +28,7 @@ from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
 from rekindle.kv.folder import Contents, File, Folder, disk_bytes
-from rekindle.kv.format import decode, encode_parts, peek_tokens
+from rekindle.kv.format import decode, encode_parts, peek, peek_tokens
 from rekindle.kv.keys import Key
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
 from rekindle.tokens import Tokens
@@ -251,6 +251,16 @@ class DiskTier:
         """All blocks of all models, and what was set aside."""
         with self._writing, self._writes.attempt(), self._faults("written"):
             self._folder.clear()
+            self._walk()
+
+    def clear_model(self) -> None:
+        """What a file is of says its beginning, so this reads a little of every file."""
+        with self._writing, self._writes.attempt(), self._faults("written"):
+            for file in self._folder.walk():
+                with suppress(FileNotFoundError):
+                    front = peek(self._folder.read_beginning(file.path)) if file.block else None
+                    if front is not None and front.fingerprint == self._fingerprint:
+                        self._folder.delete(file.path)
             self._walk()
 
     # Counting.

@@ -23,7 +23,7 @@ from redis.client import Pipeline
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.format import VERSION, decode, encode
+from rekindle.kv.format import VERSION, decode, encode, peek
 from rekindle.kv.keys import Key
 from rekindle.kv.link import Link
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
@@ -35,6 +35,7 @@ _MAX_BATCH = 64  # blocks
 _FIRST_GUESS_BYTES = 1 << 20  # of a block, before one was seen
 _PEEK = 256  # tails of one parent that are looked at, at most
 _SCAN_COUNT = 1000
+_FRONT_BYTES = 4096  # that say what a block is
 
 
 class _Refusal(TierUnavailable):
@@ -198,6 +199,18 @@ class NetworkTier:
                 self._write(batch)
         with self._counting:
             self._blocks = self._bytes = 0
+
+    def clear_model(self) -> None:
+        """What a block is of says its beginning, so this reads a little of every block."""
+        for names in self._names():
+            batch = self._link.batch()
+            for name in names:
+                if b":block:" in name:
+                    batch.getrange(name, 0, _FRONT_BYTES - 1)
+            fronts = (peek(beginning) for beginning in self._link.send(batch))
+            ours = [front for front in fronts if front is not None and front.fingerprint == self._fingerprint]
+            if ours:
+                self.remove([Place(key=front.key, parent=front.parent, tail=front.tail) for front in ours])
 
     # Counting.
 

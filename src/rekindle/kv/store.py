@@ -367,14 +367,17 @@ class Store:
         with self._lock:
             self._memory.clear()
 
-    def clear(self) -> None:
-        """Forget everything, in every tier. May wait for a slow one."""
+    def clear(self, *, every_model: bool = False) -> None:
+        """Forget everything of this model, or of every model, in every tier. May wait for a slow one."""
         self.clear_memory()
         self.behind.clear()
         self.behind.flush(CLEAR_SECONDS)
         for tier in self.tiers:
             with suppress(TierUnavailable):
-                tier.clear()
+                if every_model:
+                    tier.clear()
+                else:
+                    tier.clear_model()
 
     def close(self, timeout_seconds: float = 10.0) -> bool:
         """Write what is queued and close the slower tiers; False if some of it was given up."""

@@ -66,7 +66,10 @@ class Tier(Protocol):
         """Forget these, if they are there."""
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, of all models."""
+
+    def clear_model(self) -> None:
+        """Forget everything of the model that this tier was opened for."""
 
     def stats(self) -> TierStats: ...
 
