@@ -14,14 +14,13 @@ is cut gets an error in the format of its API.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from types import FrameType
 
 import uvicorn
@@ -61,9 +60,9 @@ class _Server(uvicorn.Server):
         self._runner: Runner = app.state.runner
         self._failed_at: float | None = None
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Signals are not uvicorn's: it would close the socket at the first one."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first asks to drain, which begins within a tenth of a second; the second can't wait."""
@@ -99,16 +98,15 @@ def serve(
     A second signal ends the process at once. `ready` gets the base URL once connections are accepted. The service stays
     open. Raises InvalidRequest if the address cannot be listened on, EngineError if the worker fails.
     """
-    listener = _listen(host, port)
-    url = _url(listener, host)
-    server = _Server(service, lambda: ready(url) if ready else None)
-    before = {number: signal.signal(number, server.on_signal) for number in SIGNALS}
-    try:
-        server.run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        listener.close()
+    with closing(_listen(host, port)) as listener:
+        url = _url(listener, host)
+        server = _Server(service, lambda: ready(url) if ready else None)
+        before = {number: signal.signal(number, server.on_signal) for number in SIGNALS}
+        try:
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if (alarm := service.alarm) is not None:
         raise EngineError(f"the worker failed ({alarm}); the server cannot go on")
 
@@ -116,20 +114,19 @@ def serve(
 @contextmanager
 def running(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """A server in a thread, for tests and scripts; gives its base URL. Raises InvalidRequest as `serve` does."""
-    listener = _listen(host, port)
-    ready = threading.Event()
-    server = _Server(service, ready.set)
-    thread = threading.Thread(target=server.run, args=([listener],), name="rekindle-http", daemon=True)
-    thread.start()
-    try:
-        while not ready.wait(0.05):
-            if not thread.is_alive():
-                raise RekindleError("the HTTP server ended before it accepted connections")
-        yield _url(listener, host)
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    with closing(_listen(host, port)) as listener:
+        ready = threading.Event()
+        server = _Server(service, ready.set)
+        thread = threading.Thread(target=server.run, args=([listener],), name="rekindle-http", daemon=True)
+        thread.start()
+        try:
+            while not ready.wait(0.05):
+                if not thread.is_alive():
+                    raise RekindleError("the HTTP server ended before it accepted connections")
+            yield _url(listener, host)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def _listen(host: str, port: int) -> socket.socket:
