@@ -151,8 +151,9 @@ class Counting(Observer):
         self.told += 1
 
 
-def test_warming_is_no_request_in_any_count(stage: Stage) -> None:
-    observer = stage.scheduler._observer = Counting()
+def test_warming_is_no_request_in_any_count() -> None:
+    observer = Counting()
+    stage = Stage(observer=observer)
     warm(stage, LONG)
     stage.run()
     assert (observer.told, stage.scheduler.counts.requests, stage.scheduler.counts.prompt_tokens) == (0, 0, 0)

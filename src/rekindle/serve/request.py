@@ -66,6 +66,7 @@ class Generation:
         True  # False: read the whole sequence again for every token (to show what the KV cache is worth)
     )
     use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
+    priority: int = 0  # lower goes earlier, where the policy asks for it
     warm: bool = False  # read the prompt when nobody else has work, store its KV, and answer nothing
     pin_seconds: float | None = None  # keep the KV of prompt and answer for so long
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted

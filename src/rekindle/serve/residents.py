@@ -50,6 +50,10 @@ class Residents:
     def num_tokens(self) -> int:
         return sum(len(resident.tokens) for resident in self._all)
 
+    @property
+    def seqs(self) -> list[SequenceId]:
+        return [resident.seq for resident in self._all]
+
     def views(self, salt: bytes) -> list[plan.Resident]:
         """What a tenant's plan may fork."""
         return [plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt]

@@ -53,7 +53,7 @@ class Run:
     clock: Clock
     cancelled: bool = False
     seq: SequenceId | None = None  # None: waiting or swapped out
-    swapped: Payload | None = None
+    swapped: list[Payload] | None = None  # its KV while it is swapped out, in order
     plan: Plan | None = None
     read: int = 0  # prompt tokens in the engine
     pending: int | None = None  # sampled, its KV not computed yet
@@ -65,6 +65,13 @@ class Run:
     text: list[str] = field(default_factory=list)
     context: Context = field(default_factory=copy_context)  # of whoever made the request: its id, its trace
 
+    number: int = 0  # in the order of arrival
+    passed: int = 0  # requests that arrived later and were started while this one waited
+    reusable: int = 0  # prompt tokens known to be in the engine or in memory, for policies that ask
+    waits_for: Run | None = None  # somebody who is just reading, or for whom is fetched, what this prompt begins with
+    waits_until: int = 0  # so many tokens of it
+    blocked_at: int = -1  # `State.departures` when there was no room
+
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.generation.sampling)
         self._stream = TextStream(self.generation.stop)
@@ -75,6 +82,28 @@ class Run:
     @property
     def prompt(self) -> Tokens:
         return self.generation.prompt.tokens
+
+    @property
+    def salt(self) -> bytes:
+        return self.generation.prompt.salt
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer."""
+        return np.concatenate([self.prompt, as_tokens(self.generated)])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def priority(self) -> int:
+        return self.generation.priority
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has KV of its own, in the engine or swapped out."""
+        return self.seq is not None or self.swapped is not None
 
     @property
     def reading(self) -> bool:
@@ -89,11 +118,16 @@ class Run:
     def work(self, count: int) -> Tokens:
         """The next tokens to compute, at most `count`."""
         if not self.generation.use_kv_cache:
-            return np.concatenate([self.prompt, as_tokens(self.generated)])
+            return self.tokens
         if self.reading:
             return self.prompt[self.read : self.read + count]
         assert self.pending is not None
         return as_tokens([self.pending])
+
+    def start(self, plan: Plan) -> None:
+        """What is planned to be reused is in the engine."""
+        self.plan, self.read = plan, plan.reused
+        self.waits_for, self.reusable = None, 0
 
     def advance(self, logits: Vector, piece: Bytes, is_end: Callable[[int], bool]) -> FinishReason | None:
         """Sample the next token and send it. Returns why the answer is complete, if it is."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from rekindle.errors import EngineError, Overloaded, Stopping
 from rekindle.serve.run import Run
-from rekindle.serve.scheduler import Counts, Scheduler
+from rekindle.serve.scheduler import Scheduler
+from rekindle.serve.state import Counts
 
 _log = logging.getLogger(__name__)
 

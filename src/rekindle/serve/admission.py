@@ -1,0 +1,232 @@
+"""How a waiting request becomes a running one: what is known of its prompt, what is planned, and what is put back.
+
+In the order of the policy's ranks each waiting request gets its turn, until one finds no room: then all wait, so that the
+large are not passed by the small for ever. Two kinds of request are passed over meanwhile: one whose KV is being fetched
+from a slower tier, and one whose beginning another request is reading right now, because in a moment it can be shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from enum import Enum
+
+from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.errors import EngineError
+from rekindle.kv.store import Fetched, Match
+from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
+from rekindle.serve.room import Room
+from rekindle.serve.run import Run
+from rekindle.serve.sampling import Vector
+from rekindle.serve.state import State, shares
+from rekindle.tokens import common_length
+
+_log = logging.getLogger(__name__)
+Fetch = Callable[[Run], Future[Fetched]]
+
+
+class Outcome(Enum):
+    """What came of the attempt to start a request."""
+
+    STARTED = "started"
+    NO_ROOM = "no room"
+    WAITS = "waits"  # for its own good, and holds up nobody
+
+
+class Admission:
+    """Starts waiting requests of a state."""
+
+    def __init__(self, state: State, room: Room, fetch: Fetch | None) -> None:
+        self._state = state
+        self._room = room
+        self._engine = state.engine
+        self._store = state.store
+        self._fetch = fetch
+
+    def expect(self, run: Run) -> None:
+        """Note how much of a new request can be reused, for policies that ask."""
+        if self._state.policy.looks_at_reuse and run.generation.reuses:
+            residents, match = self._known(run)
+            held = max((common_length(run.prompt, resident.tokens) for resident in residents), default=0)
+            run.reusable = max(held, match.length)
+
+    def admit_one(self, fail: Callable[[Run, EngineError], object]) -> Run | None:
+        """Start the first that can be; None if that is nobody. One whose KV can't be put back has to `fail`."""
+        state = self._state
+        if not self._may_start():
+            return None
+        for run in sorted(self._candidates(), key=state.rank):
+            victims = [other for other in state.running if state.policy.preempts(run, other)]
+            victims.sort(key=state.rank, reverse=True)
+            if len(state.running) - len(victims) >= state.max_running or run.blocked_at == state.departures:
+                return None
+            try:
+                outcome = self._start(run, victims) if run.swapped is None else self._resume(run, victims)
+            except EngineError as error:
+                fail(run, error)
+                continue
+            if outcome is Outcome.NO_ROOM:
+                run.blocked_at = state.departures
+            if outcome is not Outcome.WAITS:
+                return run if outcome is Outcome.STARTED else None
+        return None
+
+    def _may_start(self) -> bool:
+        """Whether to look at all."""
+        return bool(self._state.waiting) and (
+            len(self._state.running) < self._state.max_running or self._state.policy.may_preempt
+        )
+
+    def _candidates(self) -> list[Run]:
+        """Who may start now; prompts are warmed one at a time and when there is nobody else."""
+        state = self._state
+        requests = [run for run in state.waiting if not run.generation.warm]
+        if not requests and not state.running:
+            requests = state.waiting
+        return [run for run in requests if not self._must_wait(run)]
+
+    def _must_wait(self, run: Run) -> bool:
+        """Whether what it waits for is still to come; cheap, for it is asked in every step."""
+        if run.fetch is not None and not run.fetch.done():
+            return True
+        other = run.waits_for
+        if other is None:
+            return False
+        if other.seq is not None:
+            return other.read < run.waits_until
+        return other.fetch is not None and not other.fetch.done()
+
+    def _resume(self, run: Run, victims: list[Run]) -> Outcome:
+        return Outcome.STARTED if self._room.resume(run, victims) else Outcome.NO_ROOM
+
+    def _start(self, run: Run, victims: list[Run]) -> Outcome:
+        """Plan a prompt and put what is reused into the engine."""
+        started = time.perf_counter()
+        residents, match = self._known(run)
+        plan = make_plan(run.generation.prompt, residents, self._stored(run, match))
+        if self._can_fetch_soon(run, plan) or self._begin_fetch(run, plan) or self._can_share_soon(run, plan):
+            return Outcome.WAITS
+        planned = time.perf_counter()
+        logits = None if plan.computed else self._known_logits(plan, match)
+        try:
+            restored = self._restore(run, plan, match, victims)
+        except EngineError as error:
+            _log.warning("stored KV cannot be used and is computed again: %s", error)
+            self._store.clear_memory()
+            plan, logits = make_plan(run.generation.prompt, [], Stored()), None
+            restored = self._restore(run, plan, Match((), 0, None), victims)
+        if not restored:
+            return Outcome.NO_ROOM
+        run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
+        run.start(plan)
+        if logits is not None:
+            run.marks[plan.total] = logits
+        self._state.enter(run)
+        self._promise(run)
+        if run.generation.reuses and not run.generation.warm:
+            self._state.counts.add(plan)
+        self._state.watching(run).admitted(run, plan)
+        return Outcome.STARTED
+
+    # What is known.
+
+    def _known(self, run: Run) -> tuple[list[Resident], Match]:
+        if not run.generation.reuses:
+            return [], Match((), 0, None)
+        return [*self._busy(run), *self._state.residents.views(run.salt)], self._store.match(run.prompt, run.salt)
+
+    def _busy(self, run: Run) -> Iterable[Resident]:
+        """Running requests' sequences: they can be shared at once."""
+        for other in self._state.running:
+            if other.seq is not None and shares(other, run):
+                yield Resident(other.seq, self._engine.tokens(other.seq), frozenset(other.marks))
+
+    def _stored(self, run: Run, match: Match) -> Stored:
+        fetched = Fetched() if run.fetch is None or run.fetch.exception() else run.fetch.result()
+        words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
+        return Stored(match.length, match.logits is not None, self._store.block_tokens, words, fetched.refused)
+
+    def _known_logits(self, plan: Plan, match: Match) -> Vector:
+        """Logits after the prompt, of a plan that computes nothing."""
+        source = next((step.seq for step in plan.steps if isinstance(step, Fork)), None)
+        resident = None if source is None else self._state.residents.touch(source)
+        marks = [resident.marks] if resident else [other.marks for other in self._state.running if other.seq == source]
+        logits = next((each[plan.total] for each in marks if plan.total in each), match.logits)
+        assert logits is not None
+        return logits
+
+    # What is worth waiting for.
+
+    def _gain(self, run: Run, other: Run, plan: Plan) -> int:
+        """Length of the common beginning if it is worth waiting for, else 0."""
+        common = common_length(run.prompt, other.prompt) if shares(run, other) else 0
+        return common if common - plan.reused >= max(1, self._state.min_tokens) else 0
+
+    def _wait_for(self, run: Run, others: dict[Run, int]) -> bool:
+        """Wait for the one that promises most; False if none promises anything."""
+        run.waits_for = max(others, key=lambda other: others[other], default=None)
+        run.waits_until = 0 if run.waits_for is None else others[run.waits_for]
+        return run.waits_until > 0
+
+    def _can_fetch_soon(self, run: Run, plan: Plan) -> bool:
+        """Whether a common beginning is just being fetched for another request."""
+        fetching = [other for other in self._state.waiting if other.fetch is not None and not other.fetch.done()]
+        return self._wait_for(run, {other: self._gain(run, other, plan) for other in fetching})
+
+    def _can_share_soon(self, run: Run, plan: Plan) -> bool:
+        """Whether another request is just reading a common beginning."""
+        common = {other: self._gain(run, other, plan) for other in self._state.running if other.reading}
+        return self._wait_for(run, {other: length for other, length in common.items() if other.read < length})
+
+    def _begin_fetch(self, run: Run, plan: Plan) -> bool:
+        """Look into slower tiers for what would have to be computed; once for each request."""
+        looks = self._fetch is not None and run.fetch is None and run.generation.reuses
+        if not looks or plan.computed < max(1, self._state.min_tokens):
+            return False
+        assert self._fetch is not None
+        run.clock.fetch_started = time.perf_counter()
+        run.fetch = self._fetch(run)
+        run.fetch.add_done_callback(lambda _: setattr(run.clock, "fetch_ended", time.perf_counter()))
+        return True
+
+    def _promise(self, run: Run) -> None:
+        """What a started request holds in a moment, others can reuse."""
+        if self._state.policy.looks_at_reuse:
+            for other in self._state.waiting:
+                if shares(run, other):
+                    other.reusable = max(other.reusable, common_length(run.prompt, other.prompt))
+
+    # What is put back.
+
+    def _restore(self, run: Run, plan: Plan, match: Match, victims: list[Run]) -> bool:
+        """Fork and place as planned; False if there is no room. Then, and on an error, nothing is left behind."""
+        fork = next((step for step in plan.steps if isinstance(step, Fork)), None)
+        if not self._room.make_sequence(keep=[] if fork is None else [fork.seq]):
+            return False
+        seq = self._engine.open() if fork is None else self._engine.fork(fork.seq, fork.stop)
+        try:
+            if fork is not None:
+                self._state.residents.touch(fork.seq)
+            placed = [block.position + len(block.tokens) for block in match.blocks]  # the last may go beyond the prompt
+            cells = max(plan.total, *placed, 0) - (0 if fork is None else fork.stop) + 1
+            if not self._room.make(cells, [seq], victims):
+                self._engine.close(seq)
+                return False
+            for step in plan.steps:
+                if isinstance(step, Place):
+                    self._place(seq, step, match)
+        except EngineError:
+            self._engine.close(seq)
+            raise
+        run.seq = seq
+        return True
+
+    def _place(self, seq: SequenceId, step: Place, match: Match) -> None:
+        fingerprint = self._engine.spec.fingerprint
+        for block in match.blocks:
+            if step.start <= block.position < step.stop:
+                payload = Payload(block.tokens, block.position, block.payload, fingerprint)
+                self._engine.place(seq, payload, block.position)
+        self._engine.truncate(seq, step.stop)  # the last block may go on with other tokens

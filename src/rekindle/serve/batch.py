@@ -1,0 +1,77 @@
+"""What one step computes: a token of every answer, and prompt tokens as far as the pace and the cells allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rekindle.engine.protocol import Work
+from rekindle.serve.pace import Pace
+from rekindle.serve.policies import Rank
+from rekindle.serve.run import Run
+from rekindle.serve.state import State
+
+
+@dataclass(eq=False)
+class Batch:
+    """Requests and their work, side by side."""
+
+    runs: list[Run] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    num_decoding: int = 0  # answers that go on
+    num_prefill: int = 0  # prompt tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.tokens) for item in self.work)
+
+
+def least_cells(state: State) -> int:
+    """Cells that the next step must have: one for every answer, or where there is none, for some prompt to get on."""
+    decoding = sum(1 for run in state.running if not run.reading)
+    reading = _by_urgency(state)
+    if decoding or not reading:
+        return decoding
+    return 1 if reading[0].generation.use_kv_cache else len(reading[0].prompt)
+
+
+def make_batch(state: State, pace: Pace) -> Batch:
+    """For the cells that are free now. Changes no request, but takes the KV of those that do without a KV cache."""
+    batch = Batch()
+    for run in state.running:
+        if not run.reading:
+            _add(batch, state, run, 1)
+    reading = _by_urgency(state)
+    hurried = any(run.generation.warm for run in reading)  # who comes has to wait for one step of it
+    budget = pace.chunk(batch.num_decoding, hurried=hurried) if reading else 0
+    for run in reading:
+        room = state.engine.num_free_cells - batch.num_tokens
+        if budget <= 0 or room <= 0:
+            break
+        if run.generation.use_kv_cache or len(run.prompt) <= room:
+            budget -= _add(batch, state, run, min(budget, room))
+    return batch
+
+
+def _by_urgency(state: State) -> list[Run]:
+    """Requests whose prompts are being read. One that others wait for is as urgent as the most urgent of them."""
+    ranks: dict[Run, Rank] = {run: state.rank(run) for run in state.running if run.reading}
+    for waiting in state.waiting:
+        if waiting.waits_for in ranks:
+            ranks[waiting.waits_for] = min(ranks[waiting.waits_for], state.rank(waiting))
+    return sorted(ranks, key=lambda run: ranks[run])
+
+
+def _add(batch: Batch, state: State, run: Run, count: int) -> int:
+    """Returns how many tokens."""
+    assert run.seq is not None
+    if not run.generation.use_kv_cache:
+        state.engine.truncate(run.seq, 0)
+    tokens = run.work(count)
+    complete = not run.reading or run.read + len(tokens) >= len(run.prompt)
+    batch.runs.append(run)
+    batch.work.append(Work(run.seq, tokens, logits=complete))
+    if run.reading:
+        batch.num_prefill += len(tokens)
+    else:
+        batch.num_decoding += 1
+    return len(tokens)

@@ -1,0 +1,96 @@
+"""How much of a prompt is read in one step: as much as those who are being answered hardly notice.
+
+A step that only decodes takes about as long whatever it does, because the weights have to be read; each prompt token that
+rides along adds a little, from some number on a lot. Both are measured as they happen:
+
+    decode     seconds of a step that only decodes, by the number of answers in it
+    token      seconds that one prompt token adds to such a step
+
+and the chunk is chosen so that the step takes at most `slowdown` times as long as without it:
+
+    decode + chunk * token = slowdown * decode
+
+It is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set. It grows step by
+step and shrinks at once. As long as a prompt is read there are no steps that only decode, so every now and then one is
+left without a chunk, to measure again.
+
+When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
+so long that whoever comes or goes meanwhile would have to wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rekindle.kv.speed import Speed
+
+MIN_CHUNK = 16
+GRAIN = 8  # chunks are multiples of this: fewer shapes, for which an engine may prepare
+PROBE_STEPS = 64  # steps with a chunk between two without
+LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
+LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
+_SLOW, _FAST = 0.1, 0.5  # weights of a new measurement: where unsure, steps become shorter
+
+
+class Pace:
+    """Chooses chunks and learns from the steps they made. Reads no clock itself."""
+
+    def __init__(self, *, limit: int, slowdown: float) -> None:
+        """At most `limit` tokens beside answers. A `slowdown` of infinity means: always as many."""
+        self._limit = limit
+        self._slowdown = slowdown
+        self._decode: dict[int, float] = {}  # answers in a step -> its seconds
+        self._token: float | None = None
+        self._chunk = 0  # the last
+        self._since_probe = 0
+        self.prefill = Speed()  # of steps that decode nothing
+
+    def chunk(self, num_decoding: int, *, hurried: bool = False) -> int:
+        """Prompt tokens for the next step beside so many answers; 0 if that step should be measured without.
+
+        A hurried step keeps to the limit although there is nobody to stall.
+        """
+        if num_decoding == 0:
+            return self._limit if hurried else max(self._limit, self._lone())
+        if math.isinf(self._slowdown):
+            return self._limit
+        decode = self._decode_alone(num_decoding)
+        if decode is None or self._since_probe >= PROBE_STEPS:
+            self._since_probe = 0
+            return 0
+        self._since_probe += 1
+        return min(self._limit, self._bearable(decode))
+
+    def learn(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
+        """What a step took: `seconds` of the engine's forward."""
+        if num_decoding == 0:
+            self.prefill.add(num_prefill, seconds)
+            return
+        decode = self._decode_alone(num_decoding)
+        if num_prefill == 0:
+            self._decode[num_decoding] = _follow(self._decode.get(num_decoding), seconds, up=_SLOW, down=_FAST)
+        elif decode is not None:
+            self._chunk = num_prefill
+            self._token = _follow(self._token, max(0.0, seconds - decode) / num_prefill, up=_FAST, down=_SLOW)
+
+    def _lone(self) -> int:
+        least, greatest = LONE_TOKENS
+        speed = self.prefill.seconds_per_token
+        return greatest if not speed else min(greatest, max(least, int(LONE_SECONDS / speed)))
+
+    def _decode_alone(self, num_decoding: int) -> float | None:
+        """Seconds of a step that decodes so many, or the most below that which were measured; they take no longer."""
+        known = max((count for count in self._decode if count <= num_decoding), default=None)
+        return None if known is None else self._decode[known]
+
+    def _bearable(self, decode: float) -> int:
+        if self._token is None:
+            return MIN_CHUNK
+        wanted = (self._slowdown - 1) * decode / self._token if self._token > 0 else math.inf
+        grown = min(wanted, 2 * max(self._chunk, MIN_CHUNK))
+        return max(MIN_CHUNK, int(grown) // GRAIN * GRAIN)
+
+
+def _follow(old: float | None, new: float, *, up: float, down: float) -> float:
+    """A moving average that follows in one direction faster than in the other."""
+    return new if old is None else old + (up if new > old else down) * (new - old)

@@ -1,0 +1,102 @@
+"""What the parts of the scheduler share: the engine, who waits and who runs, and who wants to hear of it."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from rekindle.engine.protocol import Engine
+from rekindle.kv.store import Store
+from rekindle.reuse.plan import Plan
+from rekindle.serve.observe import Observer
+from rekindle.serve.policies import Policy, Rank
+from rekindle.serve.residents import Residents
+from rekindle.serve.run import Run
+
+_NOBODY = Observer()
+
+
+@dataclass
+class Counts:
+    """Totals since the start."""
+
+    requests: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    swaps: int = 0
+
+    def add(self, plan: Plan) -> None:
+        """A request that looks for reuse was started."""
+        self.requests += 1
+        self.hits += plan.reused > 0
+        self.prompt_tokens += plan.total
+        self.cached_tokens += plan.reused
+
+
+@dataclass(eq=False)
+class State:
+    """The requests of one engine. A request is in one of the two lists from its arrival to its end."""
+
+    engine: Engine
+    store: Store
+    residents: Residents
+    policy: Policy
+    observer: Observer
+    max_running: int
+    min_tokens: int  # fewer are neither looked for nor kept
+    waiting: list[Run] = field(default_factory=list)  # in the order of arrival
+    running: list[Run] = field(default_factory=list)  # in the order of their start
+    counts: Counts = field(default_factory=Counts)
+    departures: int = 0  # how often a running request has left; only then can there be room that was not there before
+    _arrivals: int = 0
+
+    def arrive(self, run: Run) -> None:
+        self._arrivals += 1
+        run.number = self._arrivals
+        self.waiting.append(run)
+
+    def enter(self, run: Run) -> None:
+        """A waiting request runs: those that arrived before it have been passed."""
+        self.waiting.remove(run)
+        self.running.append(run)
+        for earlier in self.waiting:
+            if earlier.number > run.number:
+                break
+            earlier.passed += 1
+
+    def put_back(self, run: Run) -> None:
+        """A running request waits again, at its old place."""
+        self.remove(run)
+        insort(self.waiting, run, key=lambda each: each.number)
+
+    def remove(self, run: Run) -> None:
+        """Take a request out of its list, if it is in one."""
+        if run in self.running:
+            self.running.remove(run)
+            self.departures += 1
+        elif run in self.waiting:
+            self.waiting.remove(run)
+
+    def rank(self, run: Run) -> Rank:
+        """The policy's, made different for any two requests; who only warms a prompt comes last."""
+        return (run.generation.warm, *self.policy.rank(run), run.number)
+
+    def watching(self, run: Run) -> Observer:
+        """Who is told of a run: of warming nobody, as it is no request that anybody waits for."""
+        return _NOBODY if run.generation.warm else self.observer
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError."""
+        assert all(run.seq is not None for run in self.running)
+        assert all(run.seq is None for run in self.waiting)
+        assert not set(self.running) & set(self.waiting)
+        assert self.waiting == sorted(self.waiting, key=lambda run: run.number)
+        owned = [run.seq for run in self.running] + list(self.residents.seqs)
+        assert len(set(owned)) == len(owned), "a sequence with two owners"
+
+
+def shares(one: Run, other: Run) -> bool:
+    """Whether two requests may use each other's KV."""
+    return one.generation.reuses and other.generation.reuses and one.salt == other.salt
