@@ -202,3 +202,79 @@ def lab_trace(
     from rekindle.cli.lab import replay_trace
 
     replay_trace(file, capacity, policy, plot)
+
+
+@lab.command("load")
+@guarded
+def lab_load(
+    url: Annotated[
+        str | None, typer.Argument(help="any OpenAI-compatible server; default: rekindle is started")
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option("--workload", "-w", help="chat, agent, rag, trace, cold, burst, repeat or stall; default: chat"),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="an open loop: sessions per second, Poisson; default: closed")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="that ask at the same time, in a closed loop")] = None,
+    requests: Annotated[int | None, typer.Option(help="of workloads without turns")] = None,
+    turns: Annotated[int | None, typer.Option(help="of each conversation")] = None,
+    system_tokens: Annotated[int | None, typer.Option(help="of the system prompt, or of the long prompt")] = None,
+    message_tokens: Annotated[int | None, typer.Option(help="of a message, a question, a tool's output")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(help="of each answer")] = None,
+    documents: Annotated[int | None, typer.Option(help="rag: that prompts draw from")] = None,
+    document_tokens: Annotated[int | None, typer.Option(help="rag: of each document")] = None,
+    trace: Annotated[Path | None, typer.Option(help="trace: JSON lines with hash_ids, input_length …")] = None,
+    block_tokens: Annotated[int | None, typer.Option(help="trace: tokens that stand for one of its blocks")] = None,
+    answers: Annotated[
+        str, typer.Option(help="in transcripts: own (what the server said) or scripted (the same for all servers)")
+    ] = "own",
+    peer: Annotated[
+        str | None, typer.Option(help="run in turn with it: llama-server (the xllamacpp wheel), or a path of one")
+    ] = None,
+    peer_option: Annotated[list[str] | None, typer.Option(help="for the peer, name=value; may be repeated")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="of servers that are started here")] = "builtin",
+    threads: Annotated[int | None, typer.Option(help="of these; default: the machine's cores", min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="of these, in cells; default: by the workload", min=64)] = None,
+    parallel: Annotated[int | None, typer.Option(help="sequences at a time, of these", min=1, max=64)] = None,
+    rounds: Annotated[int | None, typer.Option(help="of all arms; default: 2 with a peer, else 1", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same questions at the same times", min=0)] = 0,
+    api_key: Annotated[str | None, typer.Option(help="for the server at the URL")] = None,
+    api_model: Annotated[str | None, typer.Option(help="the server's name of its model; default: its first")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that one request may take")] = 600.0,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+) -> None:
+    """How a server bears load, alone or in turn with llama-server: TTFT, ITL, throughput, tokens computed."""
+    from rekindle.cli.lab import load_test
+
+    sizes = {
+        "clients": clients,
+        "requests": requests,
+        "turns": turns,
+        "system_tokens": system_tokens,
+        "message_tokens": message_tokens,
+        "answer_tokens": answer_tokens,
+        "documents": documents,
+        "document_tokens": document_tokens,
+        "trace": trace,
+        "block_tokens": block_tokens,
+    }
+    was_answered = load_test(
+        url,
+        workload,
+        sizes,
+        started={"model": model, "threads": threads, "context": context, "parallel": parallel},
+        peer_options=peer_option,
+        rounds=rounds,
+        plot=plot,
+        rate=rate,
+        seed=seed,
+        answers=answers,
+        peer=peer,
+        api_key=api_key,
+        api_model=api_model,
+        timeout_seconds=timeout,
+    )
+    if not was_answered:
+        raise typer.Exit(FAILED)

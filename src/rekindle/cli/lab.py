@@ -1,12 +1,17 @@
-"""`rekindle lab model` and `rekindle lab trace`: what they show while they work."""
+"""`rekindle lab model`, `lab trace` and `lab load`: what they show while they work."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from rekindle.errors import InvalidRequest
+from rekindle.lab.load.run import Wish, make_setup, run_load, workload_named
+from rekindle.lab.load.show import print_report as print_load_report
 from rekindle.lab.models import make_model
 from rekindle.lab.trace import CAPACITIES, print_report, run_trace
 
@@ -43,3 +48,59 @@ def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] |
 
         plot_report(report, plot)
     print_report(report, Console())
+
+
+def load_test(
+    url: str | None,
+    workload: str | None,
+    sizes: dict[str, Any],
+    *,
+    started: dict[str, Any],
+    peer_options: list[str] | None,
+    rounds: int | None,
+    plot: Path | None,
+    **wishes: Any,
+) -> bool:
+    """Run it, with a progress bar; then tables, the plot if one is wanted, and one line of JSON.
+
+    `sizes` are the workload's, None for its own defaults; `started` is what servers get that are started here. False if
+    no request was answered.
+    """
+    name = workload or ("trace" if sizes["trace"] else "chat")
+    wish = Wish(
+        workload=name,
+        sizes=workload_named(name).defaults.with_(**sizes),
+        url=url,
+        rounds=rounds or (2 if wishes["peer"] else 1),
+        **wishes,
+    )
+    setup = None
+    if url is None or wish.peer is not None:
+        setup = make_setup(name, wish.sizes, options=_options(peer_options or []), **started)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{name}: {what}", completed=done, total=total)
+
+        report = run_load(wish, setup, show)
+    if plot is not None:
+        from rekindle.lab.load.plot import plot_report
+
+        plot_report(report, plot)
+    print_load_report(report, Console())
+    return any(run.whole for run in report.runs)
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    """`name=value` of the peer; values are JSON where they can be."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise InvalidRequest(f"peer option: expected name=value, got {text!r}", param="peer_option")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

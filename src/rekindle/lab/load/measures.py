@@ -1,0 +1,211 @@
+"""Workloads with a question of their own, and what may be expected of the answer.
+
+cold    how fast prompts are read that nobody has seen, and how fast one stream and eight together decode.
+        Decoding one stream is bound by memory: every weight is read for each token, so no server decodes faster than
+        bandwidth / bytes of weights.
+burst   many requests at once with one beginning that nobody has seen. That beginning has to be computed once; counted
+        in tokens, the expectation is the beginning once and every request's own rest.
+repeat  a prompt again, to the letter. Nothing has to be computed if the last logits are kept: the first token need not
+        take longer than any other token of the answer.
+stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from rekindle.lab.load.client import Answer, ServerError
+from rekindle.lab.load.drive import Load
+from rekindle.lab.load.figures import Figure, percentile
+from rekindle.lab.load.texts import Texts
+from rekindle.lab.load.workloads import Sizes, cells_for, system, user
+
+_SHORT_PROMPT = 64  # tokens
+_STREAMS = 8
+_READS = 3  # long prompts of which the speed is taken together
+_ALONE = 64  # gaps of a stream before it gets company
+STALL_FACTOR = 3.0  # ITL p99 beside a long prompt, of that alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A workload that is not a list of sessions."""
+
+    name: str
+    run: Callable[[Load, Sizes, Texts], Awaitable[list[Figure]]]
+    defaults: Sizes
+    cells: Callable[[Sizes], int]
+    parallel: Callable[[Sizes], int]
+    requests: Callable[[Sizes], int]  # how many the progress bar is to expect
+
+    @property
+    def about(self) -> str:
+        return (self.run.__doc__ or "").strip()
+
+
+async def cold(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
+    """Reading what nobody has seen, and decoding, alone and together."""
+    reads = [_whole(await load.ask([user(texts.text(f"read {i}", sizes.system_tokens))], 1)) for i in range(_READS)]
+    single = _whole(await load.ask([user(texts.text("single", _SHORT_PROMPT))], sizes.answer_tokens))
+    prompts = [texts.text(f"stream {i}", _SHORT_PROMPT) for i in range(sizes.clients)]
+    streams = await asyncio.gather(*(load.ask([user(each)], sizes.answer_tokens) for each in prompts))
+    together = [_whole(each) for each in streams]
+    seconds = max(each.ended for each in together) - min(each.due for each in together)
+    decoding = single.arrivals[-1] - single.arrivals[0]
+    return [
+        _rate("prefill_tokens_per_second", _computed(reads), sum(each.ttft or 0.0 for each in reads)),
+        _rate("decode_tokens_per_second", single.num_tokens - 1, decoding),
+        _rate(f"{sizes.clients}_streams_tokens_per_second", sum(each.num_tokens for each in together), seconds),
+    ]
+
+
+async def burst(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
+    """Simultaneous requests with one beginning that nobody has seen."""
+    shared = system(texts.text("shared", sizes.system_tokens))
+    questions = [user(texts.text(f"question {i}", sizes.message_tokens)) for i in range(sizes.clients)]
+    await asyncio.gather(*(load.ask([shared, question], sizes.answer_tokens) for question in questions))
+    whole = [answer for answer in load.answers if answer.error is None and answer.prompt_tokens is not None]
+    figures = [Figure(name="total_seconds", value=load.seconds)]
+    if whole:
+        once = sum(answer.prompt_tokens or 0 for answer in whole) - (len(whole) - 1) * sizes.system_tokens
+        figures.append(
+            Figure(
+                name="burst_computed_tokens",
+                value=_computed(whole),
+                expected=once,
+                why=f"about {sizes.system_tokens:,} shared tokens once, and every request's own",
+            )
+        )
+    return figures
+
+
+async def repeat(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
+    """A prompt again, to the letter."""
+    messages = [user(texts.text("again", sizes.system_tokens))]
+    first = _whole(await load.ask(messages, sizes.answer_tokens))
+    again = [_whole(await load.ask(messages, sizes.answer_tokens)) for _ in range(sizes.requests)]
+    token = median(gap for answer in again for gap in answer.gaps or [0.0])
+    return [
+        Figure(name="first_ttft_ms", value=1e3 * (first.ttft or 0.0)),
+        Figure(
+            name="repeat_ttft_ms",
+            value=1e3 * median(answer.ttft or 0.0 for answer in again),
+            expected=1e3 * token,
+            why="at most the time of any other token, by its median gap",
+        ),
+        Figure(
+            name="repeat_computed_tokens", value=_computed(again) / len(again), expected=0, why="all of it was read"
+        ),
+    ]
+
+
+async def stall(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
+    """Gaps of a stream while a long prompt is read."""
+    alone, beside, read = await _gaps_beside(load, sizes, texts)
+    p99 = 1e3 * percentile(alone, 99)
+    return [
+        Figure(name="alone_itl_p99_ms", value=p99),
+        Figure(
+            name="beside_itl_p99_ms",
+            value=1e3 * percentile(beside, 99),
+            expected=STALL_FACTOR * p99,
+            why=f"{STALL_FACTOR:g} times its ITL p99 alone",
+        ),
+        Figure(name="beside_itl_max_ms", value=1e3 * max(beside)),
+        Figure(name="beside_to_alone", value=1e3 * percentile(beside, 99) / p99, expected=STALL_FACTOR),
+        Figure(name="tokens_while_reading", value=len(beside)),
+        Figure(name="read_seconds", value=read),
+    ]
+
+
+async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> tuple[list[float], list[float], float]:
+    """Gaps of a stream alone, its gaps while a prompt is read, and how long the reading took, in seconds."""
+    arrivals: list[float] = []
+    settled = asyncio.Event()
+
+    def heard(now: float) -> None:
+        arrivals.append(now)
+        if len(arrivals) > _ALONE:
+            settled.set()
+
+    prompt = [user(texts.text("stream", _SHORT_PROMPT))]
+    stream = asyncio.ensure_future(load.target.ask(prompt, sizes.answer_tokens, heard=heard))
+    waiting = asyncio.ensure_future(settled.wait())
+    try:
+        await asyncio.wait({stream, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not settled.is_set():
+            raise ServerError(
+                f"a stream ended after {len(arrivals)} pieces of text: {(await stream).error or 'too short'}"
+            )
+        reader = _whole(await load.ask([user(texts.text("long", sizes.system_tokens))], 1))
+    finally:
+        waiting.cancel()
+        stream.cancel()  # hangs up
+        await asyncio.gather(stream, waiting, return_exceptions=True)
+    done = reader.arrivals[0]
+    gaps = list(pairwise(arrivals))
+    alone = [after - before for before, after in gaps if after <= reader.due]
+    beside = [after - before for before, after in gaps if after > reader.due and before < done]
+    if not beside or arrivals[-1] < done:
+        beside.append(done - max(arrivals[-1], reader.due))  # silent until the prompt was read
+    return alone, beside, done - reader.due
+
+
+def _whole(answer: Answer) -> Answer:
+    """Raises ServerError: these measurements mean nothing if a request failed."""
+    if answer.error is not None or not answer.arrivals:
+        raise ServerError(f"a request failed that the measurement needs: {answer.error or 'no event came'}")
+    return answer
+
+
+def _computed(answers: list[Answer]) -> int:
+    return sum(answer.computed_tokens or 0 for answer in answers)
+
+
+def _rate(name: str, count: int, seconds: float) -> Figure:
+    return Figure(name=name, value=count / seconds if seconds > 0 else float("nan"))
+
+
+MEASURES: dict[str, Measure] = {
+    each.name: each
+    for each in (
+        Measure(
+            name="cold",
+            run=cold,
+            defaults=Sizes(clients=_STREAMS, system_tokens=1_024, answer_tokens=64),
+            cells=lambda sizes: cells_for(
+                sizes.clients * (_SHORT_PROMPT + sizes.answer_tokens + 32) + _READS * sizes.system_tokens
+            ),
+            parallel=lambda sizes: sizes.clients,
+            requests=lambda sizes: _READS + 1 + sizes.clients,
+        ),
+        Measure(
+            name="burst",
+            run=burst,
+            defaults=Sizes(clients=16, system_tokens=1_000, message_tokens=20, answer_tokens=8),
+            cells=lambda sizes: cells_for(sizes.clients * sizes.conversation_tokens),
+            parallel=lambda sizes: sizes.clients,
+            requests=lambda sizes: sizes.clients,
+        ),
+        Measure(
+            name="repeat",
+            run=repeat,
+            defaults=Sizes(clients=1, requests=8, system_tokens=1_000, answer_tokens=8),
+            cells=lambda sizes: cells_for(2 * sizes.conversation_tokens),
+            parallel=lambda sizes: 2,
+            requests=lambda sizes: 1 + sizes.requests,
+        ),
+        Measure(
+            name="stall",
+            run=stall,
+            defaults=Sizes(clients=1, system_tokens=4_000, answer_tokens=1_024),
+            cells=lambda sizes: cells_for(sizes.system_tokens + sizes.answer_tokens + 2 * _SHORT_PROMPT),
+            parallel=lambda sizes: 2,
+            requests=lambda sizes: 1,
+        ),
+    )
+}

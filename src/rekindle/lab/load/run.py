@@ -1,0 +1,212 @@
+"""The arms in turn: starts servers, drives a workload at each, and gathers what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rekindle.errors import InvalidRequest, nearest
+from rekindle.lab.decode import weight_bytes_per_token
+from rekindle.lab.load.client import Target
+from rekindle.lab.load.drive import Answers, Load, drive_closed, drive_open
+from rekindle.lab.load.figures import Figure, Run
+from rekindle.lab.load.measures import MEASURES, Measure
+from rekindle.lab.load.servers import Server, Setup, Start, peer_starter, rekindle_server
+from rekindle.lab.load.texts import Texts
+from rekindle.lab.load.workloads import SESSIONS, Sizes, Workload
+from rekindle.lab.machine import Machine, read_bandwidth, this_machine, usable_cores
+from rekindle.model.source import locate
+
+Progress = Callable[[str, int, int], None]  # what runs now, requests done, of how many in it
+WORKLOADS: dict[str, Workload | Measure] = {**SESSIONS, **MEASURES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be run. Checked when it is made: raises InvalidRequest."""
+
+    workload: str = "chat"
+    sizes: Sizes
+    rate: float | None = None  # sessions per second, for an open loop
+    rounds: int = 1
+    seed: int = 0
+    answers: Answers = "own"  # what goes into transcripts: the server's own answers, or the same texts for all
+    url: str | None = None  # a running server; without one, rekindle is started
+    peer: str | None = None  # started too, and run in turn with the first
+    api_key: str | None = None
+    api_model: str | None = None  # as the server at the URL calls it
+    timeout_seconds: float = 600.0  # for one request
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            if not 0 < self.rate < float("inf"):
+                raise InvalidRequest(f"rate: expected more than 0 sessions per second, got {self.rate}", param="rate")
+            if self.workload in MEASURES:
+                raise InvalidRequest(f"the workload {self.workload} has times of its own; leave rate out", param="rate")
+        if self.answers not in ("own", "scripted"):
+            raise InvalidRequest(f"answers: expected own or scripted, got {self.answers!r}", param="answers")
+        if self.rounds < 1 or self.timeout_seconds <= 0:
+            raise InvalidRequest("rounds and timeout must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """All runs, and what a reader needs to place them."""
+
+    wish: Wish
+    machine: Machine
+    setup: Setup | None  # of servers that were started
+    servers: tuple[Server, ...]
+    tokens_per_word: float
+    runs: tuple[Run, ...]
+
+
+def workload_named(name: str) -> Workload | Measure:
+    """Raises InvalidRequest for an unknown name."""
+    found = WORKLOADS.get(name)
+    if found is None:
+        raise InvalidRequest(f"no workload is called {name!r}{nearest(name, WORKLOADS)}", param="workload")
+    return found
+
+
+def make_setup(
+    workload: str,
+    sizes: Sizes,
+    *,
+    model: str,
+    threads: int | None = None,
+    context: int | None = None,
+    parallel: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> Setup:
+    """What started servers get; the workload says what is not given. Raises ModelError for a model that is not there."""
+    plan = workload_named(workload)
+    return Setup(
+        model=locate(model),
+        threads=threads or usable_cores(),
+        context=context or plan.cells(sizes),
+        parallel=parallel or plan.parallel(sizes),
+        options=options or {},
+    )
+
+
+def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) -> LoadReport:
+    """Run every arm of every round. `setup` may be None if nothing is to be started.
+
+    Raises ServerError if a server can't be used at all or a measurement can't be made; requests that fail are counted.
+    """
+    starts = _arms(wish, setup)
+    limit = _decode_limit(setup) if wish.workload == "cold" and setup is not None else None
+    servers: dict[str, Server] = {}
+    runs = []
+    texts: Texts | None = None
+    for number in range(wish.rounds):
+        for arm, start in enumerate(starts):
+            with start() as server:
+                arm_run = _Arm(wish, server, arm, number, progress)
+                run, texts = asyncio.run(arm_run.measure(texts, limit))
+                servers.setdefault(run.server, replace(server, name=run.server))
+                runs.append(run)
+    assert texts is not None
+    return LoadReport(
+        wish=wish,
+        machine=this_machine(),
+        setup=setup,
+        servers=tuple(servers.values()),
+        tokens_per_word=texts.tokens_per_word,
+        runs=tuple(runs),
+    )
+
+
+def _arms(wish: Wish, setup: Setup | None) -> list[Start]:
+    starts: list[Start] = []
+    if wish.url is not None:
+        running = Server(name="", url=wish.url)
+        starts.append(lambda: nullcontext(running))
+    if setup is None:
+        assert wish.url is not None and wish.peer is None, "servers that are started need a setup"
+        return starts
+    if wish.url is None:
+        starts.append(lambda: rekindle_server(setup))
+    if wish.peer is not None:
+        starts.append(peer_starter(wish.peer, setup))
+    return starts
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """One workload on one server, once."""
+
+    wish: Wish
+    server: Server
+    number: int  # of the arm
+    round: int
+    progress: Progress | None
+
+    async def measure(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
+        """The run, and the texts of the first: later arms get words for the same tokenizer."""
+        is_given = not self.server.name  # a running server, which says itself what it is
+        async with Target(
+            self.server.url,
+            api_key=self.wish.api_key if is_given else None,
+            model=self.wish.api_model if is_given else None,
+            timeout_seconds=self.wish.timeout_seconds,
+        ) as target:
+            await target.connect()
+            tokens_per_word = await target.tokens_per_word()  # on every server, so that all are as warm
+            texts = replace(
+                texts or Texts(seed=0, tokens_per_word=tokens_per_word), seed=self.wish.seed * 1_000 + self.round
+            )
+            name = self.server.name or target.name
+            if self.number and name == self.wish.url:
+                name = f"{name} (peer)"
+            load, figures = await self._drive(target, texts, name)
+        run = Run(
+            server=name,
+            round=self.round,
+            seconds=load.seconds,
+            answers=tuple(load.answers),
+            skipped=load.skipped,
+            figures=tuple(_limited(each, limit) for each in figures),
+            fixes_length=target.fixes_length,
+        )
+        return run, texts
+
+    async def _drive(self, target: Target, texts: Texts, name: str) -> tuple[Load, list[Figure]]:
+        wish, plan = self.wish, workload_named(self.wish.workload)
+        done = 0
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress is not None:
+                self.progress(f"{name}, round {self.round + 1} of {wish.rounds}", done, total)
+
+        load = Load(target, tick)
+        if isinstance(plan, Measure):
+            total = plan.requests(wish.sizes)
+            tick(0)
+            return load, await plan.run(load, wish.sizes, texts)
+        sessions = plan.sessions(wish.sizes, texts)
+        total = sum(len(session.steps) for session in sessions)
+        tick(0)
+        if wish.rate is None:
+            await drive_closed(load, sessions, wish.sizes.clients, wish.answers)
+        else:
+            await drive_open(load, sessions, wish.rate, texts.seed, wish.answers)
+        return load, []
+
+
+def _decode_limit(setup: Setup) -> Figure:
+    rate = read_bandwidth(setup.threads) / weight_bytes_per_token(Path(setup.model))
+    return Figure(name="decode_tokens_per_second", value=0.0, expected=rate, why="memory bandwidth / bytes of weights")
+
+
+def _limited(figure: Figure, limit: Figure | None) -> Figure:
+    if limit is None or limit.name != figure.name:
+        return figure
+    return replace(figure, expected=limit.expected, why=limit.why)
