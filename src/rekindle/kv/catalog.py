@@ -194,7 +194,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _front(folder: Folder, file: File) -> Front | None:
     beginning = folder.read_beginning(file.path)
-    return peek(beginning) or peek(folder.read(file.path).data)  # blocks of very many tokens begin with more of them
+    return peek(beginning) or peek(folder.read(file.path))  # blocks of very many tokens begin with more of them
 
 
 def _ends(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -286,7 +286,7 @@ def verify(path: Path, *, repair: bool = False, progress: Progress = lambda done
 
 def _read_whole(folder: Folder, path: Path) -> tuple[str | None, Front | None]:
     """What is wrong with a file, or else what is in it."""
-    data = folder.read(path).data
+    data = folder.read(path)
     try:
         block = decode(data, None)
     except CorruptBlock as error:

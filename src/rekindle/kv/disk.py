@@ -20,16 +20,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.folder import Contents, File, Folder, disk_bytes
-from rekindle.kv.format import decode, encode_parts, peek, peek_tokens
+from rekindle.kv.folder import File, Folder, disk_bytes
+from rekindle.kv.format import Buffer, decode, encode_parts, peek, peek_tokens
 from rekindle.kv.keys import Key
+from rekindle.kv.reading import read_files
+from rekindle.kv.slabs import Slabs
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
 from rekindle.tokens import Tokens
 
@@ -40,7 +41,6 @@ _WALK_SHARE = 32  # of the budget: written since the last walk, it asks for anot
 _ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
 _DEAD_WRITER_SECONDS = 600
 _MAX_BACKOFF_SECONDS = 30.0
-_READ_AHEAD = 8  # files
 _PEEK = 256  # tails of one parent that are looked into, at most
 
 
@@ -62,6 +62,7 @@ class DiskTier:
         self.max_bytes = max_bytes
         self._label = label
         self._folder = Folder(folder)
+        self._slabs = Slabs()
         self._fingerprint = fingerprint
         self._clock = clock
         self._reads = Breaker(clock, max_backoff_seconds=_MAX_BACKOFF_SECONDS)
@@ -77,30 +78,22 @@ class DiskTier:
     # Reading.
 
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
-        """Read as they are asked for, and only if they aren't in the system's memory, some are fetched ahead."""
-        paths = [self._folder.path_of(place) for place in places]
-        used: list[tuple[Path, int]] = []
-        ahead: Iterator[Path] | None = None  # those not fetched yet; None as long as all were in the system's memory
+        """Read as they are asked for; what the system doesn't have in its memory is fetched ahead."""
+        paths = [self._folder.name_of(place) for place in places]
+        files = read_files(paths, self._slabs)
+        used: list[tuple[str, int]] = []
         try:
-            for index, (path, place) in enumerate(zip(paths, places, strict=True)):
+            for path, place in zip(paths, places, strict=True):
                 with self._reads.attempt(), self._faults("read"):
-                    block, contents = self._load(path, place)
-                if contents is not None:
+                    contents = next(files)
+                    block = None if contents is None else self._decoded(contents.data, path, place)
+                if block is not None and contents is not None:
                     used.append((path, contents.used_ns))
-                    if ahead is None and not contents.in_memory:
-                        ahead = iter(paths[index + 1 :])
-                        self._read_ahead(ahead, _READ_AHEAD)
-                if ahead is not None:
-                    self._read_ahead(ahead, 1)
                 del contents
-                yield block
+                yield self._counted(block)
                 del block  # so that one less is in memory while the next is read
         finally:
             self._mark(used)
-
-    def _read_ahead(self, paths: Iterator[Path], count: int) -> None:
-        for path in islice(paths, count):
-            self._folder.read_ahead(path)
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
         with self._reads.attempt(), self._faults("read"):
@@ -112,8 +105,7 @@ class DiskTier:
             if like is not None:
                 best = most_alike(self._peek(places[:_PEEK]), like)
                 places = [best] if best is not None else []
-            blocks = (self._load(self._folder.path_of(place), place)[0] for place in places)
-            return [block for block in blocks if block is not None]
+            return [block for place in places if (block := self._read_one(place)) is not None]
 
     def _peek(self, places: Sequence[Place]) -> Iterator[tuple[Place, Tokens]]:
         for place in places:
@@ -121,27 +113,34 @@ class DiskTier:
                 path = self._folder.path_of(place)
                 tokens = peek_tokens(self._folder.read_beginning(path))
                 if tokens is None:  # a tail longer than that, or no tail
-                    block, _ = self._load(path, place)
+                    block = self._read_one(place)
                     tokens = None if block is None else block.tokens
                 if tokens is not None:
                     yield place, tokens
 
-    def _load(self, path: Path, place: Place) -> tuple[Block | None, Contents | None]:
-        """The block, and the file it was in. Counted; a file that is not the block it should be is set aside."""
+    def _read_one(self, place: Place) -> Block | None:
+        path = self._folder.path_of(place)
         try:
-            contents = self._folder.read(path)
-            block = decode(contents.data, self._fingerprint)
+            data = self._folder.read(path)
+        except FileNotFoundError:
+            return self._counted(None)
+        return self._counted(self._decoded(data, path, place))
+
+    def _decoded(self, data: Buffer, path: str | Path, place: Place) -> Block | None:
+        """A file that is not the block it should be is set aside, and counted as that."""
+        try:
+            block = decode(data, self._fingerprint)
             if place_of(block) != place:
                 raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
-        except FileNotFoundError:
-            self._count(misses=1)
-            return None, None
         except CorruptBlock:
-            self._count(misses=1, corrupt=1)
-            self._set_aside(path)
-            return None, None
-        self._count(hits=1)
-        return block, contents
+            self._count(corrupt=1)
+            self._set_aside(Path(path))
+            return None
+        return block
+
+    def _counted(self, block: Block | None) -> Block | None:
+        self._count(hits=1) if block is not None else self._count(misses=1)
+        return block
 
     def _set_aside(self, path: Path) -> None:
         with suppress(OSError):  # in a read-only folder it stays, and is a miss every time
@@ -158,7 +157,7 @@ class DiskTier:
             found = ((path, _used_ns(path)) for path in paths)
             self._mark([(path, used_ns) for path, used_ns in found if used_ns is not None])
 
-    def _mark(self, chain: Sequence[tuple[Path, int | None]]) -> int:
+    def _mark(self, chain: Sequence[tuple[str | Path, int | None]]) -> int:
         """Mark the files of a chain, given head first with their last use, as used now. None: one still to be written.
 
         Nothing is ever left with an older mark than its successor, so a young mark is renewed if one behind it is.
@@ -309,7 +308,7 @@ class DiskTier:
             if file.block:
                 with self._faults("read"), suppress(FileNotFoundError):
                     try:
-                        block = decode(self._folder.read(file.path).data, None)
+                        block = decode(self._folder.read(file.path), None)
                     except CorruptBlock as error:
                         yield f"{file.path}: {error}"
                         continue

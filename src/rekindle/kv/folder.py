@@ -45,13 +45,6 @@ class File:
     block: bool  # or else something half written
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    data: bytes
-    used_ns: int
-    in_memory: bool  # or else the disk had to be asked
-
-
 def disk_bytes(length: int) -> int:
     """What a file of this length takes of the disk."""
     return -(-length // _PAGE_BYTES) * _PAGE_BYTES
@@ -63,13 +56,18 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._root = path / f"v{VERSION}"
+        self._prefix = f"{self._root}/"
         self._aside = self._root / "aside"
         self._models = self._root / "models"
 
-    def path_of(self, place: Place) -> Path:
+    def name_of(self, place: Place) -> str:
+        """The path of its file: a string made in one go, because this is done for every look-up."""
         name = place.key.hex()
         fan, file = (name, name) if not place.tail else (parent := place.parent.hex(), f"{parent}.{name}")
-        return Path(f"{self._root}/{fan[:2]}/{fan[2:4]}/{file}{SUFFIX}")  # in one go: this is done for every look-up
+        return f"{self._prefix}{fan[:2]}/{fan[2:4]}/{file}{SUFFIX}"
+
+    def path_of(self, place: Place) -> Path:
+        return Path(self.name_of(place))
 
     def tails(self, parent: Key) -> list[Place]:
         beginning = f"{parent.hex()}."
@@ -81,25 +79,9 @@ class Folder:
         matches = (_NAME.fullmatch(name) for name in names)
         return [Place(key=bytes.fromhex(match[2]), parent=parent, tail=True) for match in matches if match]
 
-    def read(self, path: Path) -> Contents:
-        """All of a file, in one piece."""
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            status = os.fstat(handle)
-            in_memory = _is_in_memory(handle, status.st_size)
-            return Contents(data=os.read(handle, status.st_size), used_ns=status.st_mtime_ns, in_memory=in_memory)
-        finally:
-            os.close(handle)
-
-    def read_ahead(self, path: Path) -> None:
-        """Have the system fetch a file that will be read soon."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)
+    def read(self, path: Path) -> bytes:
+        """All of a file. For many files see `read_files`."""
+        return path.read_bytes()
 
     def read_beginning(self, path: Path) -> bytes:
         with path.open("rb", buffering=0) as file:
@@ -229,16 +211,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _write_all(handle: int, data: memoryview) -> None:
     while data.nbytes:
         data = data[os.write(handle, data) :]
-
-
-def _is_in_memory(handle: int, length: int) -> bool:
-    """Whether the system has a file's end in its page cache, where it is a system that can tell."""
-    if not hasattr(os, "RWF_NOWAIT") or not length:
-        return True
-    try:
-        os.preadv(handle, [bytearray(1)], length - 1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that can't tell
-        return True
-    return True
