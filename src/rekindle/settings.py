@@ -74,6 +74,10 @@ class Settings(BaseModel):
     cors_origin: tuple[str, ...] = Field(
         (), description="origin of web pages that may call, or * for all; may be given several times"
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="what goes to stderr; info has one line per request"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how log lines look")
 
     @field_validator("*", mode="before")
     @classmethod

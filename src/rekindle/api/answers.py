@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from rekindle.api.door import arrived
 from rekindle.api.keys import caller_of
 from rekindle.api.load import Load
+from rekindle.api.requests import exchange_of
 from rekindle.errors import Overloaded, RekindleError, Stopping, TimedOut
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink, TokenInfo
 from rekindle.serve.service import Service, Ticket
@@ -47,12 +48,15 @@ class Runner:
     async def submit(self, request: HTTPConnection, generations: Sequence[Generation]) -> Answers:
         """Raises what `Service.submit` raises, and Overloaded if the caller has too many; then none of them runs."""
         answers = self._opened(request, len(generations))
+        exchange = exchange_of(request)
+        exchange.model = self.service.model_name
 
         def submit() -> None:
             for index, generation in enumerate(generations):
                 if answers.closed:  # the client has gone while a schema was compiled
                     return
                 answers.tickets[index] = self.service.submit(generation, answers.sink(index))
+                exchange.submitted += 1
             if answers.closed:
                 answers.cancel()
 
@@ -82,7 +86,7 @@ class Runner:
             self._open.discard(answers)
             self.load.give_back(caller, num, time.perf_counter() - began if answers.complete else None)
 
-        answers = Answers(num, closed)
+        answers = Answers(num, closed, exchange_of(request).ended)
         self._open.add(answers)
         if (limit := self.service.settings.request_timeout) is not None:
             error = TimedOut(f"the request took longer than the {limit:g} seconds that this server allows")
@@ -96,12 +100,16 @@ class Answers:
     A context manager; leaving it closes it.
     """
 
-    def __init__(self, num: int, closed: Callable[[Answers], None]) -> None:
+    def __init__(
+        self, num: int, closed: Callable[[Answers], None], ended: Callable[[Done | Failed], None] = lambda end: None
+    ) -> None:
+        """`closed` is called once; `ended` with each generation's end, also when nobody iterates any more."""
         self.tickets: dict[int, Ticket] = {}  # of those that have not ended
         self.closed = False
         self._num = num
         self._num_left = num
         self._closed = closed
+        self._ended = ended
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._first: tuple[int, Event] | None = None
@@ -112,9 +120,14 @@ class Answers:
 
         def hand_over(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                self._loop.call_soon_threadsafe(self._take, index, event)
 
         return hand_over
+
+    def _take(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+        if not isinstance(event, Piece):
+            self._ended(event)
 
     @property
     def complete(self) -> bool:

@@ -15,6 +15,7 @@ from rekindle.api.generate import generate_router
 from rekindle.api.keys import Keys
 from rekindle.api.load import Load
 from rekindle.api.openai import models_router
+from rekindle.api.requests import Requests
 from rekindle.api.status import status_router
 from rekindle.serve.service import Service
 
@@ -38,6 +39,7 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-Id"],
         )
+    app.add_middleware(Requests, metrics=service.metrics)
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -55,6 +55,12 @@ def caller_of(request: HTTPConnection) -> Caller:
     caller = request.scope[_CALLER]
     assert isinstance(caller, Caller)
     return caller
+
+
+def name_of(scope: Mapping[str, object]) -> str:
+    """The name of the key that a request brought, for logs; "" if it has none or has not passed the door."""
+    caller = scope.get(_CALLER)
+    return caller.name if isinstance(caller, Caller) else ""
 
 
 class Keys:

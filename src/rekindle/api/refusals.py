@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from rekindle.api.load import retry_after
+from rekindle.api.requests import id_header
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ async def _on_leaving(request: Request, error: Exception) -> Response:
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     # Starlette raises the error again, so that the server logs it and closes the connection: the client should know
-    return respond(500, _INTERNAL, code=RekindleError.code, headers={"Connection": "close"})
+    return respond(500, _INTERNAL, code=RekindleError.code, headers=id_header(request.scope) | {"Connection": "close"})
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -29,10 +29,11 @@ class Running:
 def server_process() -> Iterator[Running]:
     """`rekindle serve` on a free port, with the settings of the environment, once it listens.
 
-    Unless the environment names one it has no disk tier: what a tour leaves behind is of no use to anybody.
+    Unless the environment says otherwise it has no disk tier, for what a tour leaves behind is of no use to anybody, and
+    logs only what is wrong.
     """
     command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0"]
-    environment = {variable_of("store"): "none"} | os.environ
+    environment = {variable_of("store"): "none", variable_of("log_level"): "warning"} | os.environ
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None

@@ -7,6 +7,7 @@ one `Done` or `Failed`. Records are frozen, so they may cross threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,9 @@ from rekindle.reuse.prompt import Prompt
 
 FinishReason = Literal["stop", "length", "cancelled"]
 MAX_TOP_LOGPROBS = 20
+
+# Of the request that is worked on, for logs.
+request_id: ContextVar[str] = ContextVar("rekindle_request_id", default="")
 
 
 @dataclass(frozen=True, kw_only=True)
