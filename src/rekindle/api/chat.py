@@ -79,6 +79,7 @@ async def _generations(service: Service, request: Request, body: ChatRequest) ->
             stop=body.stops,
             json_schema=body.constraint,
             ignore_eos=bool(body.ignore_eos),
+            priority=body.priority or 0,
             arrived=arrived(request),
             tokenize_ms=tokenize_ms,
         )

@@ -72,6 +72,7 @@ def completions_router(runner: Runner) -> APIRouter:
                 stop=body.stops,
                 json_schema=body.constraint,
                 ignore_eos=bool(body.ignore_eos),
+                priority=body.priority or 0,
                 arrived=arrived(request),
                 tokenize_ms=tokenize_ms,
             )

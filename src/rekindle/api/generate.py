@@ -51,6 +51,7 @@ async def _generation(service: Service, request: Request, body: GenerateRequest)
         sampling=body.sampling(service.engine_spec.vocab_size, temperature=0.0),
         stop=body.stops,
         ignore_eos=bool(body.ignore_eos),
+        priority=body.priority or 0,
         use_kv_cache=body.use_cache,
         use_prefix_cache=body.use_prefix_cache,
         arrived=arrived(request),

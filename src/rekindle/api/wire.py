@@ -70,6 +70,7 @@ def _plain_json(value: dict[str, Any], handler: Any) -> Any:
 
 # Arrays fail at their first bad element: a large array of the wrong kind makes one error, not millions.
 TokenId = Annotated[int, Field(ge=0, le=_MAX_ID)]
+Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Str = Annotated[str, AfterValidator(_is_text)]
 Text = Annotated[Str, AfterValidator(_is_some)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -99,6 +100,7 @@ class SamplingFields(Wire):
     seed: int | None = None
     stop: Stop = None
     ignore_eos: bool | None = Field(None, description="go on after the end of turn, for measurements")
+    priority: Priority | None = Field(None, description="lower goes earlier, with the policy of that name; default 0")
 
     def sampling(
         self, vocab_size: int, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.policies import Policy
 from rekindle.serve.request import Done, Generation, Piece, Sampling
 from rekindle.serve.service import CacheStats, Service
 from rekindle.settings import Settings
@@ -26,9 +27,10 @@ class LLM:
         self.last: Done | None = None  # how the latest answer ended: usage, timings, plan
 
     @classmethod
-    def open(cls, model: str = "builtin", /, **settings: Any) -> Self:
-        """Raises ModelError, InvalidRequest."""
-        return cls(Service.open(Settings.load(None, model=model, **settings)))
+    def open(cls, model: str = "builtin", /, *, policy: str | Policy | None = None, **settings: Any) -> Self:
+        """`policy` is a name or a `Policy` of your own. Raises ModelError, InvalidRequest."""
+        name, own = (None, policy) if isinstance(policy, Policy) else (policy, None)
+        return cls(Service.open(Settings.load(None, model=model, policy=name, **settings), policy=own))
 
     def generate(
         self,
@@ -53,6 +55,7 @@ class LLM:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         ignore_eos: bool = False,
+        priority: int = 0,
         **sampling: Any,
     ) -> Iterator[str]:
         """The answer piece by piece. Closing the iterator stops the generation."""
@@ -62,6 +65,7 @@ class LLM:
             sampling=Sampling(temperature=temperature, **sampling),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=ignore_eos,
+            priority=priority,
         )
         for event in self.service.events(generation):
             if isinstance(event, Piece) and event.text:

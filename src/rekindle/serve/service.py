@@ -25,6 +25,7 @@ from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
+from rekindle.serve.policies import Policy, policy_named
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
@@ -86,7 +87,14 @@ class CacheStats:
 class Service:
     """One served model. Thread-safe, but for `open` and `close`. A context manager."""
 
-    def __init__(self, settings: Settings, model: Model, engine: Engine, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model,
+        engine: Engine,
+        observers: Sequence[Observer] = (),
+        policy: Policy | None = None,
+    ) -> None:
         self.settings = settings
         self.model = model
         self.engine_spec = engine.spec
@@ -113,10 +121,12 @@ class Service:
             max_running=settings.max_running,
             max_residents=settings.max_residents,
             prefill_budget=settings.prefill_budget,
+            slowdown=settings.prefill_slowdown,
             min_tokens=settings.min_tokens,
             max_length=self.max_tokens,
             fetch=self._begin_fetch if self._store.tiers else None,
             observer=Observers([self.metrics, *observers]),
+            policy=policy_named(settings.policy) if policy is None else policy,
         )
         self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
@@ -135,13 +145,16 @@ class Service:
         }
 
     @classmethod
-    def open(cls, settings: Settings, *, observers: Sequence[Observer] = ()) -> Self:
-        """Load the model and start the worker; `observers` hear what happens. Raises ModelError or InvalidRequest."""
+    def open(cls, settings: Settings, *, observers: Sequence[Observer] = (), policy: Policy | None = None) -> Self:
+        """Load the model and start the worker; `observers` hear what happens, `policy` goes before the settings' one.
+
+        Raises ModelError or InvalidRequest.
+        """
         if settings.store_url is not None:
             check_store_url(settings.store_url)  # before a model is loaded in vain
         model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=settings.engine == "toy")
         try:
-            return cls(settings, model, open_engine(settings, model), observers)
+            return cls(settings, model, open_engine(settings, model), observers, policy)
         except BaseException:
             model.close()
             raise
