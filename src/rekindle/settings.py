@@ -37,7 +37,13 @@ class Settings(BaseModel):
     kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="type of the K and V cells")
     max_running: int = Field(16, ge=1, le=64, description="sequences that decode at the same time")
     max_residents: int = Field(32, ge=0, le=60, description="idle sequences kept in the engine for the next request")
-    prefill_budget: int = Field(512, ge=1, description="prompt tokens computed per step beside running streams")
+    policy: Literal["fifo", "priority", "cache-aware"] = Field(
+        "fifo", description="who goes first when not everybody can: the first, the most urgent, the longest reuse"
+    )
+    prefill_budget: int = Field(512, ge=1, description="most prompt tokens computed per step beside running streams")
+    prefill_slowdown: float = Field(
+        2.5, ge=1, description="how much longer a step of running streams may get, as a factor, to read prompts beside"
+    )
     max_queue: int = Field(256, ge=1, description="requests that may wait; one more is refused")
     block_tokens: int = Field(64, ge=1, description="tokens per stored block")
     min_tokens: int = Field(20, ge=0, description="prompts shorter than this are not stored")
