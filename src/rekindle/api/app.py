@@ -14,6 +14,7 @@ from rekindle.api.door import Door
 from rekindle.api.generate import generate_router
 from rekindle.api.keys import Keys
 from rekindle.api.load import Load
+from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
 from rekindle.api.requests import Requests
 from rekindle.api.status import status_router
@@ -43,6 +44,6 @@ def create_app(service: Service) -> FastAPI:
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
-    for router in [*routers, status_router(service, load)]:
+    for router in [*routers, status_router(service, load), metrics_router(service)]:
         app.include_router(router)
     return app

@@ -25,6 +25,7 @@ _ROUTES = {
     "cache_clear": "/cache/clear",
     "health": "/health",
     "ready": "/ready",
+    "metrics": "/metrics",
     "openapi": "/openapi.json",
 }
 

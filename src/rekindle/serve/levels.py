@@ -36,7 +36,7 @@ class Levels:
     def collect(self) -> Iterator[Family]:
         for name, labels in self._infos.items():
             yield _info(name, labels)
-        for name, value in self._numbers().items():
+        for name, value in self.numbers().items():
             yield _family(name, [((), value)])
         stats = self._store.stats()
         yield _family("store_dropped_blocks", [((), stats.dropped)])
@@ -44,7 +44,12 @@ class Levels:
         for name, samples in _tier_samples(tiers_of(stats)).items():
             yield _family(name, samples)
 
-    def _numbers(self) -> dict[str, float]:
+    def tiers(self) -> list[TierStats]:
+        """All tiers, memory first."""
+        return tiers_of(self._store.stats())
+
+    def numbers(self) -> dict[str, float]:
+        """Of engine and worker, by the names of their metrics."""
         engine, snapshot = self._engine, self._worker.snapshot
         return {
             "worker_up": float(self._worker.failure is None),

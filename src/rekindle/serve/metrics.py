@@ -195,6 +195,11 @@ class Metrics(Observer):
         return int(_value(self._generated))
 
     @property
+    def prompt_tokens(self) -> dict[str, int]:
+        """Of admitted requests, by source."""
+        return {source: int(_value(counter)) for source, counter in self._sources.items()}
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens, over the last `RATE_SECONDS`."""
         return self._rate.per_second()

@@ -133,7 +133,8 @@ class Service:
         self._grammars = Grammars(model.tokenizer)
         self._transcripts = Transcripts()
         self._started = time.monotonic()
-        self.metrics.registry.register(Levels(engine, self._store, self._worker, model=self._about_model()))
+        self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
+        self.metrics.registry.register(self.levels)
 
     def _about_model(self) -> dict[str, str]:
         """Labels of a metric."""
