@@ -6,13 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from rekindle.kv.pins import Pin
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.durations import seconds_of
 from rekindle.serve.policies import Policy
 from rekindle.serve.request import Done, Generation, Piece, Sampling
-from rekindle.serve.service import CacheStats, Service
+from rekindle.serve.service import CacheStats, Service, Warmed
 from rekindle.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+def _several(prompts: Any) -> Sequence[Any]:
+    """A list of prompts; one text and one conversation are a list of one."""
+    if isinstance(prompts, str) or not len(prompts):
+        return [prompts]
+    is_one = isinstance(prompts[0], Mapping) or not hasattr(prompts[0], "__len__")  # messages, or token ids
+    return [prompts] if is_one else prompts
 
 
 class LLM:
@@ -73,6 +83,34 @@ class LLM:
             elif isinstance(event, Done):
                 self.last = event
 
+    def pin(
+        self, prompt: str | Messages | Sequence[int], *, ttl: str | float, name: str | None = None, raw: bool = False
+    ) -> Pin:
+        """Keep a prompt's KV for a time ("30s", "10m", "2h", "1d" or seconds), whether it was read yet or not.
+
+        A list of messages that does not end with the user's stands for every conversation that begins with it. Pinning the
+        same prompt again renews its pin. Raises InvalidRequest if more would be pinned than may be.
+        """
+        return self.service.pin(self._beginning(prompt, raw), seconds_of(ttl), name=name)
+
+    def unpin(self, pin_id: str) -> bool:
+        """End a pin; False if there is none of this id."""
+        return self.service.unpin(pin_id)
+
+    def pins(self) -> list[Pin]:
+        """The pins that have not ended; which end first, first."""
+        return self.service.pins()
+
+    def warm(
+        self, prompts: str | Messages | Sequence[str | Messages | Sequence[int]], *, raw: bool = False
+    ) -> list[Warmed]:
+        """Compute the KV of prompts ahead of time and store it; what is stored already is not computed again.
+
+        Takes one text, one conversation, or a list of prompts. Generations that are asked for meanwhile go first. Returns
+        what each prompt has cost. Raises PromptTooLong.
+        """
+        return [self.service.warm(self._beginning(prompt, raw)) for prompt in _several(prompts)]
+
     def stats(self) -> CacheStats:
         return self.service.stats()
 
@@ -89,6 +127,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _beginning(self, prompt: str | Messages | Sequence[int], raw: bool) -> Prompt:
+        """A prompt that is to be kept: of messages what conversations have in common that begin with them."""
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self.service.opening_prompt(prompt)  # type: ignore[arg-type]  # a list of messages, all of one kind
+        return self._prompt(prompt, raw)
 
     def _prompt(self, prompt: str | Messages | Sequence[int], raw: bool) -> Prompt:
         service = self.service

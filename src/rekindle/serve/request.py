@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.kv.pins import Pin
 from rekindle.reuse.plan import Plan
 from rekindle.reuse.prompt import Prompt
 
@@ -153,6 +154,8 @@ class Done:
     plan: Plan
     text: str  # the whole answer
     tokens: tuple[int, ...]  # its ids, the end-of-turn token not included
+    kept: int = 0  # tokens of prompt and answer after which a later request can go on at once
+    pin: Pin | None = None  # what keeps its KV, if that was asked for
 
 
 @dataclass(frozen=True)

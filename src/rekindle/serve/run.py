@@ -168,9 +168,16 @@ class Run:
         plan = self.plan or Plan((), 0, None)
         cached = max(0, plan.reused - self.parked)
         usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=cached, completion_tokens=len(self.generated))
-        tokens = tuple(self.generated)
         self.send(
-            Done(reason=reason, usage=usage, timings=self._timings(), plan=plan, text="".join(self.text), tokens=tokens)
+            Done(
+                reason=reason,
+                usage=usage,
+                timings=self._timings(),
+                plan=plan,
+                text="".join(self.text),
+                tokens=tuple(self.generated),
+                kept=max(self.marks, default=0),
+            )
         )
 
     def send(self, event: Event) -> None:

@@ -17,14 +17,17 @@ from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
+from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched, Store
+from rekindle.kv.tier import TierStats
 from rekindle.model.model import Model
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, open_engine, open_tiers
 from rekindle.serve.grammar import Grammars
-from rekindle.serve.levels import Levels
+from rekindle.serve.levels import Levels, tiers_of
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
+from rekindle.serve.pinning import Pinning, Watch
 from rekindle.serve.policies import Policy, policy_named
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
@@ -32,9 +35,10 @@ from rekindle.serve.scheduler import Scheduler
 from rekindle.serve.transcripts import Transcripts
 from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
-from rekindle.tokens import as_tokens
+from rekindle.tokens import as_tokens, common_length
 
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
+_TWO_WORDS = ("A", "9")  # without a token in common
 
 
 class Ticket(Protocol):
@@ -72,6 +76,11 @@ class CacheStats:
     bytes: int  # in the store
     max_bytes: int
     evictions: int
+    pins: int = 0
+    pinned_bytes: int = 0  # in memory, kept by pins
+    max_pinned_bytes: int = 0
+    dropped: int = 0  # blocks that were never written to slower tiers, because their queue was full
+    tiers: tuple[TierStats, ...] = ()  # memory first
 
     @property
     def hit_rate(self) -> float:
@@ -82,6 +91,20 @@ class CacheStats:
     def token_hit_rate(self) -> float:
         """Share of prompt tokens that were not computed."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmed:
+    """What came of warming one prompt."""
+
+    tokens: int
+    computed: int  # of these; the others were stored
+    stored_bytes: int  # of its KV; 0 if it is too short to be stored
+    seconds: float  # with the wait for requests that went before
+
+    @property
+    def reused(self) -> int:
+        return self.tokens - self.computed
 
 
 class Service:
@@ -106,6 +129,7 @@ class Service:
             max_bytes=settings.store_memory,
             block_tokens=settings.block_tokens,
             tiers=open_tiers(settings, model, engine),
+            bytes_per_token=engine.spec.kv_bytes_per_token,
         )
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
         for tier in self._store.tiers:
@@ -132,6 +156,7 @@ class Service:
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
         self._transcripts = Transcripts()
+        self._pinning = Pinning(self._store)
         self._started = time.monotonic()
         self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
         self.metrics.registry.register(self.levels)
@@ -209,6 +234,19 @@ class Service:
             raise InvalidRequest(f"{self.model_name} has no chat template; use completions", param="messages")
         return self._prompt(self.model.template.render(messages, **arguments), salt, bos=False)
 
+    def opening_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"") -> Prompt:
+        """What a conversation that begins with these messages begins with, to be pinned or warmed.
+
+        If it is the user's turn, that is all that they have in common, whatever the user says: some templates write the
+        system message into the user's. Otherwise it is the prompt of the next answer. Raises InvalidRequest.
+        """
+        if not messages or messages[-1].get("role") not in ("system", "assistant"):
+            return self.chat_prompt(messages, salt=salt)
+        one, other = (
+            self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt).tokens for word in _TWO_WORDS
+        )
+        return Prompt(one[: common_length(one, other)], salt=salt)
+
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
         tokenizer = self.model.tokenizer
@@ -227,22 +265,29 @@ class Service:
 
     def submit(self, generation: Generation, sink: Sink) -> Ticket:
         """Queue a generation. Raises PromptTooLong, Overloaded, InvalidRequest at once; later errors reach the sink."""
+        watch: Watch | None = None
         try:
-            run = self._run(generation, sink)
+            self._check_length(generation.prompt)
+            watch = None if generation.pin_seconds is None else self._pinning.watch(generation, sink)
+            run = self._run(generation, watch or sink)
             self._worker.submit(run)
         except RekindleError:
             self.metrics.refused()
+            if watch is not None:
+                watch.undo()
             raise
         return _Ticket(run, self._worker)
 
-    def _run(self, generation: Generation, sink: Sink) -> Run:
-        """A run of what can be run here. Raises PromptTooLong, InvalidRequest."""
-        length = len(generation.prompt)
-        if length >= self.max_tokens:
+    def _check_length(self, prompt: Prompt) -> None:
+        """Raises PromptTooLong."""
+        if len(prompt) >= self.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {length} tokens; the context holds {self.max_tokens}, prompt and answer together",
+                f"the prompt has {len(prompt)} tokens; the context holds {self.max_tokens}, prompt and answer together",
                 param="prompt",
             )
+
+    def _run(self, generation: Generation, sink: Sink) -> Run:
+        """A run of what can be run here. Raises InvalidRequest."""
         size = self.engine_spec.vocab_size
         for token in generation.sampling.logit_bias:
             if not 0 <= token < size:
@@ -256,7 +301,8 @@ class Service:
     def _begin_fetch(self, run: Run) -> Future[Fetched]:
         """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
         prompt = run.generation.prompt
-        future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=self._prefill_speed)
+        compute = None if run.generation.warm else self._prefill_speed  # what is stored need not be computed to be warm
+        future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=compute)
         future.add_done_callback(lambda _: self._worker.wake())
         return future
 
@@ -306,13 +352,58 @@ class Service:
             bytes=store.bytes,
             max_bytes=store.max_bytes,
             evictions=store.evictions,
+            pins=store.pins,
+            pinned_bytes=store.pinned_bytes,
+            max_pinned_bytes=store.max_pinned_bytes,
+            dropped=store.dropped,
+            tiers=tuple(tiers_of(store)),
         )
 
-    def clear_cache(self) -> None:
-        """Forget all residents and everything stored. Running requests go on."""
+    def clear_cache(self, *, every_model: bool = False) -> None:
+        """Forget all residents and everything stored of this model, or of every model. Running requests go on.
+
+        Pins stay: what is stored of their prompts later is kept again.
+        """
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
-        self._store.clear()
+        self._store.clear(every_model=every_model)
+
+    def pin(self, prompt: Prompt, seconds: float, *, name: str | None = None) -> Pin:
+        """Keep a prompt's KV for so long, whether it was read yet or not; once more renews it.
+
+        Raises InvalidRequest if too much would be pinned, or PromptTooLong.
+        """
+        self._check_length(prompt)
+        return self._pinning.pin(prompt, seconds, name=name)
+
+    def unpin(self, pin_id: str, *, owner: bytes = b"") -> bool:
+        """End a pin, whose salt begins with `owner`; False if there is none."""
+        return self._pinning.unpin(pin_id, owner)
+
+    def pins(self, *, owner: bytes = b"") -> list[Pin]:
+        """Pins whose salts begin with `owner`; which end first, first."""
+        return self._pinning.all(owner)
+
+    def warm(self, prompt: Prompt) -> Warmed:
+        """Compute a prompt's KV ahead of time, while no request has work, and store it; waits until it is written.
+
+        Raises PromptTooLong, Overloaded, and whatever makes a request fail.
+        """
+        for event in self.events(Generation(prompt=prompt, warm=True)):
+            if isinstance(event, Done):
+                return self.warmed(prompt, event)
+        raise AssertionError("no request ends without an event")
+
+    def warmed(self, prompt: Prompt, done: Done) -> Warmed:
+        """What came of a generation that was to warm a prompt; waits until it is written to slower tiers."""
+        self._store.behind.flush(self.settings.store_flush_seconds)
+        blocks = self._store.match(prompt.tokens, prompt.salt).blocks
+        return Warmed(
+            tokens=len(prompt),
+            computed=done.usage.computed_tokens,
+            stored_bytes=sum(block.num_bytes for block in blocks),
+            seconds=done.timings.total_ms / 1000,
+        )
 
     def settle(self, timeout_seconds: float | None = None) -> bool:
         """Save every resident to the store and wait until it is written; False if that took too long."""

@@ -1,0 +1,33 @@
+"""Spans of time as people write them: "30s", "10m", "1.5h", "2d", or a number of seconds."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from rekindle.errors import InvalidRequest
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_WRITTEN = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smhdw]?)")
+
+
+def seconds_of(value: str | float, *, param: str = "ttl") -> float:
+    """The seconds of a span; more than 0. Raises InvalidRequest."""
+    seconds = _read(value) if isinstance(value, str) else float(value)
+    if seconds is None or not math.isfinite(seconds) or seconds <= 0:
+        expected = "a time such as 30s, 10m, 2h, 1d, or a number of seconds, more than 0"
+        raise InvalidRequest(f"{param}: expected {expected}; got {str(value)[:40]!r}", param=param)
+    return seconds
+
+
+def _read(text: str) -> float | None:
+    match = _WRITTEN.fullmatch(text.strip().lower())
+    return None if match is None else float(match[1]) * UNITS[match[2] or "s"]
+
+
+def in_words(seconds: float) -> str:
+    """A span in its largest unit, rounded down: 90061 is "1 d", 59.9 is "59 s"."""
+    for unit in ("w", "d", "h", "m"):
+        if seconds >= UNITS[unit] * (2 if unit == "w" else 1):
+            return f"{int(seconds // UNITS[unit])} {'min' if unit == 'm' else unit}"
+    return f"{int(seconds)} s"
