@@ -20,6 +20,7 @@ class DictTier:
         self.failing = False
         self.num_read = 0
         self.touched: list[list[Key]] = []
+        self.kept: dict[Key, float] = {}
         self.closed = False
 
     def _check(self) -> None:
@@ -47,6 +48,16 @@ class DictTier:
     def touch(self, places: Sequence[Place]) -> None:
         self._check()
         self.touched.append([place.key for place in places])
+
+    def keep(self, places: Sequence[Place], until: float) -> None:
+        self._check()
+        self.kept |= {
+            place.key: max(until, self.kept.get(place.key, 0)) for place in places if place.key in self.blocks
+        }
+
+    def release(self, places: Sequence[Place]) -> None:
+        self._check()
+        self.kept = {key: until for key, until in self.kept.items() if key not in {place.key for place in places}}
 
     def remove(self, places: Sequence[Place]) -> None:
         for place in places:

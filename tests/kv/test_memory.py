@@ -1,128 +1,341 @@
-"""The memory tier's own promises: pins, and what they protect."""
+"""The memory tier, under every policy: its budget, whole chains, what stays, and who pays."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from collections.abc import Sequence
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rekindle.errors import InvalidRequest
 from rekindle.kv.block import Block
-from rekindle.kv.keys import chain, digest
+from rekindle.kv.keys import Key, chain, digest
 from rekindle.kv.memory import MemoryTier
+from rekindle.kv.pins import Held, Pins
+from rekindle.kv.policies import POLICIES
+from rekindle.kv.tier import place_of
 from rekindle.tokens import as_tokens
 
 SIZE = 4
+ROOT = digest(b"root")
+OTHER = digest(b"other root")
+PAYLOAD = memoryview(bytes(1000))
 
 
-def chain_of(name: int, length: int) -> list[Block]:
-    """A chain of whole blocks, head first, which no other name shares."""
-    links = chain(digest(b"root"), as_tokens([name] * (SIZE * length)), SIZE)
-    payload = memoryview(bytes(1000))
-    return [Block(key, parent, part, SIZE * at, payload) for at, (parent, key, part) in enumerate(links)]
+def chain_of(ids: Sequence[int], root: Key = ROOT) -> list[Block]:
+    """One whole block for each id; chains share blocks as far as their ids are equal."""
+    links = chain(root, as_tokens([each for each in ids for _ in range(SIZE)]), SIZE)
+    return [Block(key, parent, part, SIZE * at, PAYLOAD) for at, (parent, key, part) in enumerate(links)]
 
 
-CHAIN = chain_of(1, 3)
+def same(name: int, length: int, root: Key = ROOT) -> list[Block]:
+    return chain_of([name] * length, root)
+
+
+def keys_of(blocks: Sequence[Block]) -> list[Key]:
+    return [block.key for block in blocks]
+
+
+def held(blocks: Sequence[Block], name: str = "pin", ends: float = 1e9) -> Held:
+    places = tuple(place_of(block) for block in blocks)
+    return Held(id=name, name=name, owner=blocks[0].parent, places=places, num_tokens=1, expires_at=ends)
+
+
+def pin(pins: Pins, tier: MemoryTier, blocks: Sequence[Block], name: str = "pin") -> None:
+    stored = {block.key: block.num_bytes for block in blocks if tier.get(block.key) is not None}
+    pins.add(held(blocks, name), {block.key: block.num_bytes for block in blocks}, stored)
+
+
+CHAIN = same(1, 3)
 ONE = CHAIN[0].num_bytes
 
 
-def test_a_pinned_chain_survives_while_it_is_pinned() -> None:
-    tier = MemoryTier(3 * ONE)
-    tier.put(CHAIN)
-    with tier.pinned([block.key for block in CHAIN]):
-        tier.put(chain_of(2, 3))
-        tier.check_integrity()
-        assert [tier.get(block.key) for block in CHAIN] == CHAIN
-        assert len(tier) == 3
-    tier.put(chain_of(2, 3))
+def request(tier: MemoryTier, blocks: Sequence[Block]) -> int:
+    """Use what is there of a chain and store it all; returns how many blocks were there."""
+    found = next((index for index, block in enumerate(blocks) if tier.get(block.key) is None), len(blocks))
+    root = blocks[0].parent
+    tier.hit(root, keys_of(blocks[:found]))
+    tier.put(root, blocks)
     tier.check_integrity()
-    assert tier.get(CHAIN[0].key) is None
+    return found
 
 
-def test_a_pinned_block_keeps_what_it_follows() -> None:
-    """Without its predecessors a block is worth nothing: a pin on the last protects the chain."""
-    tier = MemoryTier(4 * ONE)
-    tier.put(CHAIN)
-    with tier.pinned([CHAIN[-1].key]):
-        for name in range(2, 6):
-            tier.put(chain_of(name, 2))
+def stored(tier: MemoryTier, blocks: Sequence[Block]) -> int:
+    return sum(tier.get(block.key) is not None for block in blocks)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+class TestUnderEveryPolicy:
+    def test_it_keeps_what_fits(self, policy: str) -> None:
+        tier = MemoryTier(6 * ONE, policy=policy)
+        for name in (1, 2):
+            request(tier, same(name, 3))
+        assert (len(tier), tier.num_bytes, tier.evictions) == (6, 6 * ONE, 0)
+        assert [tier.get(block.key) for block in CHAIN] == [tier.get(key) for key in keys_of(CHAIN)]
+
+    def test_it_keeps_its_budget_and_whole_chains(self, policy: str) -> None:
+        tier = MemoryTier(5 * ONE, policy=policy)
+        for name in range(20):
+            request(tier, same(name, 3))
+        assert len(tier) == 5
+        assert tier.evictions == 55
+
+    def test_what_is_too_large_for_it_goes_from_the_tail(self, policy: str) -> None:
+        tier = MemoryTier(5 * ONE, policy=policy)
+        tier.put(ROOT, same(1, 20))
+        tier.check_integrity()
+        assert stored(tier, same(1, 5)) == 5
+        assert tier.state == "ok"
+
+    def test_a_block_too_large_for_it_is_said(self, policy: str) -> None:
+        tier = MemoryTier(ONE - 1, policy=policy)
+        tier.put(ROOT, CHAIN)
+        assert len(tier) == tier.num_bytes == 0
+        assert tier.state == f"too small: it has {ONE - 1:,} bytes, and a block takes up to {ONE:,}"
+
+    def test_what_is_used_often_outlives_a_scan(self, policy: str) -> None:
+        """Prompts that come once, one of which comes between any two of the scan."""
+        tier = MemoryTier(8 * ONE, policy=policy)
+        for name in range(2, 40):
+            request(tier, CHAIN)
+            request(tier, same(name, 2))
+        assert request(tier, CHAIN) == 3
+
+    def test_clear_forgets_everything(self, policy: str) -> None:
+        tier = MemoryTier(9 * ONE, policy=policy)
+        pins = tier._pins
+        for name in range(5):
+            request(tier, same(name, 3))
+        tier.clear()
+        tier.check_integrity()
+        assert len(tier) == tier.num_bytes == pins.num_bytes == 0
+        assert request(tier, CHAIN) == 0
+        assert request(tier, CHAIN) == 3
+
+    def test_what_is_pinned_stays_with_what_it_follows(self, policy: str) -> None:
+        pins = Pins(4 * ONE)
+        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
+        tier.put(ROOT, CHAIN)
+        pin(pins, tier, CHAIN)
+        for name in range(2, 20):
+            request(tier, same(name, 2))
+            assert stored(tier, CHAIN) == 3
+        pins.remove("pin")
+        for name in range(2, 40):
+            request(tier, same(name, 2))
+            request(tier, same(name, 2))
+        assert stored(tier, CHAIN) < 3
+
+    def test_what_is_pinned_before_it_comes_stays(self, policy: str) -> None:
+        pins = Pins(4 * ONE)
+        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
+        pin(pins, tier, CHAIN)
+        for name in range(2, 20):
+            request(tier, same(name, 2))
+        tier.put(ROOT, CHAIN)
+        for name in range(2, 20):
+            request(tier, same(name, 2))
+            assert stored(tier, CHAIN) == 3
+
+    def test_a_block_that_follows_a_pinned_one_may_go(self, policy: str) -> None:
+        pins = Pins(4 * ONE)
+        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
+        tier.put(ROOT, CHAIN)
+        pin(pins, tier, CHAIN[:1])
+        for name in range(2, 20):
+            request(tier, same(name, 4))
+            request(tier, same(name, 4))
+        assert stored(tier, CHAIN) == 1
+
+    def test_what_was_fetched_stays_until_it_is_used(self, policy: str) -> None:
+        tier = MemoryTier(12 * ONE, policy=policy)
+        chain = same(1, 5)
+        request(tier, chain[:2])
+        tier.put(ROOT, chain, num_known=2)
+        for name in range(2, 20):
+            request(tier, same(name, 5))
+            assert stored(tier, chain) == 5
+        tier.hit(ROOT, keys_of(chain))
+        for name in range(20, 60):
+            request(tier, same(name, 5))
+            request(tier, same(name, 5))
+        assert stored(tier, chain) < 5
+
+    def test_what_was_fetched_and_never_used_goes_after_a_minute(self, policy: str) -> None:
+        tier = MemoryTier(12 * ONE, policy=policy)
+        tier.put(ROOT, same(1, 5), num_known=0, now=1000.0)
+        for name in range(2, 60):
+            tier.put(ROOT, same(name, 5), now=1000.0 + name)
+            tier.hit(ROOT, keys_of(same(name, 5)))
             tier.check_integrity()
-        assert all(tier.get(block.key) is block for block in CHAIN)
+            assert stored(tier, same(1, 5)) == 5
+        for name in range(60, 200):
+            tier.put(ROOT, same(name, 5), now=1000.0 + name)
+            tier.hit(ROOT, keys_of(same(name, 5)))
+        assert stored(tier, same(1, 5)) < 5
 
+    def test_a_request_that_waited_for_its_blocks_uses_them_once(self, policy: str) -> None:
+        """What was there before is hit; what was fetched for it is stored, and that is its use."""
+        tier = MemoryTier(100 * ONE, policy=policy)
+        hits: list[int] = []
+        share = tier._shares.of(ROOT)
+        hit = share.policy.hit
+        share.policy.hit = lambda chain: (hits.append(len(chain)), hit(chain))[1]  # type: ignore[method-assign]
+        chain = same(1, 5)
+        tier.put(ROOT, chain[:2])
+        tier.put(ROOT, chain, num_known=2)
+        tier.hit(ROOT, keys_of(chain))
+        tier.hit(ROOT, keys_of(chain))
+        assert hits == [2, 5]
 
-def test_a_block_that_follows_a_pinned_one_may_go() -> None:
-    tier = MemoryTier(3 * ONE)
-    tier.put(CHAIN)
-    with tier.pinned([CHAIN[0].key]):
-        tier.put(chain_of(2, 2))
+    def test_with_quotas_one_tenant_cannot_flush_another(self, policy: str) -> None:
+        tier = MemoryTier(20 * ONE, policy=policy, quota=0.75)
+        mine = [same(name, 3, OTHER) for name in range(3)]
+        for blocks in mine:
+            request(tier, blocks)
+        for name in range(50):
+            request(tier, same(name, 4))
+            request(tier, same(name, 4))
+        assert [stored(tier, blocks) for blocks in mine] == [3, 3, 3]
+        assert len(tier) == 20
+
+    def test_a_quota_holds_though_there_is_room(self, policy: str) -> None:
+        tier = MemoryTier(20 * ONE, policy=policy, quota=0.5)
+        for name in range(10):
+            request(tier, same(name, 4))
+        assert len(tier) == 10
+
+    def test_without_quotas_one_may_have_it_all(self, policy: str) -> None:
+        tier = MemoryTier(20 * ONE, policy=policy)
+        request(tier, same(1, 3, OTHER))
+        for name in range(50):
+            request(tier, same(name, 4))
+            request(tier, same(name, 4))
+        assert stored(tier, same(1, 3, OTHER)) < 3
+        assert len(tier) == 20
+
+    def test_all_who_want_more_end_up_with_equally_much(self, policy: str) -> None:
+        tier = MemoryTier(30 * ONE, policy=policy, quota=0.9)
+        roots = [digest(b"root", bytes([number])) for number in range(3)]
+        for name in range(40):
+            for number, root in enumerate(roots):
+                for _ in range(1 + 3 * number):
+                    request(tier, same(100 * number + name, 2, root))
+                    name += 1000
+        counts = [sum(block.key in tier._blocks and tier._root(block) == root for block in tier._blocks.values())
+                  for root in roots]  # fmt: skip
+        assert max(counts) - min(counts) <= 2, counts
+
+    def test_many_owners_cost_little_each(self, policy: str) -> None:
+        """Beyond a few hundred, shares are under LRU, and a share that has lost its last block is gone."""
+        tier = MemoryTier(400 * ONE, policy=policy, quota=0.5)
+        for number in range(1000):
+            tier.put(root := digest(b"root", number.to_bytes(4, "little")), same(1, 1, root))
         tier.check_integrity()
-        assert tier.get(CHAIN[0].key) is CHAIN[0]
-        assert tier.get(CHAIN[2].key) is None
+        assert len(list(tier._shares)) == len(tier) == 400
+        assert policy == "lru" or 255 <= sum(share.policy.name == policy for share in tier._shares) <= 256
+        newest = [digest(b"root", number.to_bytes(4, "little")) for number in range(600, 1000)]
+        assert all(stored(tier, same(1, 1, root)) for root in newest)
 
 
-def test_the_budget_holds_again_when_the_last_pin_is_gone() -> None:
-    tier = MemoryTier(3 * ONE)
-    tier.put(CHAIN)
-    tier.max_bytes = ONE
-    with tier.pinned([CHAIN[1].key]), tier.pinned([CHAIN[1].key]):
-        tier.put([])
-        tier.check_integrity()
-        assert len(tier) == 2
-    tier.check_integrity()
-    assert len(tier) == 1
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="did you mean 'prospect'"):
+        MemoryTier(100, policy="prospekt")
 
 
-def test_a_pin_ends_with_an_error_too() -> None:
-    tier = MemoryTier(3 * ONE)
-    tier.put(CHAIN)
-    with pytest.raises(ZeroDivisionError), tier.pinned([CHAIN[0].key]):
-        raise ZeroDivisionError
-    tier.put(chain_of(2, 3))
-    assert tier.get(CHAIN[0].key) is None
+class Histories(RuleBasedStateMachine):
+    """Any history under any policy and quota: the budget holds, chains are whole, pins hold, nothing is miscounted."""
+
+    paths = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+    roots = st.sampled_from([ROOT, OTHER, digest(b"third root")])
+
+    @initialize(
+        num_fitting=st.integers(0, 16),
+        policy=st.sampled_from(list(POLICIES)),
+        quota=st.sampled_from([1.0, 0.75, 0.5, 0.1]),
+        pinned=st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def start(self, num_fitting: int, policy: str, quota: float, pinned: float) -> None:
+        self.pins = Pins(int(num_fitting * ONE * pinned))
+        self.tier = MemoryTier(num_fitting * ONE, policy=policy, quota=quota, pins=self.pins)
+        self.now = 0.0
+        self.pinned: dict[str, list[Block]] = {}
+
+    @rule(path=paths, root=roots, fetched=st.booleans())
+    def put(self, path: list[int], root: Key, fetched: bool) -> None:
+        blocks = chain_of(path, root)
+        known = next((at for at, block in enumerate(blocks) if self.tier.get(block.key) is None), len(blocks))
+        before = self.staying()
+        self.tier.put(root, blocks, now=self.now, num_known=known if fetched else None)
+        assert before <= set(self.tier._blocks)
+
+    @rule(path=paths, root=roots)
+    def hit(self, path: list[int], root: Key) -> None:
+        """Of a chain that may have lost some blocks since it was looked up."""
+        self.tier.hit(root, keys_of(chain_of(path, root)))
+
+    @rule(path=paths, root=roots, name=st.sampled_from("abc"))
+    def pin(self, path: list[int], root: Key, name: str) -> None:
+        blocks = chain_of(path, root)
+        if name not in self.pinned:
+            try:
+                pin(self.pins, self.tier, blocks, name)
+            except InvalidRequest:
+                return
+            self.pinned[name] = blocks
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def unpin(self) -> None:
+        name, _ = self.pinned.popitem()
+        assert self.pins.remove(name) is not None
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def clear(self) -> None:
+        self.tier.clear()
+        assert len(self.tier) == self.tier.num_bytes == 0
+
+    @invariant()
+    def is_whole(self) -> None:
+        self.tier.check_integrity()
+
+    def staying(self) -> set[Key]:
+        """All that is there and pinned; sizes are as expected here, so each pin holds all that it names."""
+        named = {block.key for blocks in self.pinned.values() for block in blocks}
+        return named & set(self.tier._blocks)
 
 
-def test_a_key_that_is_not_stored_may_be_pinned() -> None:
-    tier = MemoryTier(3 * ONE)
-    with tier.pinned([CHAIN[0].key]):
-        tier.put(CHAIN)
-        tier.put(chain_of(2, 3))
-        assert tier.get(CHAIN[0].key) is CHAIN[0]
-    tier.check_integrity()
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-@given(
-    st.integers(0, 8),
-    st.lists(
-        st.tuples(st.sampled_from(["put", "touch", "pin", "clear"]), st.integers(0, 3), st.integers(0, 4)), max_size=25
-    ),
-)
-def test_any_history_keeps_chains_whole(num_fitting: int, history: list[tuple[str, int, int]]) -> None:
-    tier = MemoryTier(num_fitting * ONE)
-    for verb, name, length in history:
-        blocks = chain_of(name, length)
-        if verb == "put":
-            tier.put(blocks)
-        elif verb == "touch":
-            tier.touch([block.key for block in blocks])
-        elif verb == "clear":
-            tier.clear()
-        else:
-            before = [tier.get(block.key) for block in blocks]
-            with tier.pinned([block.key for block in blocks]):
-                tier.put(chain_of(name + 10, 3))
-                tier.check_integrity()
-                assert [tier.get(block.key) for block in blocks] == before
-        tier.check_integrity()
-        assert tier.num_bytes <= tier.max_bytes
+@given(st.integers(0, 8), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=25))
+def test_lru_is_the_naive_one(num_fitting: int, requests: list[list[int]]) -> None:
+    tier = MemoryTier(num_fitting * ONE, policy="lru")
+    naive: list[Key] = []  # oldest first
+    for path in requests:
+        blocks = chain_of(path)
+        request(tier, blocks)
+        for key in reversed(keys_of(blocks)):
+            naive = [each for each in naive if each != key] + [key]
+        naive = naive[max(0, len(naive) - num_fitting) :]
+        assert set(naive) == set(tier._blocks)
 
 
 def test_the_recount_sees_a_wrong_sum_and_a_hole() -> None:
     tier = MemoryTier(10 * ONE)
-    tier.put(CHAIN)
+    tier.put(ROOT, CHAIN)
     tier.num_bytes += 1
     with pytest.raises(AssertionError):
         tier.check_integrity()
     tier.num_bytes -= 1
     tier.check_integrity()
-    tier._change(CHAIN[1].key, None)
+    tier._change(tier._shares.of(ROOT), CHAIN[1].key, None)
     with pytest.raises(AssertionError, match="hole"):
         tier.check_integrity()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,8 +108,8 @@ def check(match: Match, salt: bytes, ids: list[int]) -> None:
         assert np.array_equal(match.logits, logits_of(salt, ids))
 
 
-def new_store(max_bytes: int = PLENTY, fingerprint: bytes = b"model") -> Store:
-    return Store(fingerprint, max_bytes=max_bytes, block_tokens=SIZE)
+def new_store(max_bytes: int = PLENTY, fingerprint: bytes = b"model", **options: Any) -> Store:
+    return Store(fingerprint, max_bytes=max_bytes, block_tokens=SIZE, **options)
 
 
 @given(st.lists(puts(), max_size=8), st.lists(st.tuples(st.sampled_from(SALTS), IDS), min_size=1, max_size=6))
@@ -149,6 +150,7 @@ def test_a_tight_store_keeps_its_budget_and_its_chains(max_bytes: int, steps: li
             assert store.stats().blocks == store.stats().bytes == 0
         elif verb == "match":
             match = store.match(as_tokens(put.ids), put.salt)
+            store.used(match)
             check(match, put.salt, put.ids)
             assert match.length <= naive.length(put.salt, put.ids)
         else:
@@ -162,13 +164,13 @@ def test_a_tight_store_keeps_its_budget_and_its_chains(max_bytes: int, steps: li
 def test_a_collision_serves_nothing_false(steps: list[tuple[str, Put]], num_keys: int) -> None:
     """With a digest of a handful of values nearly everything collides. (Roots carry no tokens: they stay apart.)"""
 
-    def poor(kind: bytes, *parts: bytes) -> bytes:
-        value = digest(kind, *parts)
-        return value if kind == b"root" else bytes([value[0] % num_keys])
+    def poor(data: bytes) -> bytes:
+        value = honest(data)
+        return value if b"root" in data else bytes([value[0] % num_keys])
 
-    digest = keys.digest
+    honest = keys._hash
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "digest", poor)
+        patch.setattr(keys, "_hash", poor)
         store = new_store(9 * WEIGHT)
         for verb, put in steps:
             if verb == "match":
@@ -178,17 +180,25 @@ def test_a_collision_serves_nothing_false(steps: list[tuple[str, Put]], num_keys
             store.check_integrity()
 
 
-def test_the_oldest_chain_goes_first_and_from_its_tail() -> None:
+def use(store: Store, ids: list[int]) -> int:
+    """Look a prompt up and use what there is of it; returns how many tokens."""
+    match = store.match(as_tokens(ids))
+    store.used(match)
+    return match.length
+
+
+def test_under_lru_the_oldest_chain_goes_first_and_from_its_tail() -> None:
     old, new = Put(b"", [1] * 12, []), Put(b"", [2] * 12, [])
     sizer = new_store()
     old.into(sizer)
     one_chain = sizer.stats().bytes
-    store = new_store(one_chain * 5 // 3)  # five blocks of the six
+    store = new_store(one_chain * 5 // 3, policy="lru")  # five blocks of the six
     old.into(store)
     new.into(store)
-    assert store.match(as_tokens(new.ids)).length == 12
-    assert store.match(as_tokens(old.ids)).length == 8
+    assert use(store, new.ids) == 12
+    assert use(store, old.ids) == 8
     assert store.stats().evictions == 1
+    assert store.match(as_tokens(new.ids)).length == 12  # a look-up is no use
     Put(b"", [3] * 4, []).into(store)  # `old` was used last: the next victim is the end of `new`
     assert store.match(as_tokens(new.ids)).length == 8
     assert store.match(as_tokens(old.ids)).length == 8

@@ -178,16 +178,16 @@ def test_slower_tiers_hear_of_what_memory_serves_once_a_minute(bench: Bench) -> 
     bench.put(PROMPT)
     disk, network = bench.tiers
     for _ in range(3):
-        bench.store.match(PROMPT)
-    match = bench.store.match(PROMPT)
+        match = bench.store.match(PROMPT)
+        bench.store.used(match)
     assert bench.store.behind.flush()
     assert disk.touched == network.touched == [[block.key for block in match.blocks]]
-    bench.store.match(PROMPT[:8])
+    bench.store.used(bench.store.match(PROMPT[:8]))
     assert bench.store.behind.flush()
     assert disk.touched[1:] == [[block.key for block in match.blocks[:2]]]
     bench.now += 60
     disk.failing = True
-    bench.store.match(PROMPT)
+    bench.store.used(bench.store.match(PROMPT))
     assert bench.store.behind.flush()
     assert (len(disk.touched), len(network.touched)) == (2, 3)
     disk.failing = False
@@ -198,7 +198,8 @@ def test_a_use_that_finds_the_queue_full_is_no_lost_block() -> None:
     store = bench.fresh(writing=False)
     bench.put(as_tokens(range(8)))
     dropped = store.behind.dropped
-    assert [store.match(as_tokens(range(length))).length for length in (4, 8)] == [4, 8]
+    for length in (4, 8):
+        store.used(store.match(as_tokens(range(length))))
     assert store.behind.dropped == dropped
     assert not store.behind.flush(0), "there was room for one"
 

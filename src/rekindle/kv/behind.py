@@ -63,9 +63,20 @@ class Behind:
         """Tell all tiers, later, that this chain, given head first, was used; False if there was no room."""
         return self._add(_Job(partial(self._touch, places), len(places) * _PLACE_BYTES))
 
-    def _add(self, job: _Job) -> bool:
+    def keep(self, places: Sequence[Place], until: float) -> None:
+        """Have all tiers, later, keep this chain, given head first, until a Unix time. This always finds room."""
+        self._add(_Job(partial(self._keep, places, until), len(places) * _PLACE_BYTES), always=True)
+
+    def release(self, places: Sequence[Place]) -> None:
+        """Have all tiers, later, keep this chain, given head first, no longer than any other."""
+        self._add(_Job(partial(self._release, places), len(places) * _PLACE_BYTES), always=True)
+
+    def _add(self, job: _Job, *, always: bool = False) -> bool:
+        if not self._tiers:
+            return True
         with self._changed:
-            if self._closed or (self._num_bytes and self._num_bytes + job.num_bytes > self._max_bytes):
+            full = self._num_bytes and self._num_bytes + job.num_bytes > self._max_bytes
+            if self._closed or (full and not always):
                 self.dropped += job.num_blocks
                 return False
             self._num_bytes += job.num_bytes
@@ -118,6 +129,16 @@ class Behind:
         for tier in self._tiers:
             with suppress(TierUnavailable):
                 tier.touch(places)
+
+    def _keep(self, places: Sequence[Place], until: float) -> None:
+        for tier in self._tiers:
+            with suppress(TierUnavailable):
+                tier.keep(places, until)
+
+    def _release(self, places: Sequence[Place]) -> None:
+        for tier in self._tiers:
+            with suppress(TierUnavailable):
+                tier.release(places)
 
     def _write(self, tiers: Sequence[Tier], chain: Sequence[Block]) -> None:
         for tier in tiers:

@@ -13,7 +13,7 @@ from rekindle.tokens import Tokens
 RECORD_BYTES = 400  # a block's Python objects, about
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Block:
     """A block, or the tail of a prompt."""
 

@@ -8,6 +8,10 @@ each further writer can exceed it by about as much as it writes between two walk
 
 Eviction is by last use. A use of a chain marks its head as used last, its tail a little earlier, so chains die from the
 tail. A victim is looked at once more before it goes: if anyone has used it since the walk, it stays.
+
+A pinned block is marked as used at the time when its pin ends, which is yet to come. So it is younger than all that could
+displace it, for every process and after every restart, and ages like any other from then on. If such blocks take more than
+half of the budget, which one process's pins seldom do, those that end first go like others.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ _STEP_NS = 1000  # between the marks of a block and its successor, in one use
 _TOUCH_NS = 10 * 10**9  # a mark younger than this is not renewed
 _MAX_VICTIMS = 4096
 _WALK_SHARE = 32  # of the budget: written since the last walk, it asks for another
+_KEPT_SHARE = 2  # of the budget: the most that pinned blocks may take
+_KEPT_NS = 60 * 10**9  # a mark so far in the future is a pin's
 _ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
 _DEAD_WRITER_SECONDS = 600
 _MAX_BACKOFF_SECONDS = 30.0
@@ -72,6 +78,7 @@ class DiskTier:
         self._blocks = self._block_bytes = self._aside_bytes = 0
         self._hits = self._misses = self._evictions = self._corrupt = 0
         self._last_mark = 0
+        self._kept_bytes = 0  # pinned, as of the last walk
         self._victims: deque[File] = deque()  # least recently used first, as of the last walk
         self._bytes_since_walk: int | None = None  # None before the first
 
@@ -157,6 +164,24 @@ class DiskTier:
             found = ((path, _used_ns(path)) for path in paths)
             self._mark([(path, used_ns) for path, used_ns in found if used_ns is not None])
 
+    def keep(self, places: Sequence[Place], until: float) -> None:
+        end = int(until * 1e9)
+        self._remark(places, lambda index, used_ns: max(used_ns, end - index * _STEP_NS))
+
+    def release(self, places: Sequence[Place]) -> None:
+        newest = self._newest_mark(len(places))
+        self._remark(places, lambda index, used_ns: min(used_ns, newest - index * _STEP_NS))
+
+    def _remark(self, places: Sequence[Place], mark_of: Callable[[int, int], int]) -> None:
+        """Give the blocks that are there new marks, by their index and old mark."""
+        with self._reads.attempt(), self._faults("read"):
+            for index, place in enumerate(places):
+                path = self._folder.path_of(place)
+                used_ns = _used_ns(path)
+                if used_ns is not None and (mark := mark_of(index, used_ns)) != used_ns:
+                    with suppress(OSError):  # gone, or not ours to mark
+                        os.utime(path, ns=(mark, mark))
+
     def _mark(self, chain: Sequence[tuple[str | Path, int | None]]) -> int:
         """Mark the files of a chain, given head first with their last use, as used now. None: one still to be written.
 
@@ -218,7 +243,7 @@ class DiskTier:
         while self._block_bytes + self._aside_bytes + num_bytes > self.max_bytes:
             if self._victims:
                 victim = self._victims.popleft()
-                if victim.used_ns >= mark:
+                if victim.used_ns >= mark and self._kept_bytes <= self.max_bytes // _KEPT_SHARE:
                     return False
                 self._evict(victim)
             elif walked:
@@ -234,8 +259,13 @@ class DiskTier:
         if used_ns == victim.used_ns:
             self._folder.delete(victim.path)
             self._count(evictions=1)
+            if self._is_kept(victim):
+                self._kept_bytes -= victim.num_bytes
         if used_ns in (None, victim.used_ns):
             self._count(blocks=-1, block_bytes=-victim.num_bytes)
+
+    def _is_kept(self, file: File) -> bool:
+        return file.used_ns > self._clock() * 1e9 + _KEPT_NS
 
     def remove(self, places: Sequence[Place]) -> None:
         with self._writing, self._writes.attempt(), self._faults("written"):
@@ -283,6 +313,7 @@ class DiskTier:
                 files.append(file)
         with self._counting:
             self._blocks, self._block_bytes = blocks, num_bytes
+        self._kept_bytes = sum(file.num_bytes for file in files if self._is_kept(file))
         self._aside_bytes = self._folder.aside_bytes()
         self._victims = deque(heapq.nsmallest(_MAX_VICTIMS, files, key=lambda file: file.used_ns))
         self._bytes_since_walk = 0

@@ -1,29 +1,30 @@
-"""Names of KV that are the same in every process and after every restart.
+"""Names of stored KV.
 
 A prefix key says "these tokens after exactly those": each block's key covers the parent's, so equal keys mean equal
 beginnings. Everything goes into the digest with its length, so no two inputs run together.
+
+Of a long prompt most of the work is hashing, one block after the other, so `chain_keys` makes each key only when it is
+asked for: a look-up that ends early pays for what it has looked at.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import numpy as np
 
 from rekindle.tokens import Tokens
 
 KEY_BYTES = 16
+TOKEN_BYTES = 4
+_LENGTH_BYTES = 8  # of a part's length
 Key = bytes
 
 
 def digest(*parts: bytes) -> Key:
     """blake2b over parts, each preceded by its length."""
-    state = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        state.update(len(part).to_bytes(8, "little"))
-        state.update(part)
-    return state.digest()
+    return _hash(b"".join(_framed(part) for part in parts))
 
 
 def root_key(fingerprint: bytes, salt: bytes) -> Key:
@@ -33,15 +34,15 @@ def root_key(fingerprint: bytes, salt: bytes) -> Key:
 
 def block_key(parent: Key, tokens: Tokens) -> Key:
     """These tokens after exactly those of `parent`."""
-    return digest(b"block", parent, _bytes(tokens))
+    return digest(b"block", parent, token_bytes(tokens))
 
 
 def tail_key(parent: Key, tokens: Tokens) -> Key:
     """A prompt that ends with these tokens, fewer than a block and perhaps none, after those of `parent`."""
-    return digest(b"tail", parent, _bytes(tokens))
+    return digest(b"tail", parent, token_bytes(tokens))
 
 
-def _bytes(tokens: Tokens) -> bytes:
+def token_bytes(tokens: Tokens) -> bytes:
     """The same on every machine, whatever integer type the ids have come in."""
     return np.ascontiguousarray(tokens, dtype="<i4").tobytes()
 
@@ -49,8 +50,25 @@ def _bytes(tokens: Tokens) -> bytes:
 def chain(root: Key, tokens: Tokens, block_tokens: int) -> Iterator[tuple[Key, Key, Tokens]]:
     """(parent, key, tokens) of each whole block, from the first on."""
     parent = root
-    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        part = tokens[start : start + block_tokens]
-        key = block_key(parent, part)
-        yield parent, key, part
+    for index, key in enumerate(chain_keys(root, token_bytes(tokens), block_tokens)):
+        yield parent, key, tokens[index * block_tokens : (index + 1) * block_tokens]
         parent = key
+
+
+def chain_keys(root: Key, tokens: bytes, block_tokens: int) -> Iterator[Key]:
+    """`block_key` of each whole block, from the first on, given `token_bytes` of the prompt."""
+    width = block_tokens * TOKEN_BYTES
+    opening = _framed(b"block") + KEY_BYTES.to_bytes(_LENGTH_BYTES, "little")
+    length = width.to_bytes(_LENGTH_BYTES, "little")
+    key = root
+    for stop in range(width, len(tokens) + 1, width):
+        key = _hash(opening + key + length + tokens[stop - width : stop])
+        yield key
+
+
+def _framed(part: bytes) -> bytes:
+    return len(part).to_bytes(_LENGTH_BYTES, "little") + part
+
+
+def _hash(data: bytes) -> Key:
+    return blake2b(data, digest_size=KEY_BYTES).digest()

@@ -1,131 +1,205 @@
-"""The memory tier: blocks within a byte budget, least recently used first out, tails before heads.
+"""The memory tier: blocks within a byte budget; a policy names those that go.
 
-A use of a chain touches its blocks from the tail to the head, so a block is never younger than its predecessor, and the
-oldest block is always one that nothing depends on: chains die from the tail.
+A block never stays without its predecessors: chains die from the tail. What is pinned stays, and what was just fetched for
+a request that has not begun yet. Everything else may go, even what has just come, if that promises least: so the policy
+decides what is admitted, too.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 
+from rekindle.kv.awaited import Awaited
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
 from rekindle.kv.pins import Pins
+from rekindle.kv.policies import DEFAULT
+from rekindle.kv.shares import Share, Shares
 
 MAX_TAILS = 256  # of one parent that are looked into
+
+Cost = Callable[[Block], float]  # of computing a block, in any unit that stays the same
+
+
+def _cost_by_tokens(block: Block) -> float:
+    return len(block.tokens) or 1
 
 
 class MemoryTier:
     """A byte budget of blocks. Not thread-safe; the store guards it."""
 
-    def __init__(self, max_bytes: int, pins: Pins | None = None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        policy: str = DEFAULT,
+        quota: float = 1.0,
+        pins: Pins | None = None,
+        cost: Cost = _cost_by_tokens,
+    ) -> None:
+        """`quota` is the part of it that one salt may have. Raises InvalidRequest for an unknown policy."""
         self.max_bytes = max_bytes
-        self.pins = Pins(0) if pins is None else pins
         self.num_bytes = 0
         self.evictions = 0
-        self._blocks: OrderedDict[Key, Block] = OrderedDict()  # oldest first
+        self._blocks: dict[Key, Block] = {}
+        self.get: Callable[[Key], Block | None] = self._blocks.get  # without counting a use; called for every block
         self._tails: dict[Key, dict[Key, None]] = {}  # parent -> its tails, oldest first
-        self._pins: dict[Key, int] = {}
+        self._pins = Pins(0) if pins is None else pins
+        self._awaited = Awaited((max_bytes - self._pins.max_bytes) // 2)
+        self._staying = _Staying(self._pins, self._awaited)
+        self._shares = Shares(max_bytes, policy=policy, quota=quota)
+        self._cost = cost
+        self._largest = 0  # bytes of a block that was put
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def get(self, key: Key) -> Block | None:
-        """Without touching it."""
-        return self._blocks.get(key)
+    @property
+    def policy(self) -> str:
+        """Its name."""
+        return self._shares.policy
+
+    @property
+    def state(self) -> str:
+        """ "ok", or what is wrong, in words."""
+        if self._largest <= self.max_bytes:
+            return "ok"
+        return f"too small: it has {self.max_bytes:,} bytes, and a block takes up to {self._largest:,}"
 
     def tails(self, parent: Key) -> list[Block]:
         """The newest tails that follow a block (or a root)."""
         newest = islice(reversed(self._tails.get(parent, {})), MAX_TAILS)
         return [self._blocks[key] for key in newest]
 
-    def put(self, chain: Iterable[Block]) -> None:
-        """Add the blocks of one chain, head first, and make room. What can't fit beside the pinned is left out.
+    def put(self, root: Key, chain: Sequence[Block], *, now: float = 0.0, num_known: int | None = None) -> None:
+        """Add the blocks of one chain, head first, tails last, and make room; some of these may go again at once.
 
-        Where another block has the same key, the chain ends: what follows would be found after the wrong tokens.
+        Where another block has the same key, the chain ends: what follows would be found after the wrong tokens. With
+        `num_known`, they were fetched for a request, all but so many, and stay until it uses them.
         """
-        keys = []
-        for block in chain:
-            old = self._blocks.get(block.key)
-            if old is not None and not old.holds(block.parent, block.position, block.tokens):
-                break
-            self._change(block.key, block)
-            keys.append(block.key)
-        self.touch(keys)
-        self._make_room()
+        share = self._shares.of(root)
+        chain = self._added(share, chain)
+        self._tell(share, chain)
+        self._shares.changed(share)
+        if num_known is not None:
+            self._awaited.add(chain, num_known, now)
+        self._make_room(share, now)
 
-    def touch(self, chain: Iterable[Key]) -> None:
-        """Mark the blocks of one chain, given head first, as just used."""
-        for key in reversed(list(chain)):
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+    def hit(self, root: Key, chain: Sequence[Key]) -> None:
+        """A request uses these, given head first; some may have gone since they were looked up."""
+        known = self._awaited.used(chain)
+        found = next((index for index, key in enumerate(chain) if key not in self._blocks), len(chain))
+        if found and known:
+            self._shares.of(root).policy.hit(chain[: min(found, known)])
 
     def clear(self) -> None:
-        for key in list(self._blocks):
-            self._change(key, None)
-
-    @contextmanager
-    def pinned(self, keys: Iterable[Key]) -> Iterator[None]:
-        """Keep these keys and what they follow while the context lasts."""
-        keys = list(keys)
-        for key in keys:
-            self._pins[key] = self._pins.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            for key in keys:
-                self._pins[key] -= 1
-                if not self._pins[key]:
-                    del self._pins[key]
-            self._make_room()
+        """Forget all blocks, and what was learned of them."""
+        for share in list(self._shares):
+            while (key := share.policy.evict()) is not None:
+                self._change(share, key, None)
+        self._shares.clear()
+        self._awaited.clear()
 
     def check_integrity(self) -> None:
         """Recount. Raises AssertionError."""
-        assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values())
+        sizes = {key: block.num_bytes for key, block in self._blocks.items()}
+        assert self.num_bytes == sum(sizes.values())
         assert all(key == block.key for key, block in self._blocks.items())
         tails = {key for keys in self._tails.values() for key in keys}
         assert tails == {key for key, block in self._blocks.items() if block.logits is not None}
         assert all(self._tails.values()), "an empty set of tails"
         assert all(block.position == 0 or block.parent in self._blocks for block in self._blocks.values()), "a hole"
-        assert self.num_bytes <= self.max_bytes or self._pins
-        self.pins.check_integrity({key: block.num_bytes for key, block in self._blocks.items()})
+        by_root: dict[Key, int] = {}
+        for block in self._blocks.values():
+            root = self._root(block)
+            by_root[root] = by_root.get(root, 0) + block.num_bytes
+        self._shares.check_integrity(by_root)
+        assert sum(len(share.policy) for share in self._shares) == len(self._blocks)
+        self._pins.check_integrity(sizes)
+        self._awaited.check_integrity()
+        assert self.num_bytes <= self.max_bytes
 
-    def _make_room(self) -> None:
-        if self.num_bytes <= self.max_bytes:
-            return
-        kept = self._pinned_chains()
+    def _root(self, block: Block) -> Key:
+        while block.position:
+            block = self._blocks[block.parent]
+        return block.parent
+
+    def _added(self, share: Share, chain: Sequence[Block]) -> list[Block]:
+        """What of a chain is stored now."""
+        added = []
+        for block in chain:
+            old = self._blocks.get(block.key)
+            if old is not block:
+                if old is not None and not old.holds(block.parent, block.position, block.tokens):
+                    break
+                self._change(share, block.key, block)
+            added.append(block)
+        return added
+
+    def _tell(self, share: Share, chain: Sequence[Block]) -> None:
+        """Tell the policy of a chain, once for each of its tails."""
+        keys = [block.key for block in chain if block.logits is None]
+        sizes = [block.num_bytes for block in chain if block.logits is None]
+        costs = [self._cost(block) for block in chain if block.logits is None]
+        untold = bool(keys)
+        for tail in chain[len(keys) :]:
+            depth = keys.index(tail.parent) + 1 if tail.position else 0
+            untold = untold and depth < len(keys)
+            share.policy.insert(
+                [*keys[:depth], tail.key], [*sizes[:depth], tail.num_bytes], [*costs[:depth], self._cost(tail)]
+            )
+        if untold:
+            share.policy.insert(keys, sizes, costs)
+
+    def _make_room(self, share: Share, now: float) -> None:
+        while self._shares.is_over(share) and self._evict(share):
+            pass
         while self.num_bytes > self.max_bytes:
-            victim = next((key for key in self._blocks if key not in kept and key not in self.pins), None)
-            if victim is None:
+            self._awaited.expire(now)
+            if not any(self._evict(payer) for payer in self._shares.largest_first()):
                 return
-            self._change(victim, None)
-            self.evictions += 1
 
-    def _pinned_chains(self) -> set[Key]:
-        """Pinned keys and the blocks that they follow."""
-        kept: set[Key] = set()
-        for key in self._pins:
-            while key not in kept and (block := self._blocks.get(key)) is not None:
-                kept.add(key)
-                key = block.parent
-        return kept
+    def _evict(self, share: Share) -> bool:
+        """False if all of it stays."""
+        victim = share.policy.evict(self._staying)
+        if victim is None:
+            return False
+        self._change(share, victim, None)
+        self.evictions += 1
+        if not len(share.policy):
+            self._shares.changed(share)
+        return True
 
-    def _change(self, key: Key, block: Block | None) -> None:
+    def _change(self, share: Share, key: Key, block: Block | None) -> None:
         """The one place where bytes come and go."""
         old = self._blocks.pop(key, None)
         if old is not None:
+            share.num_bytes -= old.num_bytes
             self.num_bytes -= old.num_bytes
-            self.pins.went(key)
+            self._pins.went(key)
             if old.logits is not None:
                 self._tails[old.parent].pop(key, None)
                 if not self._tails[old.parent]:
                     del self._tails[old.parent]
         if block is not None:
             self._blocks[key] = block
+            share.num_bytes += block.num_bytes
             self.num_bytes += block.num_bytes
-            self.pins.came(key, block.num_bytes)
+            self._pins.came(key, block.num_bytes)
+            self._largest = max(self._largest, block.num_bytes)
             if block.logits is not None:
                 self._tails.setdefault(block.parent, {})[key] = None
+
+
+class _Staying:
+    """What may not go."""
+
+    __slots__ = ("_awaited", "_pins")
+
+    def __init__(self, pins: Pins, awaited: Awaited) -> None:
+        self._pins = pins
+        self._awaited = awaited
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._pins or key in self._awaited

@@ -1,11 +1,12 @@
-"""The network tier: blocks on a Valkey or Redis server (6.2 or later), which any number of Rekindles may share.
+"""The network tier: blocks on a Valkey or Redis server (7.0 or later), which any number of Rekindles may share.
 
     rekindle:v1:block:<key>       a block, as the file of it would be
     rekindle:v1:tails:<parent>    hash: key of each tail after a parent -> its tokens, so that the best tail is found
                                   without reading the others
 
 The server forgets what was not used for `ttl_seconds`. A block's time runs out a little before its predecessor's, so
-chains die from the tail. A stopped, silent or broken server costs a few time-outs and then nothing: see `Breaker`. A server
+chains die from the tail. A pinned block's time is that of its pin, if that is longer; a use, whoever's, only ever prolongs
+it. A stopped, silent or broken server costs a few time-outs and then nothing: see `Breaker`. A server
 that is full refuses writes alone; reading goes on.
 """
 
@@ -74,9 +75,9 @@ class NetworkTier:
             stop = start + (self._batch_length() if start else 1)  # the first alone: its reader can begin with it
             part = places[start:stop]
             batch = self._link.batch()
-            for index, place in enumerate(part, start):
-                batch.getex(_name(place), px=self._ttl(index))
-            self._renew_tails(batch, part)
+            for place in part:
+                batch.get(_name(place))
+            self._renew(batch, part, start)
             replies = self._link.send(batch)
             for place, data in zip(part, replies[: len(part)], strict=True):
                 yield self._decoded(place, data)
@@ -109,15 +110,35 @@ class NetworkTier:
     def _renewed(self, places: Sequence[Place]) -> list[bool]:
         """Which are there; these have their whole time again."""
         batch = self._link.batch()
-        for index, place in enumerate(places):
-            batch.pexpire(_name(place), self._ttl(index))
+        for place in places:
+            batch.exists(_name(place))
+        self._renew(batch, places)
+        return [reply == 1 for reply in self._link.send(batch)[: len(places)]]
+
+    def _renew(self, batch: Pipeline, places: Sequence[Place], start: int = 0) -> None:
+        """Let no time run out before the usual, of a chain from its index `start` on."""
+        for index, place in enumerate(places, start):
+            batch.pexpire(_name(place), self._ttl(index), gt=True)
         self._renew_tails(batch, places)
-        return self._link.send(batch)[: len(places)]
 
     def _renew_tails(self, batch: Pipeline, places: Sequence[Place]) -> None:
-        for place in places:
+        for name in [_tails_name(place.parent) for place in places if place.tail]:
+            batch.pexpire(name, self._ttl_ms, nx=True)
+            batch.pexpire(name, self._ttl_ms, gt=True)
+
+    def keep(self, places: Sequence[Place], until: float) -> None:
+        batch, end_ms = self._link.batch(), int(until * 1000)
+        for index, place in enumerate(places):
+            batch.pexpireat(_name(place), end_ms - index, gt=True)
             if place.tail:
-                batch.pexpire(_tails_name(place.parent), self._ttl_ms)
+                batch.pexpireat(_tails_name(place.parent), end_ms, gt=True)
+        self._link.send(batch)
+
+    def release(self, places: Sequence[Place]) -> None:
+        batch = self._link.batch()
+        for index, place in enumerate(places):
+            batch.pexpire(_name(place), self._ttl(index), lt=True)
+        self._link.send(batch)
 
     def _ttl(self, index: int) -> int:
         return max(1, self._ttl_ms - index)

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rekindle.errors import InvalidRequest
-from rekindle.kv.keys import Key, digest
+from rekindle.kv.block import RECORD_BYTES, Block
+from rekindle.kv.keys import TOKEN_BYTES, Key, digest
 from rekindle.kv.tier import Place
 
 MAX_SECONDS = 10 * 366 * 24 * 3600.0  # that a pin may last
@@ -50,6 +51,7 @@ class Held:
 class _Named:
     """A key that pins name."""
 
+    parent: Key  # its predecessor, or the root
     num_pins: int
     num_bytes: int  # its block's, or what that is expected to have
 
@@ -57,8 +59,9 @@ class _Named:
 class Pins:
     """Which keys must stay, and how much that is. Not thread-safe; the store guards it. `key in pins`: it may not go."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, max_owner_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
+        self.max_owner_bytes = max_bytes if max_owner_bytes is None else max_owner_bytes
         self.num_bytes = 0  # of stored blocks that are kept
         self._promised = 0  # bytes of all that is named, stored or expected
         self._held: dict[str, Held] = {}
@@ -81,7 +84,7 @@ class Pins:
         return sum(self._kept.get(place.key, 0) for place in held.places)
 
     def add(self, held: Held, sizes: Mapping[Key, int], stored: Mapping[Key, int]) -> Held:
-        """Pin, or renew. `sizes` is what each key's block has or may have, `stored` of those that are there.
+        """Pin, or renew. `sizes` is what each key's block has or may have, `stored` of those that are there, head first.
 
         Raises InvalidRequest if that would be too much; nothing has changed then.
         """
@@ -91,22 +94,31 @@ class Pins:
             self._held[held.id] = held  # it may end later than `_next_end`, never earlier
             return held
         new = sum(size for key, size in sizes.items() if key not in self._named)
-        if self._promised + new > self.max_bytes:
-            raise InvalidRequest(
-                f"this pin needs {_size(new)} of memory beside the {_size(self._promised)} pinned already, and at most "
-                f"{_size(self.max_bytes)} may be pinned: end other pins, or give the store more memory",
-                param="pin",
-            )
+        mine = self._promised_to(held.owner)
+        for promised, most in ((self._promised, self.max_bytes), (mine, self.max_owner_bytes)):
+            if promised + new > most:
+                raise InvalidRequest(
+                    f"this pin needs {_size(new)} of memory beside the {_size(promised)} pinned already, and at most "
+                    f"{_size(most)} may be pinned: end other pins, or give the store more memory",
+                    param="pin",
+                )
         self._held[held.id] = held
         self._next_end = min(self._next_end, held.expires_at)
-        for key, size in sizes.items():
-            named = self._named.setdefault(key, _Named(0, size))
+        for place in held.places:
+            size = sizes[place.key]
+            named = self._named.setdefault(place.key, _Named(place.parent, 0, size))
             if not named.num_pins:
                 self._promised += size
             named.num_pins += 1
         for key, size in stored.items():
             self.came(key, size)
         return held
+
+    def _promised_to(self, owner: Key) -> int:
+        if self.max_owner_bytes >= self.max_bytes:
+            return 0
+        places = (place for held in self._held.values() if held.owner == owner for place in held.places)
+        return sum(self._named[key].num_bytes for key in {place.key for place in places})
 
     def remove(self, pin_id: str) -> Held | None:
         held = self._held.pop(pin_id, None)
@@ -147,7 +159,8 @@ class Pins:
         self._promised += num_bytes - named.num_bytes
         named.num_bytes = num_bytes
         self.num_bytes -= self._kept.pop(key, 0)
-        if self.num_bytes + num_bytes <= self.max_bytes:
+        follows = named.parent in self._kept or named.parent not in self._named  # so what it needs is counted too
+        if follows and self.num_bytes + num_bytes <= self.max_bytes:
             self._kept[key] = num_bytes
             self.num_bytes += num_bytes
 
@@ -167,6 +180,23 @@ class Pins:
         assert self._kept == {key: stored[key] for key in self._kept}, "a pin keeps what is not stored"
         assert self._kept.keys() <= self._named.keys(), "kept without a pin"
         assert self.num_bytes == sum(self._kept.values()) <= self.max_bytes
+
+
+class ExpectedSizes:
+    """What a block takes that was not seen yet, judged by those that were."""
+
+    def __init__(self, bytes_per_token: float) -> None:
+        self._per_token = bytes_per_token
+        self._logits = 0
+
+    def see(self, block: Block) -> None:
+        if len(block.tokens):
+            self._per_token = block.payload.nbytes / len(block.tokens)
+        if block.logits is not None:
+            self._logits = block.logits.nbytes
+
+    def expected(self, num_tokens: int, *, tail: bool) -> int:
+        return RECORD_BYTES + int(num_tokens * (self._per_token + TOKEN_BYTES)) + (self._logits if tail else 0)
 
 
 def pin_id(last: Key) -> str:

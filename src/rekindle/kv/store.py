@@ -10,6 +10,9 @@ serves with the tokens it shares. After a key match the tokens themselves are co
 
 Slower tiers stand behind the memory, in the order of their speed. Writes reach memory at once and them later (`Behind`);
 `fetch` brings what they have of a prompt's beginning into memory, and is called where waiting does no harm.
+
+A look-up is no use: `used` tells of one, once per request, whoever served it. The memory's policy and slower tiers judge
+blocks by their uses.
 """
 
 from __future__ import annotations
@@ -26,16 +29,18 @@ import numpy.typing as npt
 
 from rekindle.errors import InvalidRequest, TierUnavailable
 from rekindle.kv.behind import Behind
-from rekindle.kv.block import RECORD_BYTES, Block
-from rekindle.kv.keys import Key, chain, root_key, tail_key
+from rekindle.kv.block import Block
+from rekindle.kv.keys import TOKEN_BYTES, Key, chain, chain_keys, root_key, tail_key, token_bytes
 from rekindle.kv.memory import MemoryTier
-from rekindle.kv.pins import Held, Pin, Pins, check_seconds, pin_id
-from rekindle.kv.speed import Speed
+from rekindle.kv.pins import ExpectedSizes, Held, Pin, Pins, check_seconds, pin_id
+from rekindle.kv.policies import DEFAULT
+from rekindle.kv.speed import PrefillCost, Speed
 from rekindle.kv.tier import Place, Tier, TierStats, place_of
 from rekindle.tokens import Tokens, common_length
 
 _TELL_SECONDS = 60.0  # a chain's use is told to slower tiers at most so often
 _MAX_TOLD = 10_000  # chains of which that is remembered
+_MAX_ROOTS = 1_000  # salts whose root is remembered
 CLEAR_SECONDS = 10.0  # that clearing waits for a block that is being written
 
 
@@ -46,6 +51,8 @@ class Match:
     blocks: tuple[Block, ...]  # in order; the last may be a tail of which only some tokens are shared
     length: int  # tokens of the prompt that these blocks cover
     logits: npt.NDArray[np.float32] | None  # after the prompt's last token, if the whole prompt is stored
+    root: Key = b""
+    keys: tuple[Key, ...] = ()  # of all that a use of this uses
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,13 @@ class StoreStats:
     pins: int = 0
     pinned_bytes: int = 0  # in memory, kept by pins
     max_pinned_bytes: int = 0
+    policy: str = DEFAULT  # that names the memory's victims
+    state: str = "ok"  # of the memory; "ok", or what is wrong, in words
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Of every tier, by name."""
+        return {"memory": self.state} | {tier.name: tier.state for tier in self.tiers}
 
 
 @dataclass(frozen=True)
@@ -69,24 +83,6 @@ class Fetched:
 
     tokens: dict[str, int] = field(default_factory=dict)  # tier -> tokens brought into memory
     refused: str | None = None  # why more was there and was not fetched
-
-
-class Sizes:
-    """What a block takes that was not seen yet, judged by those that were."""
-
-    def __init__(self, bytes_per_token: float) -> None:
-        self._per_token = bytes_per_token
-        self._logits = 0
-
-    def see(self, block: Block) -> None:
-        if len(block.tokens):
-            self._per_token = block.payload.nbytes / len(block.tokens)
-        if block.logits is not None:
-            self._logits = block.logits.nbytes
-
-    def expected(self, num_tokens: int, *, tail: bool) -> int:
-        each = self._per_token + 4
-        return RECORD_BYTES + int(num_tokens * each) + (self._logits if tail else 0)
 
 
 class Store:
@@ -100,12 +96,18 @@ class Store:
         block_tokens: int = 64,
         tiers: Sequence[Tier] = (),
         max_behind_bytes: int = 256 << 20,
+        policy: str = DEFAULT,
+        quota: float = 1.0,
         max_pinned_share: float = 0.5,
         bytes_per_token: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`max_pinned_share` of the memory may be pinned; `bytes_per_token` is what a payload is expected to have."""
+        """`policy` names the memory's victims; `quota` is the part of the memory that one salt may have.
+
+        `max_pinned_share` of the memory may be pinned; `bytes_per_token` is what payloads are expected to have. Raises
+        InvalidRequest for an unknown policy.
+        """
         self.block_tokens = block_tokens
         self.tiers = tuple(tiers)  # behind the memory, fastest first
         self.behind = Behind(self.tiers, max_bytes=max_behind_bytes)
@@ -113,34 +115,73 @@ class Store:
         self._clock = clock
         self._fingerprint = fingerprint
         self._wall_clock = wall_clock
-        self._sizes = Sizes(bytes_per_token)
-        self._pins = Pins(int(max_bytes * max_pinned_share))
-        self._memory = MemoryTier(max_bytes, self._pins)
+        self.prefill_cost = PrefillCost()
+        self._sizes = ExpectedSizes(bytes_per_token)
+        self._pins = Pins(int(max_bytes * max_pinned_share), max_owner_bytes=int(max_bytes * max_pinned_share * quota))
+        self._memory = MemoryTier(max_bytes, policy=policy, quota=quota, pins=self._pins, cost=self._cost)
+        self._roots: dict[bytes, Key] = {}
         self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
         self._lock = threading.Lock()
 
     def match(self, tokens: Tokens, salt: bytes = b"") -> Match:
-        """What is stored of this prompt's beginning; counts as a use of it."""
+        """What is stored of this prompt's beginning. It may go at any time; the payloads that were found stay whole."""
+        root, written = self._root(salt), token_bytes(tokens)
         with self._lock:
-            blocks: list[Block] = []
-            root = root_key(self._fingerprint, salt)
-            for parent, key, part in chain(root, tokens, self.block_tokens):
-                block = self._memory.get(key)
-                if block is None or not block.holds(parent, len(blocks) * self.block_tokens, part):
+            keys, blocks = [root], list[Block]()
+            get = self._memory.get
+            for key in chain_keys(root, written, self.block_tokens):
+                block = get(key)
+                if block is None:
                     break
+                keys.append(key)
                 blocks.append(block)
-            length = len(blocks) * self.block_tokens
-            parent = blocks[-1].key if blocks else root
-            tail, shared = self._best_tail(parent, length, tokens[length:])
+            num_right = self._num_right(blocks, keys, tokens, written)
+            del blocks[num_right:], keys[num_right + 1 :]
+            length = num_right * self.block_tokens
+            tail, shared = self._best_tail(keys[-1], length, tokens[length:])
+            whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
+            if tail is not None and (shared or whole):
+                keys.append(tail.key)
             if tail is not None and shared:
                 blocks.append(tail)
-            self._memory.touch(
-                [block.key for block in blocks] + ([tail.key] if tail is not None and not shared else [])
-            )
-            if self.tiers and blocks:
-                self._tell_use(blocks)
-            whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
-            return Match(tuple(blocks), length + shared, tail.logits if tail is not None and whole else None)
+            logits = tail.logits if tail is not None and whole else None
+            return Match(tuple(blocks), length + shared, logits, root, tuple(keys[1:]))
+
+    def used(self, match: Match) -> None:
+        """A request begins with what was found, or with the same KV from elsewhere. To be told once per request."""
+        if match.keys:
+            with self._lock:
+                self._memory.hit(match.root, match.keys)
+                if self.tiers and match.blocks:
+                    self._tell_use(match.blocks)
+
+    def _num_right(self, blocks: Sequence[Block], keys: Sequence[Key], tokens: Tokens, written: bytes) -> int:
+        """How many blocks, from the first on, hold just these tokens; `keys` begins with the root. Keys could collide."""
+        size = self.block_tokens
+        if not blocks:
+            return 0
+        num_bytes = len(blocks) * size * TOKEN_BYTES
+        together = b"".join([block.tokens.data for block in blocks])  # compared in one go: of 128, each would take 2 us
+        parents = [block.parent for block in blocks]
+        placed = blocks[-1].position == (len(blocks) - 1) * size
+        if placed and parents == keys[: len(blocks)] and together == written[:num_bytes]:
+            return len(blocks)
+        starts = range(0, len(tokens), size)
+        linked = zip(blocks, keys, starts, strict=False)
+        right = (block.holds(key, start, tokens[start : start + size]) for block, key, start in linked)
+        return next((index for index, holds in enumerate(right) if not holds), len(blocks))
+
+    def _root(self, salt: bytes) -> Key:
+        root = self._roots.get(salt)
+        if root is None:
+            if len(self._roots) >= _MAX_ROOTS:
+                self._roots.clear()
+            root = self._roots[salt] = root_key(self._fingerprint, salt)
+        return root
+
+    def _cost(self, block: Block) -> float:
+        """Of computing it; a tail's logits spare one token more."""
+        return self.prefill_cost.of(block.position, len(block.tokens) + (block.logits is not None))
 
     def _tell_use(self, blocks: Sequence[Block]) -> None:
         """Slower tiers can't see what memory serves, and would forget just what is used most."""
@@ -165,9 +206,9 @@ class Store:
 
     def missing(self, tokens: Tokens, salt: bytes = b"") -> list[int]:
         """Starts of the whole blocks of this sequence that are not stored."""
+        keys = chain_keys(self._root(salt), token_bytes(tokens), self.block_tokens)
         with self._lock:
-            links = chain(root_key(self._fingerprint, salt), tokens, self.block_tokens)
-            return [i * self.block_tokens for i, (_, key, _) in enumerate(links) if self._memory.get(key) is None]
+            return [index * self.block_tokens for index, key in enumerate(keys) if self._memory.get(key) is None]
 
     def put(
         self,
@@ -183,36 +224,41 @@ class Store:
         predecessors is worth nothing, so the first one that is neither given nor stored ends the chain: what follows is
         left out.
         """
-        root = root_key(self._fingerprint, salt)
+        root, written, size = self._root(salt), token_bytes(tokens), self.block_tokens
         with self._lock:
-            keys = [root]  # of the chain so far
-            blocks = []
-            for index, (parent, key, part) in enumerate(chain(root, tokens, self.block_tokens)):
-                start = index * self.block_tokens
-                known = self._memory.get(key)
-                if start in payloads:
-                    blocks.append(Block(key, parent, part.copy(), start, payloads[start]))
-                elif known is not None and known.holds(parent, start, part):
-                    blocks.append(known)
+            keys, blocks = [root], list[Block]()
+            for index, key in enumerate(chain_keys(root, written, size)):
+                start = index * size
+                payload = payloads.get(start)
+                if payload is not None:
+                    block = Block(key, keys[-1], tokens[start : start + size].copy(), start, payload)
+                elif (known := self._memory.get(key)) is not None:
+                    block = known
                 else:
                     break
                 keys.append(key)
+                blocks.append(block)
+            num_right = self._num_right(blocks, keys, tokens, written)
+            del blocks[num_right:], keys[num_right + 1 :]
             for length, payload, logits in tails:
-                if length // self.block_tokens < len(keys):
-                    parent = keys[length // self.block_tokens]
-                    start = length - length % self.block_tokens
+                if length // size < len(keys):
+                    parent = keys[length // size]
+                    start = length - length % size
                     part = tokens[start:length].copy()
                     blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
-            self._put(blocks)
+            self._put(root, blocks)
         if self.tiers and blocks:
             self.behind.offer(blocks)
+            self._keep_behind([place_of(block) for block in blocks])
 
-    def _put(self, blocks: Sequence[Block]) -> None:
-        """Into memory, under the lock."""
-        self._pins.expire(self._wall_clock())
-        for block in blocks:
-            self._sizes.see(block)
-        self._memory.put(blocks)
+    def _put(self, root: Key, blocks: Sequence[Block], *, num_known: int | None = None) -> None:
+        """Into memory, under the lock; `num_known` as for a chain that was fetched."""
+        if blocks:
+            now = self._wall_clock()
+            self._pins.expire(now)
+            self._sizes.see(blocks[0])
+            self._sizes.see(blocks[-1])
+            self._memory.put(root, blocks, now=now, num_known=num_known)
 
     def fetch(self, tokens: Tokens, salt: bytes = b"", *, compute: Speed | None = None) -> Fetched:
         """Bring what slower tiers have of this prompt's beginning into memory, in order, as far as it goes.
@@ -220,7 +266,7 @@ class Store:
         A tier from which a token takes longer to fetch than to compute is left alone, if both are known; now and then
         it is tried again. Faults of tiers are misses.
         """
-        root = root_key(self._fingerprint, salt)
+        root = self._root(salt)
         places = [Place(key=key, parent=parent) for parent, key, _ in chain(root, tokens, self.block_tokens)]
         brought: dict[str, int] = {}
         refused: str | None = None
@@ -259,7 +305,7 @@ class Store:
         with self._lock:  # as one chain, so that its head is what stays if not all of it fits
             here = [block for place in places[:known] if (block := self._memory.get(place.key)) is not None]
             if len(here) == known:
-                self._put([*here, *blocks])
+                self._put(root, [*here, *blocks], num_known=known)
         return blocks
 
     def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
@@ -284,6 +330,7 @@ class Store:
         faster = self.tiers[: self.tiers.index(source)]
         if faster:
             self.behind.offer(blocks, faster)
+            self._keep_behind([place_of(block) for block in blocks])
 
     def _num_in_memory(self, places: Sequence[Place]) -> int:
         with self._lock:
@@ -314,7 +361,7 @@ class Store:
             held = Held(
                 id=pin_id(places[-1].key),
                 name=name,
-                owner=root_key(self._fingerprint, salt),
+                owner=self._root(salt),
                 places=tuple(places),
                 num_tokens=len(tokens),
                 expires_at=now + ttl_seconds,
@@ -327,13 +374,19 @@ class Store:
                 for place, length in zip(places, lengths, strict=True)
             }
             held = self._pins.add(held, sizes, stored)
-            return self._view(held, now)
+            pin = self._view(held, now)
+        self.behind.keep(places, held.expires_at)
+        return pin
 
     def unpin(self, pin_id: str) -> bool:
         """End a pin; False if there is none of this id."""
         with self._lock:
             self._pins.expire(self._wall_clock())
-            return self._pins.remove(pin_id) is not None
+            held = self._pins.remove(pin_id)
+        if held is not None:
+            self.behind.release(held.places)
+            self._keep_behind(held.places)
+        return held is not None
 
     def pins(self) -> list[Pin]:
         """Those that have not ended; which end first, first."""
@@ -342,11 +395,19 @@ class Store:
             self._pins.expire(now)
             return [self._view(held, now) for held in self._pins.all()]
 
+    def _keep_behind(self, places: Sequence[Place]) -> None:
+        """Have slower tiers keep, of these, what pins name."""
+        if self.tiers:
+            with self._lock:
+                ends = self._pins.ends_of(places)
+            for end, named in ends.items():
+                self.behind.keep(named, end)
+
     def _places(self, tokens: Tokens, salt: bytes) -> list[Place]:
         """Of all whole blocks of a prompt and the tail that ends it."""
-        parent = root_key(self._fingerprint, salt)
+        parent = self._root(salt)
         places = []
-        for _, key, _ in chain(parent, tokens, self.block_tokens):
+        for key in chain_keys(parent, token_bytes(tokens), self.block_tokens):
             places.append(Place(key=key, parent=parent))
             parent = key
         rest = tokens[len(places) * self.block_tokens :]
@@ -392,7 +453,8 @@ class Store:
             self._pins.expire(self._wall_clock())
             pinned = (len(self._pins), self._pins.num_bytes, self._pins.max_bytes)
             kept = (len(memory), memory.num_bytes, memory.max_bytes, memory.evictions)
-        return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped, *pinned)
+            words = (memory.policy, memory.state)
+        return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped, *pinned, *words)
 
     def check_integrity(self) -> None:
         with self._lock:

@@ -62,6 +62,12 @@ class Tier(Protocol):
     def touch(self, places: Sequence[Place]) -> None:
         """Count a use of this chain, given head first, which a faster tier served."""
 
+    def keep(self, places: Sequence[Place], until: float) -> None:
+        """Let what is there of this chain, given head first, stay at least until a Unix time, within the tier's bounds."""
+
+    def release(self, places: Sequence[Place]) -> None:
+        """Let what is there of this chain, given head first, stay no longer than if it were used now."""
+
     def remove(self, places: Sequence[Place]) -> None:
         """Forget these, if they are there."""
 

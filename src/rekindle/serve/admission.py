@@ -121,6 +121,7 @@ class Admission:
             return Outcome.NO_ROOM
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
         run.start(plan)
+        self._store.used(match)
         if logits is not None:
             run.marks[plan.total] = logits
         self._state.enter(run)

@@ -182,7 +182,10 @@ class Scheduler:
             return {}
         started = time.perf_counter()
         logits = self._engine.forward(batch.work)
-        self._pace.learn(batch.num_decoding, batch.num_prefill, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._pace.learn(batch.num_decoding, batch.num_prefill, seconds)
+        if len(batch.runs) == 1 and batch.num_prefill:
+            self._store.prefill_cost.add(batch.runs[0].read, batch.num_prefill, seconds)
         for run, item in zip(batch.runs, batch.work, strict=True):
             if run.reading:
                 run.prefill_calls += 1

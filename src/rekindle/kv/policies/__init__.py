@@ -14,8 +14,13 @@ POLICIES: dict[str, type[Policy[Any]]] = {policy.name: policy for policy in (LRU
 DEFAULT = Prospect.name
 
 
-def make_policy(name: str, capacity: int) -> Policy[Any]:
-    """The policy of this name for a tier of this capacity. Raises InvalidRequest, with the nearest known name."""
+def check_policy(name: str) -> None:
+    """Raises InvalidRequest for a name that no policy has, with the nearest known one."""
     if name not in POLICIES:
         raise InvalidRequest(f"no policy is called {name!r}{nearest(name, POLICIES)}", param="policy")
+
+
+def make_policy(name: str, capacity: int) -> Policy[Any]:
+    """The policy of this name for a tier of this capacity. Raises InvalidRequest."""
+    check_policy(name)
     return POLICIES[name](capacity)
