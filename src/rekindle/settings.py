@@ -47,7 +47,19 @@ class Settings(BaseModel):
     max_queue: int = Field(256, ge=1, description="requests that may wait; one more is refused")
     block_tokens: int = Field(64, ge=1, description="tokens per stored block")
     min_tokens: int = Field(20, ge=0, description="prompts shorter than this are not stored")
-    store_memory: ByteSize = Field(ByteSize(1 << 30), description="size of the store's memory tier")
+    store_memory: ByteSize | None = Field(
+        None, description="size of the store's memory tier; default: a quarter of the memory that is free at start"
+    )
+    store_policy: Literal["prospect", "gdsf", "lru"] = Field(
+        "prospect", description="which block of memory goes when room is needed"
+    )
+    store_quota: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="most of the store's memory that one cache_salt may have; below 1, all share fairly",
+    )
+    store_pinned: float = Field(0.5, ge=0, le=1, description="most of the store's memory that pins may take")
     store: str = Field("auto", description="folder of the store's disk tier, or none; auto: in the user's cache folder")
     store_disk: ByteSize = Field(ByteSize(20 << 30), description="size of the store's disk tier")
     store_url: str | None = Field(

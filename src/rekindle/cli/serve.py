@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
+from pydantic import ByteSize
 
 from rekindle.cli.refusals import FAILED, complain
 from rekindle.errors import EngineError
@@ -80,11 +81,14 @@ def _is_local(host: str) -> bool:
 
 
 def describe(service: Service) -> str:
-    """Model, engine, cells, threads and KV type, in one line."""
+    """Model, engine, cells, threads, KV type and the store's memory, in one line."""
     from rekindle.lab.machine import usable_cores
 
     threads = service.settings.threads or usable_cores()
+    memory = ByteSize(service.stats().max_bytes).human_readable()
+    share = " (a quarter of what was free)" if service.settings.store_memory is None else ""
     return (
         f"model {service.model_name}, engine {service.health()['engine']}, {service.num_cells} cells, "
-        f"{threads} {'thread' if threads == 1 else 'threads'}, {service.settings.kv_type} KV"
+        f"{threads} {'thread' if threads == 1 else 'threads'}, {service.settings.kv_type} KV, "
+        f"{memory} of memory for stored KV{share}"
     )

@@ -1,4 +1,4 @@
-"""What settings stand for: the engine they describe, and the tiers that stand behind its store's memory."""
+"""What settings stand for: the engine they describe, and its store with all its tiers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
 from rekindle.kv.disk import DiskTier
+from rekindle.kv.store import Store
 from rekindle.kv.tier import Tier
 from rekindle.model.fingerprint import cache_folder
 from rekindle.model.model import Model
 from rekindle.model.spec import ModelSpec
+from rekindle.serve.budget import free_bytes, memory_budget
 from rekindle.settings import Settings
 
 DEFAULT_CELLS = 8192
@@ -48,6 +50,21 @@ def _llama_engine(settings: Settings, model: Model) -> Engine:
         threads=_num_threads(settings),
         kv_type=settings.kv_type,
         max_sequences=_num_sequences(settings),
+    )
+
+
+def open_store(settings: Settings, model: Model, engine: Engine) -> Store:
+    """The store as set. Where no size is, its memory is a share of what is free now, with the model loaded."""
+    memory = settings.store_memory
+    return Store(
+        engine.spec.fingerprint,
+        max_bytes=memory_budget(free_bytes()) if memory is None else memory,
+        block_tokens=settings.block_tokens,
+        tiers=open_tiers(settings, model, engine),
+        policy=settings.store_policy,
+        quota=settings.store_quota,
+        max_pinned_share=settings.store_pinned,
+        bytes_per_token=engine.spec.kv_bytes_per_token,
     )
 
 

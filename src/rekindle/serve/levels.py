@@ -82,7 +82,12 @@ def _version(package: str) -> str:
 def tiers_of(stats: StoreStats) -> list[TierStats]:
     """All tiers, memory first."""
     memory = TierStats(
-        name="memory", blocks=stats.blocks, bytes=stats.bytes, max_bytes=stats.max_bytes, evictions=stats.evictions
+        name="memory",
+        blocks=stats.blocks,
+        bytes=stats.bytes,
+        max_bytes=stats.max_bytes,
+        evictions=stats.evictions,
+        state=stats.state,
     )
     return [memory, *stats.tiers]
 

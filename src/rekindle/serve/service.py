@@ -18,11 +18,11 @@ from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
-from rekindle.kv.store import Fetched, Store
+from rekindle.kv.store import Fetched
 from rekindle.kv.tier import TierStats
 from rekindle.model.model import Model
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.assembly import check_store_url, open_engine, open_tiers
+from rekindle.serve.assembly import check_store_url, open_engine, open_store
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
 from rekindle.serve.metrics import Metrics
@@ -124,13 +124,7 @@ class Service:
         self.num_cells = engine.num_cells
         self.max_tokens = min(engine.num_cells, engine.spec.train_context)  # of one sequence, prompt and answer
         self._engine = engine
-        self._store = Store(
-            engine.spec.fingerprint,
-            max_bytes=settings.store_memory,
-            block_tokens=settings.block_tokens,
-            tiers=open_tiers(settings, model, engine),
-            bytes_per_token=engine.spec.kv_bytes_per_token,
-        )
+        self._store = open_store(settings, model, engine)
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
         for tier in self._store.tiers:
             if isinstance(tier, DiskTier):  # others may have written to the folder; to count a whole network costs more
