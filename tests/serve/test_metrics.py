@@ -257,7 +257,7 @@ def test_levels_are_those_of_engine_and_store(service: Service) -> None:
     assert (found["rekindle_residents"], found["rekindle_resident_tokens"]) == (1, 133)
     assert found["rekindle_tier_blocks{memory}"] == service.stats().blocks > 0
     assert found["rekindle_tier_bytes{memory}"] == service.stats().bytes > 0
-    assert found["rekindle_tier_capacity_bytes{memory}"] == 1 << 30
+    assert found["rekindle_tier_capacity_bytes{memory}"] == service.stats().max_bytes
     assert found["rekindle_tier_up{memory}"] == found["rekindle_worker_up"] == 1
 
 

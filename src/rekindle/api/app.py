@@ -18,6 +18,7 @@ from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
 from rekindle.api.requests import Requests
 from rekindle.api.status import status_router
+from rekindle.api.traces import telemetry
 from rekindle.serve.service import Service
 
 
@@ -28,7 +29,14 @@ def create_app(service: Service) -> FastAPI:
 
     The schema is at /openapi.json. FastAPI's pages for it are left out: they load scripts from the network.
     """
-    app = FastAPI(title="Rekindle", version=rekindle.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Rekindle",
+        version=rekindle.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry=telemetry(service.traces),
+    )
     settings = service.settings
     load = app.state.load = Load(settings)
     app.add_middleware(Door, keys=Keys.load(settings), load=load, max_body_bytes=settings.max_body_bytes)

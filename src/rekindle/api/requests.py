@@ -31,7 +31,7 @@ _log = logging.getLogger("rekindle.access")
 _EXCHANGE = "rekindle.exchange"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-_PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: their lines are for debugging
+PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: their lines are for debugging
 
 
 class Exchange:
@@ -91,7 +91,7 @@ class Exchange:
         if self._written:
             return
         self._written = True
-        is_quiet = self.route in _PROBES and self._status < 400
+        is_quiet = self.route in PROBES and self._status < 400
         level = logging.DEBUG if is_quiet else logging.INFO
         _log.log(level, "answered", extra={"fields": self._fields()})
 

@@ -48,7 +48,14 @@ def sources_of(plan: Plan, fetched: Fetched) -> dict[str, int]:
                     counts[tier] += min(brought, length)
                     length -= min(brought, length)
                 counts["memory"] += length
-    return dict(counts)
+    return {source: count for source, count in counts.items() if count}
+
+
+def fetched_of(run: Run) -> Fetched:
+    """What a request has got from slower tiers."""
+    fetch = run.fetch
+    is_lost = fetch is None or not fetch.done() or fetch.cancelled() or fetch.exception() is not None
+    return Fetched() if fetch is None or is_lost else fetch.result()
 
 
 class Registry(prometheus.CollectorRegistry):
@@ -107,7 +114,7 @@ class Metrics(Observer):
 
     def admitted(self, run: Run, plan: Plan) -> None:
         self._queued.discard(run)
-        clock, fetched = run.clock, _fetched(run)
+        clock, fetched = run.clock, fetched_of(run)
         fetching = max(0.0, clock.fetch_ended - clock.fetch_started)
         self._queue.observe(max(0.0, clock.admitted - clock.submitted - fetching))
         if fetching or any(isinstance(step, Place) for step in plan.steps):
@@ -212,11 +219,6 @@ class Metrics(Observer):
     def mean_duration_seconds(self) -> float:
         """Of complete answers, queueing included."""
         return _mean(self._duration)
-
-
-def _fetched(run: Run) -> Fetched:
-    fetch = run.fetch
-    return Fetched() if fetch is None or not fetch.done() or fetch.cancelled() or fetch.exception() else fetch.result()
 
 
 def _samples(metric: Collector) -> dict[str, float]:

@@ -32,6 +32,7 @@ from rekindle.serve.policies import Policy, policy_named
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
+from rekindle.serve.traces import Traces, open_traces
 from rekindle.serve.transcripts import Transcripts
 from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
@@ -132,6 +133,11 @@ class Service:
         self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
         self._writer.start()
         self.metrics = Metrics()
+        given = next((each for each in observers if isinstance(each, Traces)), None)
+        self.traces = given or open_traces()
+        if self.traces is not None:
+            self.traces.bind(self.model_name)
+            observers = observers if given else [*observers, self.traces]
         scheduler = Scheduler(
             engine,
             self._store,
@@ -182,6 +188,8 @@ class Service:
     def close(self) -> None:
         """Stop the worker; running generations end as cancelled. What slower tiers lack is written."""
         self._worker.stop()
+        if self.traces is not None:
+            self.traces.close()
         self._fetchers.shutdown(cancel_futures=True)
         self._store.close(self.settings.store_flush_seconds)
         self._writer.join()
