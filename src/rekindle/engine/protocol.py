@@ -107,6 +107,9 @@ class Engine(Protocol):
     @property
     def num_free_cells(self) -> int: ...
 
+    def num_own(self, seq: SequenceId) -> int:
+        """Cells that only this sequence sees: what closing it frees."""
+
     def num_held(self, seqs: Iterable[SequenceId]) -> int:
         """Cells that any of these sequences sees."""
 

@@ -138,6 +138,11 @@ class SequenceTable:
         """Cells that any of these sequences sees."""
         return len(set().union(*(self.row(seq).cells for seq in seqs)))
 
+    def num_own(self, seq: SequenceId) -> int:
+        """Cells that only this sequence sees."""
+        cells = np.array(self.row(seq).cells, dtype=np.intp)
+        return int((np.frombuffer(self._references, dtype=np.intc)[cells] == 1).sum())
+
     def num_shared(self, seq: SequenceId, start: int, stop: int) -> int:
         """How many cells of a range other sequences see too."""
         return sum(self._references[cell] > 1 for cell in self.row(seq).cells[start:stop])
@@ -203,6 +208,9 @@ class BookKeeping:
     @property
     def num_free_cells(self) -> int:
         return self._table.num_free_cells
+
+    def num_own(self, seq: SequenceId) -> int:
+        return self._table.num_own(seq)
 
     def num_held(self, seqs: Iterable[SequenceId]) -> int:
         return self._table.num_held(seqs)

@@ -1,12 +1,22 @@
 """Idle sequences that stay in the engine for the next request, and their way to the store.
 
-A finished request leaves its sequence here. The next prompt that begins alike forks it, at any token. When cells or
-sequences run out, or when there is nothing else to do, residents are saved to the store, block by block.
+A finished request leaves its sequence here. The next prompt that begins alike forks it, at any token. When there is
+nothing else to do, residents are saved to the store, block by block; when cells or sequences run out, some leave.
+
+Who leaves first is who is worth least:
+
+    value = own tokens * effort / (1 + age)
+
+Own tokens are those that no other sequence in the engine holds: only these would have to be put back, and only their cells
+become free. The effort is 1 for one that is saved already, and 2 for one that still has to be saved on the spot. The age is
+the number of sequences that were used or came since it was used. Where cells are wanted it is the value per cell that
+counts, so that a large one is not spared for its size; one that would free no cell then stays until the last.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,11 +40,13 @@ class Resident:
     tokens: Tokens
     salt: bytes
     marks: dict[int, Vector]  # sequence length -> logits after it
+    used: int  # when, in uses of any resident
     saved: bool = False  # all of it is in the store
+    spare: bool = False  # worth nothing
 
 
 class Residents:
-    """The idle sequences of one engine, least recently used first."""
+    """The idle sequences of one engine."""
 
     def __init__(self, engine: Engine, store: Store, *, max_residents: int, observer: Observer | None = None) -> None:
         self._engine = engine
@@ -42,6 +54,7 @@ class Residents:
         self._max = max_residents
         self._observer = observer or Observer()
         self._all: list[Resident] = []
+        self._uses = 0
 
     def __len__(self) -> int:
         return len(self._all)
@@ -59,20 +72,22 @@ class Residents:
         return [plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt]
 
     def touch(self, seq: SequenceId) -> Resident | None:
-        """Mark as just used."""
-        for resident in self._all:
-            if resident.seq == seq:
-                self._all.remove(resident)
-                self._all.append(resident)
-                return resident
-        return None
+        """Mark as just used; None if it is none of these."""
+        resident = next((each for each in self._all if each.seq == seq), None)
+        if resident is not None:
+            resident.used = self._use()
+        return resident
+
+    def _use(self) -> int:
+        self._uses += 1
+        return self._uses
 
     def add(self, seq: SequenceId, salt: bytes, marks: dict[int, Vector], *, spare: bool = False) -> None:
         """Take over a sequence. Residents that are a beginning of it are ended, their logits kept.
 
         A spare one is the first to leave the engine.
         """
-        new = Resident(seq, self._engine.tokens(seq), salt, dict(marks))
+        new = Resident(seq, self._engine.tokens(seq), salt, dict(marks), self._use(), spare=spare)
         for old in [r for r in self._all if r.salt == salt and _begins(r.tokens, new.tokens)]:
             new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
             same = len(old.tokens) == len(new.tokens) and set(marks) <= set(old.marks)
@@ -80,20 +95,31 @@ class Residents:
             self._end(old)
         for length in sorted(new.marks)[:-MAX_MARKS]:
             del new.marks[length]
-        self._all.insert(0 if spare else len(self._all), new)
+        self._all.append(new)
         while len(self._all) > self._max:
-            self.evict()
+            self.evict(for_cells=False)
 
-    def evict(self, keep: Iterable[SequenceId] = ()) -> bool:
-        """Save the least recently used to the store and end it. False if there is none but those to keep."""
+    def evict(self, keep: Iterable[SequenceId] = (), *, for_cells: bool = True) -> bool:
+        """Save the one that is worth least to the store and end it. False if there is none but those to keep."""
         kept = set(keep)
-        victim = next((resident for resident in self._all if resident.seq not in kept), None)
-        if victim is None:
+        leaving = [resident for resident in self._all if resident.seq not in kept]
+        if not leaving:
             return False
+        victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
         self._end(victim)
         self._observer.evicted(len(victim.tokens))
         return True
+
+    def _value(self, resident: Resident) -> float:
+        return self._odds(resident) * self._engine.num_own(resident.seq)
+
+    def _value_per_cell(self, resident: Resident) -> float:
+        return self._odds(resident) if self._engine.num_own(resident.seq) else math.inf
+
+    def _odds(self, resident: Resident) -> float:
+        effort = 0 if resident.spare else 1 if resident.saved else 2
+        return effort / (1 + self._uses - resident.used)
 
     def save(self, seq: SequenceId) -> None:
         """Save this one now, if it is still here; it stays."""

@@ -35,7 +35,7 @@ class Room:
     def make_sequence(self, keep: Iterable[SequenceId] = ()) -> bool:
         """Free a sequence; residents to keep don't leave for it."""
         while not self._engine.num_free_sequences:
-            if not self._residents.evict(keep):
+            if not self._residents.evict(keep, for_cells=False):
                 return False
         return True
 
