@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 import rekindle
 from rekindle.api import refusals
 from rekindle.api.answers import Runner
+from rekindle.api.cache import cache_router
 from rekindle.api.chat import chat_router
 from rekindle.api.completions import completions_router
 from rekindle.api.door import Door
@@ -52,6 +53,6 @@ def create_app(service: Service) -> FastAPI:
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
-    for router in [*routers, status_router(service, load), metrics_router(service)]:
+    for router in [*routers, cache_router(runner), status_router(service, load), metrics_router(service)]:
         app.include_router(router)
     return app

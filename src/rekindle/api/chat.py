@@ -78,6 +78,7 @@ async def _generations(service: Service, request: Request, body: ChatRequest) ->
             sampling=body.sampling(service.engine_spec.vocab_size, choice=choice, top_logprobs=top_logprobs),
             stop=body.stops,
             json_schema=body.constraint,
+            pin_seconds=body.pin_seconds,
             ignore_eos=bool(body.ignore_eos),
             priority=body.priority or 0,
             arrived=arrived(request),

@@ -15,6 +15,7 @@ from rekindle.api.door import arrived
 from rekindle.api.keys import caller_of
 from rekindle.api.openai import begun, built
 from rekindle.api.refusals import Json, refusal_of
+from rekindle.api.report import report_of
 from rekindle.api.wire import GenerateRequest
 from rekindle.errors import RekindleError
 from rekindle.serve.request import Done, Generation
@@ -43,7 +44,7 @@ def generate_router(runner: Runner) -> APIRouter:
 
 
 async def _generation(service: Service, request: Request, body: GenerateRequest) -> Generation:
-    salt = caller_of(request).salt()
+    salt = caller_of(request).salt(body.cache_salt)
     prompt, tokenize_ms = await built(len(body.prompt), lambda: service.text_prompt(body.prompt, salt=salt))
     return Generation(
         prompt=prompt,
@@ -54,6 +55,7 @@ async def _generation(service: Service, request: Request, body: GenerateRequest)
         priority=body.priority or 0,
         use_kv_cache=body.use_cache,
         use_prefix_cache=body.use_prefix_cache,
+        pin_seconds=None if body.rekindle is None else body.rekindle.pin,
         arrived=arrived(request),
         tokenize_ms=tokenize_ms,
     )
@@ -75,7 +77,8 @@ async def _stream(body: GenerateRequest, answers: Answers) -> AsyncGenerator[byt
 def _numbers(body: GenerateRequest, done: Done) -> dict[str, Any]:
     usage, timings = done.usage, done.timings
     seconds = timings.total_ms / 1000
-    return {
+    report = report_of(body.rekindle, done)
+    return ({"rekindle": report} if report else {}) | {
         "latency_ms": round(timings.total_ms, 3),
         "tokens_per_sec": round(usage.completion_tokens / seconds, 3) if seconds > 0 else 0.0,
         "cache_enabled": body.use_cache,

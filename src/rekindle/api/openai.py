@@ -19,6 +19,7 @@ from starlette.responses import Response
 from rekindle.api import sse
 from rekindle.api.answers import Answer, Answers, Runner, while_connected
 from rekindle.api.refusals import Json, refusal_of
+from rekindle.api.report import report_of
 from rekindle.api.wire import OpenAIFields
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.serve.request import Done, Generation, Piece
@@ -113,14 +114,10 @@ class Writer:
         }
 
     def _report(self) -> dict[str, Any]:
-        """Plan and timings if asked for; of several choices as a list, in their order."""
-        if self._options is None or not (self._options.plan or self._options.timings):
+        """What was asked to be told of the work; of several choices as a list, in their order."""
+        reports = [report_of(self._options, done) for _, done in sorted(self._ends.items())]
+        if not any(reports):
             return {}
-        reports = []
-        for _, done in sorted(self._ends.items()):
-            plan = {"plan": done.plan.as_dict()} if self._options.plan else {}
-            timings = {"timings": done.timings.as_dict} if self._options.timings else {}
-            reports.append(plan | timings)
         return {"rekindle": reports[0] if len(reports) == 1 else {"choices": reports}}
 
 

@@ -1,12 +1,10 @@
-"""What is kept and how it goes: `/cache/stats`, `/cache/clear`, `/health`, `/ready` and the root.
+"""How the server is: `/health`, `/ready` and the root.
 
 `/health` is for a supervisor: when it says 503 the process is of no use any more and should be started anew. `/ready` is
 for a load balancer: while it says 503, requests should go elsewhere.
 """
 
 from __future__ import annotations
-
-import asyncio
 
 from fastapi import APIRouter
 
@@ -23,6 +21,9 @@ _ROUTES = {
     "generate_stream": "/generate_stream",
     "cache_stats": "/cache/stats",
     "cache_clear": "/cache/clear",
+    "cache_pin": "/cache/pin",
+    "cache_pins": "/cache/pins",
+    "cache_warm": "/cache/warm",
     "health": "/health",
     "ready": "/ready",
     "metrics": "/metrics",
@@ -57,18 +58,5 @@ def status_router(service: Service, load: Load) -> APIRouter:
         if state["queued"] >= service.settings.max_queue:
             return Json({"status": "queue full"}, status_code=503, headers=retry_after(load.until_room()))
         return Json({"status": "ready"})
-
-    @router.get("/cache/stats")
-    async def cache_stats() -> Json:
-        """Reuse by request (hits, misses, hit_rate) and by token (cached_tokens, token_hit_rate), and what is kept."""
-        stats = service.stats()
-        rates = {"hit_rate": round(stats.hit_rate, 4), "token_hit_rate": round(stats.token_hit_rate, 4)}
-        return Json(vars(stats) | rates)
-
-    @router.post("/cache/clear")
-    async def cache_clear() -> Json:
-        """Forget everything that is kept; running requests go on."""
-        await asyncio.to_thread(service.clear_cache)  # the worker may be in the middle of a step
-        return Json({"status": "success", "message": "Prefix cache cleared"})
 
     return router

@@ -9,10 +9,21 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, nearest
+from rekindle.serve.durations import seconds_of
 from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
@@ -59,6 +70,16 @@ def _is_some(value: str) -> str:
     return value
 
 
+def _seconds(value: Any) -> float:
+    """A span of time."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            return seconds_of(value)
+        except InvalidRequest:
+            pass
+    raise PydanticCustomError("invalid_value", "expected a time such as 30s, 10m, 2h, 1d or a number of seconds")
+
+
 def _plain_json(value: dict[str, Any], handler: Any) -> Any:
     """Refuse what Python's JSON reader lets in although it isn't JSON, where no type says so."""
     try:
@@ -84,6 +105,7 @@ Prompts = Annotated[
     Text | Texts | TokenIds | TokenIdLists,
     _expect("text, an array of texts, an array of token ids or an array of such arrays, none of them empty"),
 ]
+Span = Annotated[float, BeforeValidator(_seconds), WithJsonSchema({"type": ["string", "number"]})]
 JsonObject = Annotated[dict[str, Any], WrapValidator(_plain_json)]
 
 
@@ -162,11 +184,24 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
-class RekindleOptions(Wire):
-    """What to tell about the work itself."""
+class Ours(Wire):
+    """Base of what no other API has: a name that is not known is a mistake."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_unknown(cls, value: Any) -> Any:
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                raise InvalidRequest(f"unknown field {name[:40]!r}{nearest(name, cls.model_fields)}", param=name[:40])
+        return value
+
+
+class RekindleOptions(Ours):
+    """What to tell about the work itself, and what to keep of it."""
 
     plan: bool = Field(False, description="which spans of the prompt were reused or computed, and why")
     timings: bool = Field(False, description="where the time went, in milliseconds")
+    pin: Span | None = Field(None, description="keep the KV of prompt and answer for so long: 10m, 2h, or seconds")
 
 
 class OpenAIFields(SamplingFields):
@@ -180,6 +215,10 @@ class OpenAIFields(SamplingFields):
     response_format: ResponseFormat | None = None
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
     rekindle: RekindleOptions | None = None
+
+    @property
+    def pin_seconds(self) -> float | None:
+        return None if self.rekindle is None else self.rekindle.pin
 
     @property
     def num_choices(self) -> int:
@@ -271,3 +310,81 @@ class GenerateRequest(SamplingFields):
     max_new_tokens: int = Field(128, ge=1)
     use_cache: bool = Field(True, description="false: read the whole sequence again for every token")
     use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")
+    cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
+    rekindle: RekindleOptions | None = None
+
+
+MAX_WARMED = 1024  # prompts in one request
+
+
+class PromptFields(Ours):
+    """One prompt, in one of three forms. Messages that don't end with the user's stand for all that may follow."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tokens: TokenIds | None = None
+
+    @property
+    def num_given(self) -> int:
+        return sum(each is not None for each in (self.prompt, self.messages, self.tokens))
+
+    @property
+    def num_characters(self) -> int:
+        """About what there is to tokenise."""
+        texts = [message.for_template()["content"] for message in self.messages or ()]
+        return sum(map(len, texts)) + len(self.prompt or "")
+
+
+class _OnePrompt(PromptFields):
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if self.num_given != 1:
+            expected = "expected one of prompt (text), messages and tokens"
+            raise InvalidRequest(f"{expected}, got {self.num_given or 'none'} of them", param="prompt")
+        return self
+
+
+class PinRequest(_OnePrompt):
+    """`POST /cache/pin`."""
+
+    ttl: Span = Field(description="how long it is kept: 10m, 2h, or seconds")
+    name: Annotated[Str, Field(max_length=200)] | None = Field(None, description="what to call it in /cache/pins")
+    warm: bool = Field(False, description="compute what is not stored, too")
+    cache_salt: Str | None = Field(None, description="the salt of the requests that need it")
+    model: Str | None = None
+
+
+WantedPrompt = Annotated[Text | TokenIds | _OnePrompt, _expect('text, token ids or {"messages": […]}')]
+
+
+class WarmRequest(PromptFields):
+    """`POST /cache/warm`: one prompt or several."""
+
+    prompts: Annotated[list[WantedPrompt], Field(min_length=1, max_length=MAX_WARMED, fail_fast=True)] | None = None
+    cache_salt: Str | None = Field(None, description="the salt of the requests that need it")
+    model: Str | None = None
+
+    @model_validator(mode="after")
+    def _is_some(self) -> Self:
+        if self.num_given + (self.prompts is not None) != 1:
+            raise InvalidRequest("expected one of prompts (an array), prompt, messages and tokens", param="prompts")
+        return self
+
+    @property
+    def wanted(self) -> list[PromptFields]:
+        """Each prompt."""
+        if self.prompts is None:
+            return [self]
+        return [_wanted(each) for each in self.prompts]
+
+
+def _wanted(given: str | list[int] | _OnePrompt) -> PromptFields:
+    if isinstance(given, _OnePrompt):
+        return given
+    return PromptFields(prompt=given) if isinstance(given, str) else PromptFields(tokens=given)
+
+
+class ClearRequest(Ours):
+    """`POST /cache/clear`."""
+
+    scope: Literal["model", "all"] = Field("model", description="what this server's model has, or all models")

@@ -164,5 +164,7 @@ def piped_lines() -> Iterator[str]:
 def _as_table(stats: dict[str, object]) -> Table:
     table = Table(show_header=False, box=None)
     for name, value in stats.items():
+        if isinstance(value, list | tuple):  # of the tiers: `rekindle cache stats` shows them
+            continue
         table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
     return table

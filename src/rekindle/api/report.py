@@ -1,0 +1,30 @@
+"""What a request with `"rekindle": {…}` is told of the work it made, beside its answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rekindle.api.wire import RekindleOptions
+from rekindle.kv.pins import Pin
+from rekindle.serve.request import Done
+
+
+def report_of(options: RekindleOptions | None, done: Done) -> dict[str, Any]:
+    """Plan, timings and pin, as far as they were asked for; empty if nothing was."""
+    if options is None:
+        return {}
+    plan = {"plan": done.plan.as_dict()} if options.plan else {}
+    timings = {"timings": done.timings.as_dict} if options.timings else {}
+    pin = {"pin": pin_as_dict(done.pin)} if done.pin is not None else {}
+    return plan | timings | pin
+
+
+def pin_as_dict(pin: Pin) -> dict[str, Any]:
+    """For the wire."""
+    return {
+        "id": pin.id,
+        "name": pin.name,
+        "tokens": pin.num_tokens,
+        "bytes": pin.num_bytes,
+        "expires_in_seconds": round(pin.expires_in, 1),
+    }
