@@ -213,10 +213,10 @@ def test_clearing_leaves_other_models_unless_asked(disk: tuple[httpx.Client, Ser
     theirs = num_files()
     good(http.post("/cache/warm", json={"prompt": STORY}))
     assert num_files() > theirs > 0
-    assert good(http.post("/cache/clear", json={"scope": "model"}))["scope"] == "model"
+    good(http.post("/cache/clear", json={"scope": "model"}))
     assert num_files() == theirs
     assert cached(http, STORY)[0] == 0
-    assert good(http.post("/cache/clear", json={"scope": "all"}))["scope"] == "all"
+    good(http.post("/cache/clear", json={"scope": "all"}))
     assert num_files() == 0
 
 

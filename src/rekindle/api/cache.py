@@ -48,7 +48,7 @@ def cache_router(runner: Runner) -> APIRouter:
         """Forget everything that is kept of this server's model, or of all models; running requests go on."""
         scope = "model" if body is None else body.scope
         await asyncio.to_thread(service.clear_cache, every_model=scope == "all")  # the worker may be in a step
-        return Json({"status": "success", "message": "Prefix cache cleared", "scope": scope})
+        return Json({"status": "success", "message": "Prefix cache cleared"})
 
     @router.post("/pin")
     async def pin(request: Request, body: PinRequest) -> Json:
