@@ -1,6 +1,7 @@
-"""The generated parts of README.md: commands, settings and measured figures.
+"""The generated parts of README.md and docs/metrics.md: commands, settings, metrics and measured figures.
 
     python -m rekindle.cli.reference README.md              commands and settings
+    python -m rekindle.cli.reference docs/metrics.md        metrics
     rekindle demo --rounds 9 --json > demo.json
     python -m rekindle.cli.reference README.md demo.json    the measured table too
 
@@ -21,6 +22,7 @@ import typer
 
 from rekindle.cli.app import app
 from rekindle.cli.options import default_of, flag_of, values_of
+from rekindle.serve.metric_list import metrics_table
 from rekindle.settings import Settings
 
 
@@ -94,10 +96,11 @@ def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str | None]]) -> 
 
 
 def main(readme: Path, figures: Path | None = None) -> None:
-    """Write the parts into the file."""
+    """Write the parts that the file has into it."""
     text = readme.read_text("utf-8")
-    text = replace_part(text, "commands", commands_table())
-    text = replace_part(text, "settings", settings_table())
+    for name, table in {"commands": commands_table, "settings": settings_table, "metrics": metrics_table}.items():
+        if f"<!-- {name} -->" in text:
+            text = replace_part(text, name, table())
     if figures is not None:
         text = replace_part(text, "measured", measured_table(json.loads(figures.read_text("utf-8"))))
     readme.write_text(text, "utf-8")

@@ -72,6 +72,7 @@ class Metrics(Observer):
 
     def __init__(self) -> None:
         self.registry = Registry()
+        prometheus.ProcessCollector(registry=self.registry)
         self.started = time.time()
         self._ttft = self._histogram("time_to_first_token_seconds")
         self._itl = self._histogram("inter_token_latency_seconds")
