@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rekindle.cli.client import first_key
 from rekindle.cli.talk import Answer, Local, Message, Remote, Talker, Wish
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.settings import Settings
@@ -32,7 +33,7 @@ def run_chat(settings: Settings, wish: Wish, *, url: str | None, system: str | N
     """Chat with a server, or with a model opened here; returns how many messages could not be answered."""
     beginning = opening(system, files)
     if url is not None:
-        remote = Remote(url)
+        remote = Remote(url, key=first_key(settings))
         return _talk(remote, beginning, wish, str(remote.client.get("/health").get("model")))
     from rekindle.serve.service import Service  # here: a chat with a server needs no model library
 

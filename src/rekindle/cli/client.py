@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.settings import Settings
 
 CONNECT_SECONDS = 10.0
 
@@ -25,8 +26,8 @@ class ServerError(RekindleError):
 class Client:
     """One server, by its base URL."""
 
-    def __init__(self, url: str) -> None:
-        """Raises InvalidRequest if this is no http(s) URL."""
+    def __init__(self, url: str, *, key: str | None = None) -> None:
+        """`key` is sent with every request. Raises InvalidRequest if this is no http(s) URL."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._host, self._port = parts.hostname or "", parts.port
@@ -34,6 +35,9 @@ class Client:
             self._host = ""
         if not self._host or parts.scheme not in ("http", "https"):
             raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
 
@@ -70,7 +74,7 @@ class Client:
             connection.connect()
             connection.sock.settimeout(None)  # an answer may take its time
             data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"})
+            connection.request(method, path, data, self._headers)
             response = connection.getresponse()
             if response.status >= 400:
                 raise _refusal(response, self.url)
@@ -79,6 +83,11 @@ class Client:
             raise ServerError(f"cannot talk to {self.url}: {error or type(error).__name__}") from None
         finally:
             connection.close()
+
+
+def first_key(settings: Settings) -> str | None:
+    """The API key to call a server with: the first that the settings name, as `REKINDLE_API_KEY` does."""
+    return settings.api_key[0].get_secret_value() if settings.api_key else None
 
 
 def _json(data: bytes, url: str) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rekindle.cli.background import Running, server_process
+from rekindle.cli.client import first_key
 from rekindle.cli.talk import Answer, Message, Remote, Wish
 from rekindle.cli.village import Question, Village, read_village
 from rekindle.lab.machine import this_machine
+from rekindle.settings import Settings
 
 MAX_TOKENS = 64
 
@@ -58,7 +60,7 @@ def run_demo(url: str | None, *, rounds: int, as_json: bool) -> bool:
     """Run the tour on a server, or on one started for it; print it; return whether all checks passed."""
     village = read_village()
     with nullcontext(_running(url)) if url else server_process() as server:
-        _answer(Remote(server.url, salt=_new_salt()), [_user("Hello.")])  # warm up
+        _answer(_remote(server.url), [_user("Hello.")])  # warm up
         tour = [walk(server.url, village) for _ in range(rounds)]
     problems = [problem for stops in tour for problem in check(stops)]
     if as_json:
@@ -69,21 +71,26 @@ def run_demo(url: str | None, *, rounds: int, as_json: bool) -> bool:
 
 
 def _running(url: str) -> Running:
-    remote = Remote(url)
+    remote = _remote(url)
     health = remote.client.get("/health")
     return Running(remote.client.url, f"model {health.get('model')}, engine {health.get('engine')}")
 
 
+def _remote(url: str) -> Remote:
+    """A talker under a salt that nobody has used, with the environment's API key if there is one."""
+    return Remote(url, salt=_new_salt(), key=first_key(Settings.load()))
+
+
 def walk(url: str, village: Village) -> Round:
     """One round of the tour."""
-    remote = Remote(url, salt=_new_salt())
+    remote = _remote(url)
     first, second, third = choose_questions(village)
     opening = [_user(f"{village.text}\n{first.text}")]
     other = [_user(f"{village.text}\n{second.text}")]
 
     def step(name: str, question: Question, messages: Sequence[Message], cold: Answer | None = None) -> Stop:
         answer = _answer(remote, messages)
-        without = cold or _answer(Remote(url, salt=_new_salt()), messages)
+        without = cold or _answer(_remote(url), messages)
         return Stop(name=name, question=question, answer=answer, without_reuse=without)
 
     cold = step("cold", first, opening)

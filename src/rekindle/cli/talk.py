@@ -140,9 +140,9 @@ def _local_answer(done: Done) -> Answer:
 class Remote:
     """A running server."""
 
-    def __init__(self, url: str, *, salt: str | None = None) -> None:
-        """`salt` keeps this talker's KV apart from everybody else's."""
-        self.client = Client(url)
+    def __init__(self, url: str, *, salt: str | None = None, key: str | None = None) -> None:
+        """`salt` keeps this talker's KV apart from everybody else's; `key` is for a server that wants one."""
+        self.client = Client(url, key=key)
         self._salt = salt
 
     def chat(self, messages: Sequence[Message], wish: Wish) -> Answering:
