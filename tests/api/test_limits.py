@@ -89,6 +89,18 @@ def test_a_request_that_is_quick_enough_hears_nothing_of_the_limit() -> None:
         steps.check_nothing_is_left()
 
 
+def test_a_second_attempt_goes_on_where_the_first_was_given_up() -> None:
+    with stepping(request_timeout=0.5) as (url, steps):
+        steps.let(2)
+        late = httpx.post(url + PLAIN[0], json=PLAIN[1], timeout=60)
+        assert late.status_code == 504
+        steps.let_all()
+        answer = httpx.post(url + PLAIN[0], json=PLAIN[1] | {"max_new_tokens": 2}, timeout=60).json()
+        assert answer["timings"]["suffix_tokens_processed"] == 0
+        assert answer["timings"]["cached_tokens"] == answer["timings"]["total_prompt_tokens"] > 50
+        steps.check_nothing_is_left()
+
+
 # Answers per key.
 
 
