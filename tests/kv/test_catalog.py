@@ -10,7 +10,7 @@ from tests.kv.samples import FINGERPRINT, SIZE, Clock, make_chain, make_tail
 
 from rekindle.errors import StoreError
 from rekindle.kv.block import Block
-from rekindle.kv.catalog import Prune, choose, delete, delete_everything, read_catalog, verify
+from rekindle.kv.catalog import Prune, choose, delete, delete_everything, read_catalog, unpin, verify
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.tier import place_of
 
@@ -187,6 +187,35 @@ def test_pruning_by_age_model_and_holes(bench: Bench) -> None:
     assert chosen(unused_since_ns=now + SECOND, fingerprints=only_other) == {block.key for block in other}
     assert chosen(max_bytes=FILE_BYTES, fingerprints=only_other) == {other[1].key}
     assert chosen(max_bytes=0, orphans=True) == {block.key for block in [*old, young[1], *other]}
+
+
+def test_pins_are_listed_kept_and_ended(bench: Bench) -> None:
+    """Two pins that share their head: the end of one leaves what the other needs."""
+    head = make_chain(1, 2)
+    tails = [make_tail(head[1].key, make_chain(seed, 1)[0].tokens[:2], 2 * SIZE) for seed in (2, 3)]
+    loose = make_chain(9, 2)
+    for chain in ([*head, tails[0]], [*head, tails[1]], loose):
+        bench.put(chain)
+    tier = DiskTier(bench.path, fingerprint=FINGERPRINT, max_bytes=1 << 24, clock=bench.clock)
+    for hours, tail in ((1, tails[0]), (2, tails[1])):
+        tier.keep([place_of(block) for block in [*head, tail]], bench.clock.now + hours * 3600)
+    catalog = read_catalog(bench.path)
+    first, second = catalog.pins(bench.now_ns)
+    assert (first.key, second.key) == (tails[0].key, tails[1].key)
+    assert round((second.used_ns - bench.now_ns) / SECOND) == 7200
+    assert delete(bench.path, choose(catalog, Prune(max_bytes=0), bench.now_ns)) != []
+    assert listed(bench) == [(2 * SIZE + 2, 3)] * 2
+
+    unpin(catalog, second, bench.now_ns)
+    assert [pin.key for pin in read_catalog(bench.path).pins(bench.now_ns)] == [tails[0].key]
+    delete(bench.path, choose(read_catalog(bench.path), Prune(max_bytes=0), bench.now_ns))
+    assert listed(bench) == [(2 * SIZE + 2, 3)]
+
+    (last,) = read_catalog(bench.path).pins(bench.now_ns)
+    unpin(read_catalog(bench.path), last, bench.now_ns)
+    assert read_catalog(bench.path).pins(bench.now_ns) == []
+    delete(bench.path, choose(read_catalog(bench.path), Prune(max_bytes=0), bench.now_ns))
+    assert listed(bench) == []
 
 
 def test_what_was_used_since_it_was_listed_stays(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from tests.kv.samples import Clock
@@ -92,6 +93,19 @@ def test_pins_end(open_llm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     assert llm.pins() == [] and llm.stats().pinned_bytes == 0
     flood(llm)
     assert computed(llm, PROMPTS[0]) > 100
+
+
+def test_pinned_kv_survives_a_restart_through_the_disk(open_llm: Open, tmp_path: Path) -> None:
+    """The folder holds about as much as the memory: what is not pinned has left it too."""
+    folder = {"store": str(tmp_path), "store_disk": MEMORY}
+    first = open_llm(**folder)
+    first.warm(PROMPTS[:2], raw=True)
+    first.pin(PROMPTS[0], ttl="10m", raw=True)
+    flood(first)
+    first.close()
+    second = open_llm(**folder)
+    assert computed(second, PROMPTS[0]) == 0
+    assert computed(second, PROMPTS[1]) > 100
 
 
 def test_an_answer_is_pinned_with_its_prompt(open_llm: Open) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from rekindle.errors import CorruptBlock, StoreError
-from rekindle.kv.folder import File, Folder
+from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder
 from rekindle.kv.format import VERSION, Front, decode, peek
 from rekindle.kv.keys import Key, block_key, tail_key
 from rekindle.kv.tier import place_of
@@ -131,8 +131,33 @@ class Catalog:
         name = self.labels.get(fingerprint, {}).get("name")
         return name if isinstance(name, str) and name else fingerprint.hex()[:12]
 
+    def pins(self, now_ns: int) -> list[Chain]:
+        """The pinned prompts; which end first, first. One that goes on in another is listed too: it has its own end."""
+        pinned = [entry for entry in self.entries if is_pinned(entry, now_ns)]
+        followed = {entry.front.parent for entry in pinned}
+        blocks = {entry.front.key: entry for entry in self.entries if not entry.front.tail}
+        ends = [entry for entry in pinned if entry.front.tail or entry.front.key not in followed]
+        return sorted((Chain(tuple(_way_to(end, blocks))) for end in ends), key=lambda chain: chain.used_ns)
+
     def fingerprints(self) -> list[bytes]:
         return sorted({entry.front.fingerprint for entry in self.entries})
+
+
+def is_pinned(entry: Entry, now_ns: int) -> bool:
+    """A pinned block is marked as used when its pin ends."""
+    return entry.file.used_ns > now_ns + KEPT_NS
+
+
+def unpin(catalog: Catalog, chain: Chain, now_ns: int) -> None:
+    """End a pin: what no other pin names is as if it were used now. Raises StoreError."""
+    others = [other for other in catalog.pins(now_ns) if other.key != chain.key]
+    with told(catalog.path):
+        for index, entry in enumerate(chain.entries):
+            ends = [other.used_ns for other in others if entry in other.entries]
+            mark = max([now_ns, *ends]) - index * STEP_NS
+            if mark < entry.file.used_ns:
+                with suppress(FileNotFoundError):
+                    os.utime(entry.file.path, ns=(mark, mark))
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -329,7 +354,7 @@ def choose(catalog: Catalog, wish: Prune, now_ns: int) -> list[Entry]:
     scope = [
         entry
         for entry in catalog.entries
-        if (wish.fingerprints is None or entry.front.fingerprint in wish.fingerprints) and entry.file.used_ns <= now_ns
+        if (wish.fingerprints is None or entry.front.fingerprint in wish.fingerprints) and not is_pinned(entry, now_ns)
     ]
     if wish.unused_since_ns is None and not wish.orphans and wish.max_bytes is None:
         return _ends_first(scope if wish.fingerprints is not None else [])

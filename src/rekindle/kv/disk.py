@@ -30,7 +30,7 @@ from typing import Any
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.folder import File, Folder, disk_bytes
+from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder, disk_bytes
 from rekindle.kv.format import Buffer, decode, encode_parts, peek, peek_tokens
 from rekindle.kv.keys import Key
 from rekindle.kv.reading import read_files
@@ -38,12 +38,10 @@ from rekindle.kv.slabs import Slabs
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
 from rekindle.tokens import Tokens
 
-_STEP_NS = 1000  # between the marks of a block and its successor, in one use
 _TOUCH_NS = 10 * 10**9  # a mark younger than this is not renewed
 _MAX_VICTIMS = 4096
 _WALK_SHARE = 32  # of the budget: written since the last walk, it asks for another
 _KEPT_SHARE = 2  # of the budget: the most that pinned blocks may take
-_KEPT_NS = 60 * 10**9  # a mark so far in the future is a pin's
 _ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
 _DEAD_WRITER_SECONDS = 600
 _MAX_BACKOFF_SECONDS = 30.0
@@ -166,11 +164,11 @@ class DiskTier:
 
     def keep(self, places: Sequence[Place], until: float) -> None:
         end = int(until * 1e9)
-        self._remark(places, lambda index, used_ns: max(used_ns, end - index * _STEP_NS))
+        self._remark(places, lambda index, used_ns: max(used_ns, end - index * STEP_NS))
 
     def release(self, places: Sequence[Place]) -> None:
         newest = self._newest_mark(len(places))
-        self._remark(places, lambda index, used_ns: min(used_ns, newest - index * _STEP_NS))
+        self._remark(places, lambda index, used_ns: min(used_ns, newest - index * STEP_NS))
 
     def _remark(self, places: Sequence[Place], mark_of: Callable[[int, int], int]) -> None:
         """Give the blocks that are there new marks, by their index and old mark."""
@@ -191,7 +189,7 @@ class DiskTier:
         newest = self._newest_mark(len(chain))
         behind = 0
         for index, (path, used_ns) in reversed(list(enumerate(chain))):
-            mark = newest - index * _STEP_NS
+            mark = newest - index * STEP_NS
             if used_ns is None:
                 behind = mark
             elif used_ns >= max(behind, newest - _TOUCH_NS):
@@ -205,7 +203,7 @@ class DiskTier:
     def _newest_mark(self, length: int) -> int:
         """The mark of the head of a chain of this length, younger by all of it than any that was given."""
         with self._counting:
-            self._last_mark = max(int(self._clock() * 1e9), self._last_mark + (length + 1) * _STEP_NS)
+            self._last_mark = max(int(self._clock() * 1e9), self._last_mark + (length + 1) * STEP_NS)
             return self._last_mark
 
     # Writing.
@@ -217,7 +215,7 @@ class DiskTier:
             known = [_used_ns(path) for path in paths]
             newest = self._mark(list(zip(paths, known, strict=True)))
             for index, (block, path) in enumerate(zip(chain, paths, strict=True)):
-                if known[index] is None and not self._write(path, block, newest - index * _STEP_NS):
+                if known[index] is None and not self._write(path, block, newest - index * STEP_NS):
                     return
             if self._label is not None:
                 self._folder.label(self._fingerprint, self._label)
@@ -265,7 +263,7 @@ class DiskTier:
             self._count(blocks=-1, block_bytes=-victim.num_bytes)
 
     def _is_kept(self, file: File) -> bool:
-        return file.used_ns > self._clock() * 1e9 + _KEPT_NS
+        return file.used_ns > self._clock() * 1e9 + KEPT_NS
 
     def remove(self, places: Sequence[Place]) -> None:
         with self._writing, self._writes.attempt(), self._faults("written"):

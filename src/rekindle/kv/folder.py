@@ -34,6 +34,8 @@ _WRITING = ".writing"
 _PAGE_BYTES = 4096  # what a file system gives out at once, mostly
 _MAX_ASIDE = 16
 _TRIES = 3
+STEP_NS = 1000  # between the marks of a block and its successor, in one use
+KEPT_NS = 60 * 10**9  # a file marked as used so far in the future is pinned until then
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600  # prompts are private
 
 

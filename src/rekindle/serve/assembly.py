@@ -72,13 +72,18 @@ def open_tiers(settings: Settings, model: Model, engine: Engine) -> list[Tier]:
     """The slower tiers as set, the fastest first."""
     tiers: list[Tier] = []
     if _wants_disk(settings):
-        folder = cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
+        folder = store_folder(settings)
         label = _label(settings, model)
         disk = DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk, label=label)
         tiers.append(disk)
     if settings.store_url is not None:
         tiers.append(_network_tier(settings.store_url, settings, engine))
     return tiers
+
+
+def store_folder(settings: Settings) -> Path:
+    """The folder that the disk tier has, or would have."""
+    return cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
 
 
 def _label(settings: Settings, model: Model) -> dict[str, Any]:

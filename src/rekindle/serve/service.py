@@ -39,6 +39,7 @@ from rekindle.settings import Settings
 from rekindle.tokens import as_tokens, common_length
 
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
+_TELL_SECONDS = 0.1  # between reports of progress
 _TWO_WORDS = ("A", "9")  # without a token in common
 
 
@@ -386,15 +387,28 @@ class Service:
         """Pins whose salts begin with `owner`; which end first, first."""
         return self._pinning.all(owner)
 
-    def warm(self, prompt: Prompt) -> Warmed:
+    def warm(self, prompt: Prompt, progress: Callable[[int], object] = lambda computed: None) -> Warmed:
         """Compute a prompt's KV ahead of time, while no request has work, and store it; waits until it is written.
 
-        Raises PromptTooLong, Overloaded, and whatever makes a request fail.
+        `progress` is told now and then how many tokens the engine has computed meanwhile. Raises PromptTooLong,
+        Overloaded, and whatever makes a request fail.
         """
-        for event in self.events(Generation(prompt=prompt, warm=True)):
-            if isinstance(event, Done):
-                return self.warmed(prompt, event)
-        raise AssertionError("no request ends without an event")
+        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        before = self.num_computed
+        ticket = self.submit(Generation(prompt=prompt, warm=True), inbox.put)
+        try:
+            while True:
+                try:
+                    event = inbox.get(timeout=_TELL_SECONDS)
+                except queue.Empty:
+                    progress(self.num_computed - before)
+                    continue
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Done):
+                    return self.warmed(prompt, event)
+        finally:
+            ticket.cancel()
 
     def warmed(self, prompt: Prompt, done: Done) -> Warmed:
         """What came of a generation that was to warm a prompt; waits until it is written to slower tiers."""
