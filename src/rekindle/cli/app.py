@@ -204,6 +204,45 @@ def lab_trace(
     replay_trace(file, capacity, policy, plot)
 
 
+@lab.command("store")
+@guarded
+def lab_store(
+    payload: Annotated[
+        list[int] | None, typer.Option(help="bytes of a block; may be repeated; default: those of four models", min=1)
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="of each size", min=1)] = 64,
+    tier: Annotated[list[str] | None, typer.Option(help="memory, disk or network; may be repeated")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="blocks in the store, for look-ups; may be repeated; 0: none", min=0)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="of all arms of a comparison, in turns", min=1)] = 5,
+    folder: Annotated[Path | None, typer.Option(help="where files are written; default: for temporary files")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="also restore its KV from memory into the engine")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+) -> None:
+    """How fast KV goes in and out of each tier, beside memcpy, dd and redis-py; look-ups as the store grows."""
+    from rekindle.cli.lab import measure_store
+
+    measure_store(payload, blocks, tier, size, rounds, folder, model, plot)
+
+
+@lab.command("restart")
+@guarded
+def lab_restart(
+    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    prompt_tokens: Annotated[int, typer.Option(help="of each prompt, about", min=64)] = 2000,
+    prompts: Annotated[int, typer.Option(help="that each server is asked", min=1)] = 3,
+    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    folder: Annotated[Path | None, typer.Option(help="where KV is written; default: for temporary files")] = None,
+) -> None:
+    """The first token of a long prompt: cold, after a restart, from another server's folder, from Redis."""
+    from rekindle.cli.lab import measure_restart
+
+    measure_restart(model, prompt_tokens, prompts, threads, folder)
+
+
 @lab.command("load")
 @guarded
 def lab_load(

@@ -1,4 +1,4 @@
-"""`rekindle lab model`, `lab trace` and `lab load`: what they show while they work."""
+"""`rekindle lab model`, `trace`, `store`, `restart` and `load`: what they show while they work."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from rekindle.errors import InvalidRequest
 from rekindle.lab.load.run import Wish, make_setup, run_load, workload_named
 from rekindle.lab.load.show import print_report as print_load_report
 from rekindle.lab.models import make_model
+from rekindle.lab.restart import print_report as print_restart_report
+from rekindle.lab.restart import run_restart
+from rekindle.lab.store import PAYLOADS, TIERS, run_store
+from rekindle.lab.store import print_report as print_store_report
+from rekindle.lab.store_lookups import MARKS
 from rekindle.lab.trace import CAPACITIES, print_report, run_trace
 
 
@@ -48,6 +53,51 @@ def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] |
 
         plot_report(report, plot)
     print_report(report, Console())
+
+
+def measure_store(
+    payloads: list[int] | None,
+    num_blocks: int,
+    tiers: list[str] | None,
+    sizes: list[int] | None,
+    rounds: int,
+    folder: Path | None,
+    model: str | None,
+    plot: Path | None,
+) -> None:
+    """Measure, with a progress bar; then tables, the plot if one is wanted, and one line of JSON."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("store", total=None)
+        report = run_store(
+            payloads=payloads or PAYLOADS,
+            num_blocks=num_blocks,
+            tiers=tiers or TIERS,
+            rounds=rounds,
+            marks=MARKS if sizes is None else [size for size in sizes if size],
+            folder=folder,
+            model=model,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    if plot is not None:
+        from rekindle.lab.store_plot import plot_report
+
+        plot_report(report, plot)
+    print_store_report(report, Console())
+
+
+def measure_restart(model: str, prompt_tokens: int, prompts: int, threads: int | None, folder: Path | None) -> None:
+    """Measure, saying which server is asked; then a table and one line of JSON."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("restart", total=None)
+        report = run_restart(
+            model,
+            prompt_tokens=prompt_tokens,
+            prompts=prompts,
+            threads=threads,
+            folder=folder,
+            progress=lambda what: bar.update(task, description=what),
+        )
+    print_restart_report(report, Console())
 
 
 def load_test(

@@ -62,12 +62,12 @@ T = TypeVar("T")
 
 
 @contextmanager
-def rekindle_server(setup: Setup) -> Iterator[Server]:
-    """`rekindle serve`; without a disk tier, unless the environment names one. Raises ServerError."""
+def rekindle_server(setup: Setup, **variables: str) -> Iterator[Server]:
+    """`rekindle serve`, with these environment variables; without a disk tier, unless one is named. Raises ServerError."""
     command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--model", str(setup.model), "--threads", str(setup.threads), "--context", str(setup.context)]
     command += ["--max-running", str(setup.parallel)]
-    environment = {"REKINDLE_STORE": "none"} | os.environ
+    environment = {"REKINDLE_STORE": "none"} | os.environ | variables
     with _process(command, environment) as started:
         url = started.first(_LISTENS)
         kernels = kernels_of(llama_cpp.llama_print_system_info().decode())
