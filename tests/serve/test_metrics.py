@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -23,7 +24,7 @@ from rekindle.reuse.plan import Compute, Fork, Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.metric_list import METRICS, PREFIX
 from rekindle.serve.metrics import OUTCOMES, SOURCES, Metrics, Rate, sources_of
-from rekindle.serve.request import Generation, Sampling
+from rekindle.serve.request import Generation, Sampling, request_id
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 from rekindle.tokens import as_tokens
@@ -314,3 +315,44 @@ def test_scrapes_during_load_lose_nothing_and_never_go_back(service: Service) ->
     prompt_tokens = sum(value for name, value in last.items() if name.startswith("rekindle_prompt_tokens_total"))
     assert prompt_tokens == num_callers * num_requests * 30
     assert last["rekindle_time_to_first_token_seconds_count"] == num_callers * num_requests
+
+
+# What is logged on the worker's thread.
+
+
+def test_a_dying_worker_names_the_requests_it_leaves(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    def die(*told: object) -> None:
+        raise SystemError("made to fail")
+
+    token = request_id.set("left-alone")
+    try:
+        service._engine.forward = die  # type: ignore[method-assign,assignment]
+        events: list[object] = []
+        service.submit(Generation(prompt=service.token_prompt(list(range(10, 50)))), events.append)
+    finally:
+        request_id.reset(token)
+    service._worker._thread.join(10)
+    (record,) = [record for record in caplog.records if record.getMessage() == "the worker failed"]
+    assert record.__dict__["fields"] == {"request_ids": "left-alone"}
+
+
+def test_a_line_about_a_request_is_logged_in_its_context(service: Service) -> None:
+    found: list[str] = []
+
+    class Ids(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(request_id.get())
+
+    def fail(event: object) -> None:
+        raise ValueError("made to fail")
+
+    logger, handler = logging.getLogger("rekindle.serve.run"), Ids()
+    logger.addHandler(handler)
+    token = request_id.set("broken-sink")
+    try:
+        service.submit(Generation(prompt=service.token_prompt(list(range(10, 50))), max_tokens=3), fail)
+    finally:
+        request_id.reset(token)
+    service.close()
+    logger.removeHandler(handler)
+    assert found and set(found) == {"broken-sink"}

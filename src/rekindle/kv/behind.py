@@ -17,6 +17,7 @@ from threading import Condition
 
 from rekindle.errors import TierUnavailable
 from rekindle.kv.block import Block
+from rekindle.kv.outages import Outages
 from rekindle.kv.tier import Place, Tier
 
 _PLACE_BYTES = 256  # that a place in the queue takes, about
@@ -44,7 +45,7 @@ class Behind:
         self._queue: deque[_Job] = deque()
         self._changed = Condition()
         self._closed = False
-        self._failing: set[str] = set()  # names of tiers whose failure has been logged
+        self._outages = Outages("written to")
 
     def offer(self, chain: Sequence[Block], tiers: Sequence[Tier] | None = None) -> bool:
         """Queue the blocks of one chain, given head first, for these tiers or all. False if not all found room.
@@ -145,16 +146,11 @@ class Behind:
             self._write_to(tier, chain)
 
     def _write_to(self, tier: Tier, chain: Sequence[Block]) -> None:
-        """A tier that fails is logged once, until it works again."""
         try:
             tier.put(chain)
         except TierUnavailable as error:
-            if tier.name not in self._failing:
-                self._failing.add(tier.name)
-                _log.warning("the %s tier cannot be written to, requests go on without it: %s", tier.name, error)
+            self._outages.failed(tier.name, error)
         except Exception:
             _log.exception("writing to the %s tier failed", tier.name)
         else:
-            if tier.name in self._failing:
-                self._failing.remove(tier.name)
-                _log.info("the %s tier can be written to again", tier.name)
+            self._outages.worked(tier.name)

@@ -32,6 +32,7 @@ from rekindle.kv.behind import Behind
 from rekindle.kv.block import Block
 from rekindle.kv.keys import TOKEN_BYTES, Key, chain, chain_keys, root_key, tail_key, token_bytes
 from rekindle.kv.memory import MemoryTier
+from rekindle.kv.outages import Outages
 from rekindle.kv.pins import ExpectedSizes, Held, Pin, Pins, check_seconds, pin_id
 from rekindle.kv.policies import DEFAULT
 from rekindle.kv.speed import PrefillCost, Speed
@@ -120,6 +121,7 @@ class Store:
         self._pins = Pins(int(max_bytes * max_pinned_share), max_owner_bytes=int(max_bytes * max_pinned_share * quota))
         self._memory = MemoryTier(max_bytes, policy=policy, quota=quota, pins=self._pins, cost=self._cost)
         self._roots: dict[bytes, Key] = {}
+        self._outages = Outages("read from")
         self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
         self._lock = threading.Lock()
 
@@ -300,8 +302,11 @@ class Store:
             tail = self._read_tail(tier, places[end - 1].key if end else root, tokens[end * size :])
             if tail is not None and tail.position == end * size:
                 blocks.append(tail)
-        except TierUnavailable:
-            pass  # the tier counts its faults; what came before is good
+        except TierUnavailable as error:
+            self._outages.failed(tier.name, error)  # what came before is good
+        else:
+            if places[known:]:  # or else it was asked for nothing
+                self._outages.worked(tier.name)
         with self._lock:  # as one chain, so that its head is what stays if not all of it fits
             here = [block for place in places[:known] if (block := self._memory.get(place.key)) is not None]
             if len(here) == known:

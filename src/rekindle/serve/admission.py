@@ -113,7 +113,7 @@ class Admission:
         try:
             restored = self._restore(run, plan, match, victims)
         except EngineError as error:
-            _log.warning("stored KV cannot be used and is computed again: %s", error)
+            run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
             self._store.clear_memory()
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
             restored = self._restore(run, plan, Match((), 0, None), victims)

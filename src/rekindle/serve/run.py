@@ -185,7 +185,7 @@ class Run:
         try:
             self.sink(event)
         except Exception:
-            _log.exception("a request's sink failed; the request is cancelled")
+            self.context.run(_log.exception, "a request's sink failed; the request is cancelled")
             self.cancelled = True
 
     def _timings(self) -> Timings:

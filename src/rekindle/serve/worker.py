@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rekindle.errors import EngineError, Overloaded, Stopping
+from rekindle.serve.request import request_id
 from rekindle.serve.run import Run
 from rekindle.serve.scheduler import Scheduler
 from rekindle.serve.state import Counts
@@ -116,7 +117,9 @@ class Worker:
                     if step.idle and not self._scheduler.residents.save_one():
                         self._inbox_wait()
         except BaseException as error:  # of whatever kind: a thread that is gone answers nobody
-            _log.exception("the worker failed")
+            under_way = (*self._scheduler.waiting, *self._scheduler.running)
+            ids = " ".join(name for run in under_way if (name := run.context.get(request_id, "")))
+            _log.exception("the worker failed", extra={"fields": {"request_ids": ids}})
             self.failure = error
             self._scheduler.abandon(self._failed())
         finally:
