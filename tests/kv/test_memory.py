@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -52,14 +53,32 @@ CHAIN = same(1, 3)
 ONE = CHAIN[0].num_bytes
 
 
+def tier_of(num_bytes: int, **options: Any) -> MemoryTier:
+    return MemoryTier(num_bytes, block_tokens=SIZE, **options)
+
+
+def found(tier: MemoryTier, blocks: Sequence[Block]) -> int:
+    """Blocks at the beginning of a chain that are there."""
+    keys, here = tier.longest(blocks[0].parent, b"".join(block.tokens.tobytes() for block in blocks))
+    assert keys == keys_of(here) == keys_of(blocks[: len(here)])
+    assert len(here) == sum(block.key in tier for block in blocks)
+    assert all(tier.get(key) is block for key, block in zip(keys, here, strict=True))
+    return len(here)
+
+
+def put(tier: MemoryTier, blocks: Sequence[Block], *, fetched: bool = False, now: float = 0.0) -> None:
+    known = found(tier, blocks)
+    here = [tier.get(block.key) or block for block in blocks[:known]]
+    tier.put(blocks[0].parent, here, blocks[known:], fetched=fetched, now=now)
+
+
 def request(tier: MemoryTier, blocks: Sequence[Block]) -> int:
     """Use what is there of a chain and store it all; returns how many blocks were there."""
-    found = next((index for index, block in enumerate(blocks) if tier.get(block.key) is None), len(blocks))
-    root = blocks[0].parent
-    tier.hit(root, keys_of(blocks[:found]))
-    tier.put(root, blocks)
+    known = found(tier, blocks)
+    tier.hit(blocks[0].parent, keys_of(blocks[:known]))
+    put(tier, blocks)
     tier.check_integrity()
-    return found
+    return known
 
 
 def stored(tier: MemoryTier, blocks: Sequence[Block]) -> int:
@@ -69,42 +88,42 @@ def stored(tier: MemoryTier, blocks: Sequence[Block]) -> int:
 @pytest.mark.parametrize("policy", POLICIES)
 class TestUnderEveryPolicy:
     def test_it_keeps_what_fits(self, policy: str) -> None:
-        tier = MemoryTier(6 * ONE, policy=policy)
+        tier = tier_of(6 * ONE, policy=policy)
         for name in (1, 2):
             request(tier, same(name, 3))
         assert (len(tier), tier.num_bytes, tier.evictions) == (6, 6 * ONE, 0)
         assert [tier.get(block.key) for block in CHAIN] == [tier.get(key) for key in keys_of(CHAIN)]
 
     def test_it_keeps_its_budget_and_whole_chains(self, policy: str) -> None:
-        tier = MemoryTier(5 * ONE, policy=policy)
+        tier = tier_of(5 * ONE, policy=policy)
         for name in range(20):
             request(tier, same(name, 3))
         assert len(tier) == 5
         assert tier.evictions == 55
 
     def test_what_is_too_large_for_it_goes_from_the_tail(self, policy: str) -> None:
-        tier = MemoryTier(5 * ONE, policy=policy)
-        tier.put(ROOT, same(1, 20))
+        tier = tier_of(5 * ONE, policy=policy)
+        put(tier, same(1, 20))
         tier.check_integrity()
         assert stored(tier, same(1, 5)) == 5
         assert tier.state == "ok"
 
     def test_a_block_too_large_for_it_is_said(self, policy: str) -> None:
-        tier = MemoryTier(ONE - 1, policy=policy)
-        tier.put(ROOT, CHAIN)
+        tier = tier_of(ONE - 1, policy=policy)
+        put(tier, CHAIN)
         assert len(tier) == tier.num_bytes == 0
         assert tier.state == f"too small: it has {ONE - 1:,} bytes, and a block takes up to {ONE:,}"
 
     def test_what_is_used_often_outlives_a_scan(self, policy: str) -> None:
         """Prompts that come once, one of which comes between any two of the scan."""
-        tier = MemoryTier(8 * ONE, policy=policy)
+        tier = tier_of(8 * ONE, policy=policy)
         for name in range(2, 40):
             request(tier, CHAIN)
             request(tier, same(name, 2))
         assert request(tier, CHAIN) == 3
 
     def test_clear_forgets_everything(self, policy: str) -> None:
-        tier = MemoryTier(9 * ONE, policy=policy)
+        tier = tier_of(9 * ONE, policy=policy)
         pins = tier._pins
         for name in range(5):
             request(tier, same(name, 3))
@@ -116,8 +135,8 @@ class TestUnderEveryPolicy:
 
     def test_what_is_pinned_stays_with_what_it_follows(self, policy: str) -> None:
         pins = Pins(4 * ONE)
-        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
-        tier.put(ROOT, CHAIN)
+        tier = tier_of(4 * ONE, policy=policy, pins=pins)
+        put(tier, CHAIN)
         pin(pins, tier, CHAIN)
         for name in range(2, 20):
             request(tier, same(name, 2))
@@ -130,19 +149,19 @@ class TestUnderEveryPolicy:
 
     def test_what_is_pinned_before_it_comes_stays(self, policy: str) -> None:
         pins = Pins(4 * ONE)
-        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
+        tier = tier_of(4 * ONE, policy=policy, pins=pins)
         pin(pins, tier, CHAIN)
         for name in range(2, 20):
             request(tier, same(name, 2))
-        tier.put(ROOT, CHAIN)
+        put(tier, CHAIN)
         for name in range(2, 20):
             request(tier, same(name, 2))
             assert stored(tier, CHAIN) == 3
 
     def test_a_block_that_follows_a_pinned_one_may_go(self, policy: str) -> None:
         pins = Pins(4 * ONE)
-        tier = MemoryTier(4 * ONE, policy=policy, pins=pins)
-        tier.put(ROOT, CHAIN)
+        tier = tier_of(4 * ONE, policy=policy, pins=pins)
+        put(tier, CHAIN)
         pin(pins, tier, CHAIN[:1])
         for name in range(2, 20):
             request(tier, same(name, 4))
@@ -150,10 +169,10 @@ class TestUnderEveryPolicy:
         assert stored(tier, CHAIN) == 1
 
     def test_what_was_fetched_stays_until_it_is_used(self, policy: str) -> None:
-        tier = MemoryTier(12 * ONE, policy=policy)
+        tier = tier_of(12 * ONE, policy=policy)
         chain = same(1, 5)
         request(tier, chain[:2])
-        tier.put(ROOT, chain, num_known=2)
+        put(tier, chain, fetched=True)
         for name in range(2, 20):
             request(tier, same(name, 5))
             assert stored(tier, chain) == 5
@@ -164,34 +183,34 @@ class TestUnderEveryPolicy:
         assert stored(tier, chain) < 5
 
     def test_what_was_fetched_and_never_used_goes_after_a_minute(self, policy: str) -> None:
-        tier = MemoryTier(12 * ONE, policy=policy)
-        tier.put(ROOT, same(1, 5), num_known=0, now=1000.0)
+        tier = tier_of(12 * ONE, policy=policy)
+        put(tier, same(1, 5), fetched=True, now=1000.0)
         for name in range(2, 60):
-            tier.put(ROOT, same(name, 5), now=1000.0 + name)
+            put(tier, same(name, 5), now=1000.0 + name)
             tier.hit(ROOT, keys_of(same(name, 5)))
             tier.check_integrity()
             assert stored(tier, same(1, 5)) == 5
         for name in range(60, 200):
-            tier.put(ROOT, same(name, 5), now=1000.0 + name)
+            put(tier, same(name, 5), now=1000.0 + name)
             tier.hit(ROOT, keys_of(same(name, 5)))
         assert stored(tier, same(1, 5)) < 5
 
     def test_a_request_that_waited_for_its_blocks_uses_them_once(self, policy: str) -> None:
         """What was there before is hit; what was fetched for it is stored, and that is its use."""
-        tier = MemoryTier(100 * ONE, policy=policy)
+        tier = tier_of(100 * ONE, policy=policy)
         hits: list[int] = []
         share = tier._shares.of(ROOT)
         hit = share.policy.hit
         share.policy.hit = lambda chain: (hits.append(len(chain)), hit(chain))[1]  # type: ignore[method-assign]
         chain = same(1, 5)
-        tier.put(ROOT, chain[:2])
-        tier.put(ROOT, chain, num_known=2)
+        put(tier, chain[:2])
+        put(tier, chain, fetched=True)
         tier.hit(ROOT, keys_of(chain))
         tier.hit(ROOT, keys_of(chain))
         assert hits == [2, 5]
 
     def test_with_quotas_one_tenant_cannot_flush_another(self, policy: str) -> None:
-        tier = MemoryTier(20 * ONE, policy=policy, quota=0.75)
+        tier = tier_of(20 * ONE, policy=policy, quota=0.75)
         mine = [same(name, 3, OTHER) for name in range(3)]
         for blocks in mine:
             request(tier, blocks)
@@ -202,13 +221,13 @@ class TestUnderEveryPolicy:
         assert len(tier) == 20
 
     def test_a_quota_holds_though_there_is_room(self, policy: str) -> None:
-        tier = MemoryTier(20 * ONE, policy=policy, quota=0.5)
+        tier = tier_of(20 * ONE, policy=policy, quota=0.5)
         for name in range(10):
             request(tier, same(name, 4))
         assert len(tier) == 10
 
     def test_without_quotas_one_may_have_it_all(self, policy: str) -> None:
-        tier = MemoryTier(20 * ONE, policy=policy)
+        tier = tier_of(20 * ONE, policy=policy)
         request(tier, same(1, 3, OTHER))
         for name in range(50):
             request(tier, same(name, 4))
@@ -217,22 +236,23 @@ class TestUnderEveryPolicy:
         assert len(tier) == 20
 
     def test_all_who_want_more_end_up_with_equally_much(self, policy: str) -> None:
-        tier = MemoryTier(30 * ONE, policy=policy, quota=0.9)
+        tier = tier_of(30 * ONE, policy=policy, quota=0.9)
         roots = [digest(b"root", bytes([number])) for number in range(3)]
         for name in range(40):
             for number, root in enumerate(roots):
                 for _ in range(1 + 3 * number):
                     request(tier, same(100 * number + name, 2, root))
                     name += 1000
-        counts = [sum(block.key in tier._blocks and tier._root(block) == root for block in tier._blocks.values())
-                  for root in roots]  # fmt: skip
+        owners = [tier._root(block) for block in tier._tree]
+        counts = [owners.count(root) for root in roots]
         assert max(counts) - min(counts) <= 2, counts
 
     def test_many_owners_cost_little_each(self, policy: str) -> None:
         """Beyond a few hundred, shares are under LRU, and a share that has lost its last block is gone."""
-        tier = MemoryTier(400 * ONE, policy=policy, quota=0.5)
+        tier = tier_of(400 * ONE, policy=policy, quota=0.5)
         for number in range(1000):
-            tier.put(root := digest(b"root", number.to_bytes(4, "little")), same(1, 1, root))
+            root = digest(b"root", number.to_bytes(4, "little"))
+            put(tier, same(1, 1, root))
         tier.check_integrity()
         assert len(list(tier._shares)) == len(tier) == 400
         assert policy == "lru" or 255 <= sum(share.policy.name == policy for share in tier._shares) <= 256
@@ -242,7 +262,7 @@ class TestUnderEveryPolicy:
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="did you mean 'prospect'"):
-        MemoryTier(100, policy="prospekt")
+        tier_of(100, policy="prospekt")
 
 
 class Histories(RuleBasedStateMachine):
@@ -259,17 +279,16 @@ class Histories(RuleBasedStateMachine):
     )
     def start(self, num_fitting: int, policy: str, quota: float, pinned: float) -> None:
         self.pins = Pins(int(num_fitting * ONE * pinned))
-        self.tier = MemoryTier(num_fitting * ONE, policy=policy, quota=quota, pins=self.pins)
+        self.tier = tier_of(num_fitting * ONE, policy=policy, quota=quota, pins=self.pins)
         self.now = 0.0
         self.pinned: dict[str, list[Block]] = {}
 
     @rule(path=paths, root=roots, fetched=st.booleans())
     def put(self, path: list[int], root: Key, fetched: bool) -> None:
         blocks = chain_of(path, root)
-        known = next((at for at, block in enumerate(blocks) if self.tier.get(block.key) is None), len(blocks))
         before = self.staying()
-        self.tier.put(root, blocks, now=self.now, num_known=known if fetched else None)
-        assert before <= set(self.tier._blocks)
+        put(self.tier, blocks, now=self.now, fetched=fetched)
+        assert before <= self.staying()
 
     @rule(path=paths, root=roots)
     def hit(self, path: list[int], root: Key) -> None:
@@ -308,7 +327,7 @@ class Histories(RuleBasedStateMachine):
     def staying(self) -> set[Key]:
         """All that is there and pinned; sizes are as expected here, so each pin holds all that it names."""
         named = {block.key for blocks in self.pinned.values() for block in blocks}
-        return named & set(self.tier._blocks)
+        return {key for key in named if key in self.tier}
 
 
 TestHistories = Histories.TestCase
@@ -317,7 +336,7 @@ TestHistories.settings = settings(max_examples=150, stateful_step_count=40, dead
 
 @given(st.integers(0, 8), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=25))
 def test_lru_is_the_naive_one(num_fitting: int, requests: list[list[int]]) -> None:
-    tier = MemoryTier(num_fitting * ONE, policy="lru")
+    tier = tier_of(num_fitting * ONE, policy="lru")
     naive: list[Key] = []  # oldest first
     for path in requests:
         blocks = chain_of(path)
@@ -325,17 +344,18 @@ def test_lru_is_the_naive_one(num_fitting: int, requests: list[list[int]]) -> No
         for key in reversed(keys_of(blocks)):
             naive = [each for each in naive if each != key] + [key]
         naive = naive[max(0, len(naive) - num_fitting) :]
-        assert set(naive) == set(tier._blocks)
+        assert set(naive) == set(keys_of(list(tier._tree)))
 
 
 def test_the_recount_sees_a_wrong_sum_and_a_hole() -> None:
-    tier = MemoryTier(10 * ONE)
-    tier.put(ROOT, CHAIN)
+    tier = tier_of(10 * ONE)
+    put(tier, CHAIN)
     tier.num_bytes += 1
     with pytest.raises(AssertionError):
         tier.check_integrity()
     tier.num_bytes -= 1
     tier.check_integrity()
-    tier._change(tier._shares.of(ROOT), CHAIN[1].key, None)
-    with pytest.raises(AssertionError, match="hole"):
+    run = tier._tree._runs[CHAIN[0].key]
+    del run.keys[1], run.blocks[1], tier._tree._runs[CHAIN[1].key]
+    with pytest.raises(AssertionError):
         tier.check_integrity()

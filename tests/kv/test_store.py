@@ -226,15 +226,13 @@ def test_a_tail_is_kept_though_a_later_block_is_missing() -> None:
     assert match.length == 5 and match.logits is not None
 
 
-def test_writing_a_key_again_counts_the_difference() -> None:
-    store, tokens = new_store(), as_tokens(range(4))
+def test_what_is_there_is_not_written_again() -> None:
+    store, tokens = new_store(), as_tokens(range(6))
     for size in (100, 5000, 40):
-        store.put(tokens, {0: memoryview(bytes(size))})
+        store.put(tokens, {0: memoryview(bytes(size))}, tails=[(6, memoryview(bytes(size)), logits_of(b"", range(6)))])
         store.check_integrity()
-        (block,) = store.match(tokens).blocks
-        assert block.payload.nbytes == size
-        assert store.stats().bytes == block.num_bytes
-    assert store.stats().blocks == 1
+        assert [block.payload.nbytes for block in store.match(tokens).blocks] == [100, 100]
+    assert store.stats().blocks == 2
 
 
 def test_what_does_not_fit_at_all_is_not_kept() -> None:

@@ -7,6 +7,7 @@ decides what is admitted, too.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -16,6 +17,7 @@ from rekindle.kv.keys import Key
 from rekindle.kv.pins import Pins
 from rekindle.kv.policies import DEFAULT
 from rekindle.kv.shares import Share, Shares
+from rekindle.kv.tree import Tree
 
 MAX_TAILS = 256  # of one parent that are looked into
 
@@ -33,6 +35,7 @@ class MemoryTier:
         self,
         max_bytes: int,
         *,
+        block_tokens: int,
         policy: str = DEFAULT,
         quota: float = 1.0,
         pins: Pins | None = None,
@@ -42,9 +45,10 @@ class MemoryTier:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.evictions = 0
-        self._blocks: dict[Key, Block] = {}
-        self.get: Callable[[Key], Block | None] = self._blocks.get  # without counting a use; called for every block
-        self._tails: dict[Key, dict[Key, None]] = {}  # parent -> its tails, oldest first
+        self._block_tokens = block_tokens
+        self._tree = Tree(block_tokens)  # whole blocks
+        self._tails: dict[Key, Block] = {}
+        self._tails_of: dict[Key, dict[Key, None]] = {}  # parent -> its tails, oldest first
         self._pins = Pins(0) if pins is None else pins
         self._awaited = Awaited((max_bytes - self._pins.max_bytes) // 2)
         self._staying = _Staying(self._pins, self._awaited)
@@ -53,7 +57,18 @@ class MemoryTier:
         self._largest = 0  # bytes of a block that was put
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._tree) + len(self._tails)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tree or key in self._tails
+
+    def get(self, key: Key) -> Block | None:
+        """A block or tail; no use of it."""
+        return self._tails.get(key) or self._tree.get(key)
+
+    def longest(self, root: Key, written: bytes) -> tuple[list[Key], list[Block]]:
+        """Keys and blocks of the longest beginning of a prompt, given as `token_bytes`; no use of them."""
+        return self._tree.longest(root, written)
 
     @property
     def policy(self) -> str:
@@ -69,27 +84,40 @@ class MemoryTier:
 
     def tails(self, parent: Key) -> list[Block]:
         """The newest tails that follow a block (or a root)."""
-        newest = islice(reversed(self._tails.get(parent, {})), MAX_TAILS)
-        return [self._blocks[key] for key in newest]
+        newest = islice(reversed(self._tails_of.get(parent, {})), MAX_TAILS)
+        return [self._tails[key] for key in newest]
 
-    def put(self, root: Key, chain: Sequence[Block], *, now: float = 0.0, num_known: int | None = None) -> None:
-        """Add the blocks of one chain, head first, tails last, and make room; some of these may go again at once.
+    def put(
+        self,
+        root: Key,
+        known: Sequence[Block],
+        new: Sequence[Block],
+        *,
+        now: float = 0.0,
+        fetched: bool = False,
+    ) -> None:
+        """Add what is new of one chain, head first, tails last, and make room; some of it may go again at once.
 
-        Where another block has the same key, the chain ends: what follows would be found after the wrong tokens. With
-        `num_known`, they were fetched for a request, all but so many, and stay until it uses them.
+        `known` are the stored blocks that it begins with. A block of which the key is known elsewhere ends the chain: what
+        follows would be found after the wrong tokens. What was fetched for a request stays until that uses it.
         """
         share = self._shares.of(root)
-        chain = self._added(share, chain)
-        self._tell(share, chain)
+        whole, tails = self._fitting(new)
+        sizes = [block.num_bytes for block in (*whole, *tails)]
+        if sizes:
+            self._add(share, root, known[-1].key if known else root, whole, tails, sizes)
+            self._tell(share, [block.key for block in known], whole, tails, sizes)
         self._shares.changed(share)
-        if num_known is not None:
-            self._awaited.add(chain, num_known, now)
+        if fetched:
+            self._awaited.add([*known, *whole, *tails], len(known), now)
         self._make_room(share, now)
 
     def hit(self, root: Key, chain: Sequence[Key]) -> None:
         """A request uses these, given head first; some may have gone since they were looked up."""
         known = self._awaited.used(chain)
-        found = next((index for index, key in enumerate(chain) if key not in self._blocks), len(chain))
+        found = len(chain)
+        if found and chain[-1] not in self:  # chains die from the tail
+            found = bisect_left(chain, True, key=lambda key: key not in self)
         if found and known:
             self._shares.of(root).policy.hit(chain[: min(found, known)])
 
@@ -97,60 +125,70 @@ class MemoryTier:
         """Forget all blocks, and what was learned of them."""
         for share in list(self._shares):
             while (key := share.policy.evict()) is not None:
-                self._change(share, key, None)
+                self._remove(share, key)
         self._shares.clear()
         self._awaited.clear()
 
     def check_integrity(self) -> None:
         """Recount. Raises AssertionError."""
-        sizes = {key: block.num_bytes for key, block in self._blocks.items()}
+        self._tree.check_integrity()
+        blocks = [*self._tree, *self._tails.values()]
+        sizes = {block.key: block.num_bytes for block in blocks}
+        assert len(sizes) == len(blocks) == len(self)
         assert self.num_bytes == sum(sizes.values())
-        assert all(key == block.key for key, block in self._blocks.items())
-        tails = {key for keys in self._tails.values() for key in keys}
-        assert tails == {key for key, block in self._blocks.items() if block.logits is not None}
-        assert all(self._tails.values()), "an empty set of tails"
-        assert all(block.position == 0 or block.parent in self._blocks for block in self._blocks.values()), "a hole"
+        assert all(key == tail.key and tail.logits is not None for key, tail in self._tails.items())
+        assert all(block.logits is None for block in self._tree)
+        assert {key for keys in self._tails_of.values() for key in keys} == self._tails.keys()
+        assert all(self._tails_of.values()), "an empty set of tails"
         by_root: dict[Key, int] = {}
-        for block in self._blocks.values():
+        for block in blocks:
             root = self._root(block)
             by_root[root] = by_root.get(root, 0) + block.num_bytes
         self._shares.check_integrity(by_root)
-        assert sum(len(share.policy) for share in self._shares) == len(self._blocks)
+        assert sum(len(share.policy) for share in self._shares) == len(blocks)
         self._pins.check_integrity(sizes)
         self._awaited.check_integrity()
         assert self.num_bytes <= self.max_bytes
 
     def _root(self, block: Block) -> Key:
         while block.position:
-            block = self._blocks[block.parent]
+            before = self._tree.get(block.parent)
+            assert before is not None, "a hole"
+            block = before
         return block.parent
 
-    def _added(self, share: Share, chain: Sequence[Block]) -> list[Block]:
-        """What of a chain is stored now."""
-        added = []
-        for block in chain:
-            old = self._blocks.get(block.key)
-            if old is not block:
-                if old is not None and not old.holds(block.parent, block.position, block.tokens):
-                    break
-                self._change(share, block.key, block)
-            added.append(block)
-        return added
+    def _fitting(self, new: Sequence[Block]) -> tuple[list[Block], list[Block]]:
+        """Of a chain's new blocks and tails those that can be added."""
+        whole: list[Block] = []
+        tails: list[Block] = []
+        keys: set[Key] = set()
+        for block in new:
+            if block.key in self._tree or block.key in keys:
+                break
+            tail = self._tails.get(block.key)
+            if tail is None:
+                (whole if block.logits is None else tails).append(block)
+                keys.add(block.key)
+            elif not tail.holds(block.parent, block.position, block.tokens):
+                break
+        return whole, tails
 
-    def _tell(self, share: Share, chain: Sequence[Block]) -> None:
-        """Tell the policy of a chain, once for each of its tails."""
-        keys = [block.key for block in chain if block.logits is None]
-        sizes = [block.num_bytes for block in chain if block.logits is None]
-        costs = [self._cost(block) for block in chain if block.logits is None]
-        untold = bool(keys)
-        for tail in chain[len(keys) :]:
-            depth = keys.index(tail.parent) + 1 if tail.position else 0
+    def _tell(
+        self, share: Share, known: list[Key], whole: Sequence[Block], tails: Sequence[Block], sizes: Sequence[int]
+    ) -> None:
+        """Tell the policy of a chain, once for each of its tails. Of what it knows sizes and costs don't matter."""
+        keys = known + [block.key for block in whole]
+        all_sizes = [0] * len(known) + list(sizes[: len(whole)])
+        costs = [0.0] * len(known) + [self._cost(block) for block in whole]
+        untold = bool(whole)
+        for tail, size in zip(tails, sizes[len(whole) :], strict=True):
+            depth = tail.position // self._block_tokens
             untold = untold and depth < len(keys)
             share.policy.insert(
-                [*keys[:depth], tail.key], [*sizes[:depth], tail.num_bytes], [*costs[:depth], self._cost(tail)]
+                [*keys[:depth], tail.key], [*all_sizes[:depth], size], [*costs[:depth], self._cost(tail)]
             )
         if untold:
-            share.policy.insert(keys, sizes, costs)
+            share.policy.insert(keys, all_sizes, costs)
 
     def _make_room(self, share: Share, now: float) -> None:
         while self._shares.is_over(share) and self._evict(share):
@@ -165,31 +203,47 @@ class MemoryTier:
         victim = share.policy.evict(self._staying)
         if victim is None:
             return False
-        self._change(share, victim, None)
+        self._remove(share, victim)
         self.evictions += 1
         if not len(share.policy):
             self._shares.changed(share)
         return True
 
-    def _change(self, share: Share, key: Key, block: Block | None) -> None:
+    def _add(
+        self,
+        share: Share,
+        root: Key,
+        parent: Key,
+        whole: Sequence[Block],
+        tails: Sequence[Block],
+        sizes: Sequence[int],
+    ) -> None:
+        if whole:
+            self._tree.add(root, parent, whole)
+        for tail in tails:
+            self._tails[tail.key] = tail
+            self._tails_of.setdefault(tail.parent, {})[tail.key] = None
+        for block, size in zip((*whole, *tails), sizes, strict=True):
+            self._count(share, size)
+            self._pins.came(block.key, size)
+        self._largest = max(self._largest, *sizes)
+
+    def _remove(self, share: Share, key: Key) -> None:
+        block = self._tails.pop(key, None)
+        if block is None:
+            block = self._tree.remove(key)
+        else:
+            siblings = self._tails_of[block.parent]
+            del siblings[key]
+            if not siblings:
+                del self._tails_of[block.parent]
+        self._count(share, -block.num_bytes)
+        self._pins.went(key)
+
+    def _count(self, share: Share, num_bytes: int) -> None:
         """The one place where bytes come and go."""
-        old = self._blocks.pop(key, None)
-        if old is not None:
-            share.num_bytes -= old.num_bytes
-            self.num_bytes -= old.num_bytes
-            self._pins.went(key)
-            if old.logits is not None:
-                self._tails[old.parent].pop(key, None)
-                if not self._tails[old.parent]:
-                    del self._tails[old.parent]
-        if block is not None:
-            self._blocks[key] = block
-            share.num_bytes += block.num_bytes
-            self.num_bytes += block.num_bytes
-            self._pins.came(key, block.num_bytes)
-            self._largest = max(self._largest, block.num_bytes)
-            if block.logits is not None:
-                self._tails.setdefault(block.parent, {})[key] = None
+        share.num_bytes += num_bytes
+        self.num_bytes += num_bytes
 
 
 class _Staying:

@@ -45,7 +45,7 @@ class Policy(ABC, Generic[K]):
 
     @abstractmethod
     def insert(self, chain: Sequence[K], sizes: Sequence[int], costs: Sequence[float]) -> None:
-        """All blocks of this chain are stored now; for those that were already, this is no use.
+        """All blocks of this chain are stored now; for those that were already, this is no use, and the rest doesn't count.
 
         `costs` is what computing each block takes, in any unit that stays the same (seconds, say).
         """

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from rekindle.errors import InvalidRequest, TierUnavailable
 from rekindle.kv.behind import Behind
 from rekindle.kv.block import Block
-from rekindle.kv.keys import TOKEN_BYTES, Key, chain, chain_keys, root_key, tail_key, token_bytes
+from rekindle.kv.keys import TOKEN_BYTES, Key, chain_keys, root_key, tail_key, token_bytes
 from rekindle.kv.memory import MemoryTier
 from rekindle.kv.outages import Outages
 from rekindle.kv.pins import ExpectedSizes, Held, Pin, Pins, check_seconds, pin_id
@@ -42,6 +42,7 @@ from rekindle.tokens import Tokens, common_length
 _TELL_SECONDS = 60.0  # a chain's use is told to slower tiers at most so often
 _MAX_TOLD = 10_000  # chains of which that is remembered
 _MAX_ROOTS = 1_000  # salts whose root is remembered
+_TOKEN = np.dtype("<i4")
 CLEAR_SECONDS = 10.0  # that clearing waits for a block that is being written
 
 
@@ -119,7 +120,9 @@ class Store:
         self.prefill_cost = PrefillCost()
         self._sizes = ExpectedSizes(bytes_per_token)
         self._pins = Pins(int(max_bytes * max_pinned_share), max_owner_bytes=int(max_bytes * max_pinned_share * quota))
-        self._memory = MemoryTier(max_bytes, policy=policy, quota=quota, pins=self._pins, cost=self._cost)
+        self._memory = MemoryTier(
+            max_bytes, block_tokens=block_tokens, policy=policy, quota=quota, pins=self._pins, cost=self._cost
+        )
         self._roots: dict[bytes, Key] = {}
         self._outages = Outages("read from")
         self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
@@ -129,25 +132,16 @@ class Store:
         """What is stored of this prompt's beginning. It may go at any time; the payloads that were found stay whole."""
         root, written = self._root(salt), token_bytes(tokens)
         with self._lock:
-            keys, blocks = [root], list[Block]()
-            get = self._memory.get
-            for key in chain_keys(root, written, self.block_tokens):
-                block = get(key)
-                if block is None:
-                    break
-                keys.append(key)
-                blocks.append(block)
-            num_right = self._num_right(blocks, keys, tokens, written)
-            del blocks[num_right:], keys[num_right + 1 :]
-            length = num_right * self.block_tokens
-            tail, shared = self._best_tail(keys[-1], length, tokens[length:])
+            keys, blocks = self._memory.longest(root, written)
+            length = len(blocks) * self.block_tokens
+            tail, shared = self._best_tail(keys[-1] if keys else root, length, tokens[length:])
             whole = tail is not None and shared == len(tail.tokens) == len(tokens) - length
             if tail is not None and (shared or whole):
                 keys.append(tail.key)
             if tail is not None and shared:
                 blocks.append(tail)
             logits = tail.logits if tail is not None and whole else None
-            return Match(tuple(blocks), length + shared, logits, root, tuple(keys[1:]))
+            return Match(tuple(blocks), length + shared, logits, root, tuple(keys))
 
     def used(self, match: Match) -> None:
         """A request begins with what was found, or with the same KV from elsewhere. To be told once per request."""
@@ -156,22 +150,6 @@ class Store:
                 self._memory.hit(match.root, match.keys)
                 if self.tiers and match.blocks:
                     self._tell_use(match.blocks)
-
-    def _num_right(self, blocks: Sequence[Block], keys: Sequence[Key], tokens: Tokens, written: bytes) -> int:
-        """How many blocks, from the first on, hold just these tokens; `keys` begins with the root. Keys could collide."""
-        size = self.block_tokens
-        if not blocks:
-            return 0
-        num_bytes = len(blocks) * size * TOKEN_BYTES
-        together = b"".join([block.tokens.data for block in blocks])  # compared in one go: of 128, each would take 2 us
-        parents = [block.parent for block in blocks]
-        placed = blocks[-1].position == (len(blocks) - 1) * size
-        if placed and parents == keys[: len(blocks)] and together == written[:num_bytes]:
-            return len(blocks)
-        starts = range(0, len(tokens), size)
-        linked = zip(blocks, keys, starts, strict=False)
-        right = (block.holds(key, start, tokens[start : start + size]) for block, key, start in linked)
-        return next((index for index, holds in enumerate(right) if not holds), len(blocks))
 
     def _root(self, salt: bytes) -> Key:
         root = self._roots.get(salt)
@@ -208,9 +186,12 @@ class Store:
 
     def missing(self, tokens: Tokens, salt: bytes = b"") -> list[int]:
         """Starts of the whole blocks of this sequence that are not stored."""
-        keys = chain_keys(self._root(salt), token_bytes(tokens), self.block_tokens)
+        size = self.block_tokens
         with self._lock:
-            return [index * self.block_tokens for index, key in enumerate(keys) if self._memory.get(key) is None]
+            keys, _ = self._memory.longest(self._root(salt), token_bytes(tokens))
+        return list(
+            range(len(keys) * size, len(tokens) - size + 1, size)
+        )  # no block is stored without its predecessors
 
     def put(
         self,
@@ -228,39 +209,27 @@ class Store:
         """
         root, written, size = self._root(salt), token_bytes(tokens), self.block_tokens
         with self._lock:
-            keys, blocks = [root], list[Block]()
-            for index, key in enumerate(chain_keys(root, written, size)):
-                start = index * size
-                payload = payloads.get(start)
-                if payload is not None:
-                    block = Block(key, keys[-1], tokens[start : start + size].copy(), start, payload)
-                elif (known := self._memory.get(key)) is not None:
-                    block = known
-                else:
-                    break
-                keys.append(key)
-                blocks.append(block)
-            num_right = self._num_right(blocks, keys, tokens, written)
-            del blocks[num_right:], keys[num_right + 1 :]
+            keys, known = self._memory.longest(root, written)
+            new = list(_new_blocks(keys[-1] if keys else root, len(keys) * size, written, payloads, size))
+            keys += [block.key for block in new]
             for length, payload, logits in tails:
-                if length // size < len(keys):
-                    parent = keys[length // size]
-                    start = length - length % size
-                    part = tokens[start:length].copy()
-                    blocks.append(Block(tail_key(parent, part), parent, part, start, payload, logits))
-            self._put(root, blocks)
-        if self.tiers and blocks:
-            self.behind.offer(blocks)
-            self._keep_behind([place_of(block) for block in blocks])
+                depth = length // size
+                if depth <= len(keys):
+                    parent, part = keys[depth - 1] if depth else root, tokens[depth * size : length].copy()
+                    new.append(Block(tail_key(parent, part), parent, part, depth * size, payload, logits))
+            self._put(root, known, new)
+        if self.tiers and (known or new):
+            self.behind.offer([*known, *new])
+            self._keep_behind([place_of(block) for block in (*known, *new)])
 
-    def _put(self, root: Key, blocks: Sequence[Block], *, num_known: int | None = None) -> None:
-        """Into memory, under the lock; `num_known` as for a chain that was fetched."""
-        if blocks:
-            now = self._wall_clock()
-            self._pins.expire(now)
-            self._sizes.see(blocks[0])
-            self._sizes.see(blocks[-1])
-            self._memory.put(root, blocks, now=now, num_known=num_known)
+    def _put(self, root: Key, known: Sequence[Block], new: Sequence[Block], *, fetched: bool = False) -> None:
+        """Into memory, under the lock."""
+        now = self._wall_clock()
+        self._pins.expire(now)
+        if new:
+            self._sizes.see(new[0])
+            self._sizes.see(new[-1])
+        self._memory.put(root, known, new, now=now, fetched=fetched)
 
     def fetch(self, tokens: Tokens, salt: bytes = b"", *, compute: Speed | None = None) -> Fetched:
         """Bring what slower tiers have of this prompt's beginning into memory, in order, as far as it goes.
@@ -268,18 +237,20 @@ class Store:
         A tier from which a token takes longer to fetch than to compute is left alone, if both are known; now and then
         it is tried again. Faults of tiers are misses.
         """
-        root = self._root(salt)
-        places = [Place(key=key, parent=parent) for parent, key, _ in chain(root, tokens, self.block_tokens)]
+        root, written = self._root(salt), token_bytes(tokens)
+        keys = list(chain_keys(root, written, self.block_tokens))
+        places = [Place(key=key, parent=parent) for key, parent in zip(keys, [root, *keys], strict=False)]
         brought: dict[str, int] = {}
         refused: str | None = None
         for tier in self.tiers:
-            known = self._num_in_memory(places)
+            known = self._num_in_memory(root, written)
             reason = None if compute is None else self.speeds[tier.name].slower_than(compute, tier.name)
             if reason is not None:
                 refused = refused or self._refusal(tier, places[known:], reason)
                 continue
             started = self._clock()
             blocks = self._read(tier, tokens, places, known, root)
+            self._take_in(root, written, known, blocks)
             if blocks:
                 count = sum(len(block.tokens) for block in blocks)
                 self.speeds[tier.name].add(count, self._clock() - started)
@@ -288,7 +259,7 @@ class Store:
         return Fetched(brought, refused)
 
     def _read(self, tier: Tier, tokens: Tokens, places: list[Place], known: int, root: Key) -> list[Block]:
-        """The blocks and tail of a tier that go on where `known` blocks end, put into memory."""
+        """The blocks and tail of a tier that go on where `known` blocks end."""
         blocks: list[Block] = []
         size = self.block_tokens
         try:
@@ -307,11 +278,16 @@ class Store:
         else:
             if places[known:]:  # or else it was asked for nothing
                 self._outages.worked(tier.name)
-        with self._lock:  # as one chain, so that its head is what stays if not all of it fits
-            here = [block for place in places[:known] if (block := self._memory.get(place.key)) is not None]
-            if len(here) == known:
-                self._put(root, [*here, *blocks], num_known=known)
         return blocks
+
+    def _take_in(self, root: Key, written: bytes, known: int, blocks: Sequence[Block]) -> None:
+        """Put fetched blocks into memory where `known` blocks end; meanwhile some may have come, or gone."""
+        with self._lock:  # as one chain, so that its head is what stays if not all of it fits
+            _, here = self._memory.longest(root, written)
+            num_whole = len([block for block in blocks if block.logits is None])
+            came = min(len(here) - known, num_whole)
+            if came >= 0:
+                self._put(root, here[: known + came], blocks[came:], fetched=True)
 
     def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
         """The longest tail after `parent` that the rest of the prompt begins with, if it is longer than what is here."""
@@ -320,7 +296,7 @@ class Store:
         for length in range(longest, 0 if len(rest) else -1, -1):
             key = tail_key(parent, rest[:length])
             with self._lock:
-                if self._memory.get(key) is not None:
+                if key in self._memory:
                     break
             parts[Place(key=key, parent=parent, tail=True)] = rest[:length]
         there = tier.contains(list(parts)) if parts else []
@@ -337,10 +313,9 @@ class Store:
             self.behind.offer(blocks, faster)
             self._keep_behind([place_of(block) for block in blocks])
 
-    def _num_in_memory(self, places: Sequence[Place]) -> int:
+    def _num_in_memory(self, root: Key, written: bytes) -> int:
         with self._lock:
-            missing = (i for i, place in enumerate(places) if self._memory.get(place.key) is None)
-            return next(missing, len(places))
+            return len(self._memory.longest(root, written)[0])
 
     def _refusal(self, tier: Tier, places: Sequence[Place], reason: str) -> str | None:
         try:
@@ -466,3 +441,17 @@ class Store:
             self._memory.check_integrity()
         for tier in self.tiers:
             tier.check_integrity()
+
+
+def _new_blocks(
+    parent: Key, start: int, written: bytes, payloads: Mapping[int, memoryview], size: int
+) -> Iterator[Block]:
+    """Of these payloads those that go on where stored blocks end, with `parent` the last. Their tokens share one copy."""
+    stop = start
+    while stop in payloads and (stop + size) * TOKEN_BYTES <= len(written):
+        stop += size
+    part = written[start * TOKEN_BYTES : stop * TOKEN_BYTES]
+    for position, key in zip(range(start, stop, size), chain_keys(parent, part, size), strict=True):
+        tokens = np.frombuffer(part, _TOKEN, size, (position - start) * TOKEN_BYTES)
+        yield Block(key, parent, tokens, position, payloads[position])
+        parent = key
