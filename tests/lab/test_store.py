@@ -47,7 +47,7 @@ def test_all_tiers_are_measured_and_the_last_line_is_json(tmp_path: Path) -> Non
             assert result["bytes"] == 4 * each["payload_bytes"]
             assert not result["arms"][0]["ours"], "the first is what it is compared with"
             assert any(arm["ours"] for arm in result["arms"])
-            assert all(arm["gb_per_second"] >= 0 and arm["shares"][0] > 0 for arm in result["arms"])
+            assert all(arm["gb_per_second"] >= 0 and arm["shares"][0] >= 0 for arm in result["arms"])
     assert [each["blocks"] for each in facts["lookups"]] == [128, 384], "whole prompts"
     assert len(facts["skipped"]) == (0 if PROGRAM else 1)
     plot_report(report, tmp_path / "store.png")
@@ -111,7 +111,7 @@ def test_growth_is_measured_at_every_mark() -> None:
     assert [each.blocks for each in growth] == [2 * PROMPT_BLOCKS, 8 * PROMPT_BLOCKS]
     assert seen[-1] == (8 * PROMPT_BLOCKS, 1_000)
     for each in growth:
-        assert each.lookup_us > each.hash_us > 0
+        assert min(each.lookup_us, each.miss_us, each.compare_us, each.hash_us, each.dict_us, each.insert_us) > 0
         assert each.lookups_per_second == 1e6 / each.lookup_us
 
 

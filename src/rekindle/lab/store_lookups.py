@@ -1,9 +1,10 @@
 """What a look-up and an insertion cost, against the number of blocks in memory.
 
-**The physics.** To find the longest stored beginning of a prompt its blocks' keys must be known, and a key covers all
-tokens before it: so every token is hashed once, whatever is stored. Then each key is looked for among all, and where
-that is in memory can't be known before: of many blocks each look-up goes to main memory some times, which is the only
-reason why it may take longer when there are more. A bare dict with the same keys shows how much that is.
+**The physics.** To find the longest stored beginning of a prompt its tokens must be compared with stored ones, each at
+least once; where those are in memory can't be known before, and they are in no cache of the processor's if there are
+many. So the limit is to compare the prompt's bytes with a copy of them. A store that knows blocks by their keys alone
+would have to hash every token first, and then look every key up: how long that takes, with a bare dict of just these
+keys, is measured beside it. Insertion has to hash, since a key is what a block is called in slower tiers.
 
 One store grows from mark to mark. At each mark prompts of 128 blocks are looked up that are all there, drawn at random,
 each once; and the prompts just before the mark are those whose insertion was timed. Payloads are of no bytes: only the
@@ -15,8 +16,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -32,6 +35,7 @@ MARKS = (1_000, 10_000, 100_000, 1_000_000)
 _LOOKUPS = 300  # at each mark, at most
 _TIMED_INSERTS = 64  # prompts before each mark, at most
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # blocks put, of how many
 
 
@@ -40,9 +44,10 @@ class Growth:
     """At one size of the store. Times are medians, in microseconds."""
 
     blocks: int
-    lookup_us: float  # of a prompt that is there, hashing included
+    lookup_us: float  # of a prompt that is there
     miss_us: float  # of a prompt whose first block is not there
-    hash_us: float  # of the prompt's keys alone
+    compare_us: float  # of the prompt's bytes with a copy of them
+    hash_us: float  # of the prompt's keys
     dict_us: float  # of as many look-ups of the same keys in a bare dict of this size
     insert_us: float  # of one block, hashing included
     bytes_per_block: float  # the process grew by
@@ -62,7 +67,7 @@ def measure_growth(marks: Sequence[int] = MARKS, progress: Progress = lambda don
     store = Store(FINGERPRINT, max_bytes=1 << 50, block_tokens=BLOCK_TOKENS)
     payloads = {index * BLOCK_TOKENS: memoryview(b"") for index in range(PROMPT_BLOCKS)}
     inserts: list[float] = []
-    found: list[tuple[int, float, float, float, float, float]] = []
+    found: list[tuple[int, _Lookups, float, float]] = []
     resident, num_prompts = _resident_bytes(), 0
     for mark in marks:
         while num_prompts * PROMPT_BLOCKS < mark:
@@ -75,22 +80,22 @@ def measure_growth(marks: Sequence[int] = MARKS, progress: Progress = lambda don
         num_blocks = store.stats().blocks
         assert num_blocks == num_prompts * PROMPT_BLOCKS, "nothing was evicted"
         grown = (_resident_bytes() - resident) / num_blocks
-        lookup, miss, hashing = _lookups(store, num_prompts)
-        found.append((num_blocks, lookup, miss, hashing, median(inserts[-_TIMED_INSERTS:]), grown))
+        found.append((num_blocks, _lookups(store, num_prompts), median(inserts[-_TIMED_INSERTS:]), grown))
     del store
     gc.collect()
     bare = _bare_dict([each[0] for each in found])
     return [
         Growth(
             blocks=blocks,
-            lookup_us=1e6 * lookup,
-            miss_us=1e6 * miss,
-            hash_us=1e6 * hashing,
+            lookup_us=1e6 * median(lookups.hits),
+            miss_us=1e6 * median(lookups.misses),
+            compare_us=1e6 * median(lookups.compared),
+            hash_us=1e6 * median(lookups.hashed),
             dict_us=1e6 * dict_seconds,
             insert_us=1e6 * insert,
             bytes_per_block=grown,
         )
-        for (blocks, lookup, miss, hashing, insert, grown), dict_seconds in zip(found, bare, strict=True)
+        for (blocks, lookups, insert, grown), dict_seconds in zip(found, bare, strict=True)
     ]
 
 
@@ -106,23 +111,41 @@ def _keys(tokens: Tokens) -> list[Key]:
     return list(chain_keys(root_key(FINGERPRINT, b""), token_bytes(tokens), BLOCK_TOKENS))
 
 
-def _lookups(store: Store, num_prompts: int) -> tuple[float, float, float]:
-    """Seconds of a look-up, of a miss and of hashing."""
-    lookups, misses, hashings = [], [], []
-    for number in _drawn(num_prompts):
+@dataclass
+class _Lookups:
+    """Seconds, of each prompt."""
+
+    hits: list[float] = field(default_factory=list)
+    misses: list[float] = field(default_factory=list)
+    compared: list[float] = field(default_factory=list)
+    hashed: list[float] = field(default_factory=list)
+
+
+def _lookups(store: Store, num_prompts: int) -> _Lookups:
+    found = _Lookups()
+    numbers = _drawn(num_prompts)
+    copies = [token_bytes(_prompt(number)) for number in numbers]
+    for number, copy in zip(numbers, copies, strict=True):
         tokens, other = _prompt(number), _prompt(number + 1_000_000_000)
-        began = time.perf_counter()  # clock on
-        match = store.match(tokens)
-        lookups.append(time.perf_counter() - began)  # clock off
+        match = _timed(found.hits, partial(store.match, tokens))
         assert match.length == len(tokens)
-        began = time.perf_counter()  # clock on
-        match = store.match(other)
-        misses.append(time.perf_counter() - began)  # clock off
+        match = _timed(found.misses, partial(store.match, other))
         assert match.length == 0
-        began = time.perf_counter()  # clock on
-        _keys(tokens)
-        hashings.append(time.perf_counter() - began)  # clock off
-    return median(lookups), median(misses), median(hashings)
+        same = _timed(found.compared, partial(_same, tokens, copy))
+        assert same
+        _timed(found.hashed, partial(_keys, tokens))
+    return found
+
+
+def _same(tokens: Tokens, copy: bytes) -> bool:
+    return token_bytes(tokens) == copy
+
+
+def _timed(seconds: list[float], run: Callable[[], T]) -> T:
+    began = time.perf_counter()  # clock on
+    result = run()
+    seconds.append(time.perf_counter() - began)  # clock off
+    return result
 
 
 def _bare_dict(sizes: Sequence[int]) -> list[float]:

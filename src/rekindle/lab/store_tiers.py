@@ -51,7 +51,8 @@ def memory_arms(prompt: Prompt, rounds: int) -> Iterator[Comparison]:
         for index, block in enumerate(store.match(prompt.tokens).blocks):
             np.copyto(target[index * size : (index + 1) * size], np.frombuffer(block.payload, np.uint8))
 
-    arms = [Arm("memcpy", copy), Arm("a copy of each block, put", put, ours=True, prepare=store.clear_memory)]
+    new = Arm("memcpy into new memory", lambda: bytes(prompt.data))
+    arms = [Arm("memcpy", copy), new, Arm("a copy of each block, put", put, ours=True, prepare=store.clear_memory)]
     yield compare("memory put", len(source), arms, rounds=rounds)
     assert store.match(prompt.tokens).length == len(prompt.tokens)
     arms = [Arm("memcpy", copy), Arm("match, and a copy of each block", get, ours=True)]
