@@ -84,8 +84,10 @@ def test_curl_lines_get_answers(command: str, url: str) -> None:
 
 def test_every_option_that_is_named_exists() -> None:
     """Options in the text belong to the command they are written after."""
-    for command, option in re.findall(r"`rekindle ([a-z]+)[^`]*?(--[a-z-]+)[^`]*`", README):
-        done = subprocess.run([sys.executable, "-m", "rekindle", command, "--help"], capture_output=True, text=True)
+    for command, option in re.findall(r"`rekindle ((?:cache |lab )?[a-z]+)[^`]*?(--[a-z-]+)[^`]*`", README):
+        done = subprocess.run(
+            [sys.executable, "-m", "rekindle", *command.split(), "--help"], capture_output=True, text=True
+        )
         assert option in done.stdout, f"rekindle {command} {option}"
 
 

@@ -44,7 +44,16 @@ def test_what_is_no_time_is_refused(bad: str | float) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (90061, "1 d"), (8 * 86400, "8 d"), (15 * 86400, "2 w")],
+    [
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (61, "1 min 1 s"),
+        (599, "9 min"),
+        (7199, "1 h 59 min"),
+        (90061, "1 d 1 h"),
+        (8.9 * 86400, "8 d"),
+    ],
 )
 def test_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words

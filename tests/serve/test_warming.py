@@ -133,11 +133,12 @@ def test_a_cancelled_one_ends_wherever_it_is(stage: Stage) -> None:
     assert [answer.done.reason for answer in (waiting, running)] == ["cancelled"] * 2
 
 
-def test_short_prompts_are_read_and_not_stored(stage: Stage) -> None:
-    answer = warm(stage, LONG[:10])
-    stage.run()
-    assert usage(answer) == (10, 0)
-    assert stage.store.stats().blocks == 0
+def test_what_was_asked_for_is_stored_however_short(stage: Stage) -> None:
+    for expected in (10, 0):
+        answer = warm(stage, LONG[:10])
+        stage.run()
+        assert usage(answer) == (expected, 0)
+    assert stage.store.stats().blocks == 1
 
 
 class Counting(Observer):

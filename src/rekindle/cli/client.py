@@ -22,6 +22,10 @@ CONNECT_SECONDS = 10.0
 class ServerError(RekindleError):
     """The server can't be reached, or it refused."""
 
+    def __init__(self, message: str, answered: int | None = None) -> None:
+        super().__init__(message)
+        self.answered = answered  # the status with which it refused
+
 
 class Client:
     """One server, by its base URL."""
@@ -49,6 +53,11 @@ class Client:
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON answer to a JSON body. Raises ServerError; InvalidRequest if the server blames the request."""
         with self._response("POST", path, body) as response:
+            return _json(response.read(), self.url)
+
+    def delete(self, path: str) -> dict[str, Any]:
+        """The JSON answer to deleting what is at a path. Raises ServerError."""
+        with self._response("DELETE", path, None) as response:
             return _json(response.read(), self.url)
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -106,7 +115,7 @@ def _refusal(response: http.client.HTTPResponse, url: str) -> RekindleError:
     except ValueError:
         reason = response.reason
     message = f"{url} refused ({response.status}): {reason}"
-    return InvalidRequest(message) if response.status in (400, 413, 422) else ServerError(message)
+    return InvalidRequest(message) if response.status in (400, 413, 422) else ServerError(message, response.status)
 
 
 def _reason(event: Any) -> str:

@@ -102,6 +102,7 @@ class Catalog:
     aside_bytes: int
     labels: dict[bytes, dict[str, Any]]  # fingerprint -> what was noted of its model
     other_versions: tuple[str, ...]  # names of folders that another version of Rekindle wrote
+    is_writable: bool
 
     @property
     def num_bytes(self) -> int:
@@ -185,6 +186,7 @@ def read_catalog(path: Path) -> Catalog:
             aside_bytes=sum(file.num_bytes for file in aside),
             labels=folder.labels(),
             other_versions=tuple(versions),
+            is_writable=os.access(path, os.W_OK | os.X_OK),
         )
 
 

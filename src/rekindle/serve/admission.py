@@ -184,7 +184,7 @@ class Admission:
     def _begin_fetch(self, run: Run, plan: Plan) -> bool:
         """Look into slower tiers for what would have to be computed; once for each request."""
         looks = self._fetch is not None and run.fetch is None and run.generation.reuses
-        if not looks or plan.computed < max(1, self._state.min_tokens):
+        if not looks or plan.computed < self._state.least_tokens(run):
             return False
         assert self._fetch is not None
         run.clock.fetch_started = time.perf_counter()

@@ -8,6 +8,7 @@ import re
 from rekindle.errors import InvalidRequest
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_FEW = 3
 _WRITTEN = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smhdw]?)")
 
 
@@ -26,8 +27,12 @@ def _read(text: str) -> float | None:
 
 
 def in_words(seconds: float) -> str:
-    """A span in its largest unit, rounded down: 90061 is "1 d", 59.9 is "59 s"."""
-    for unit in ("w", "d", "h", "m"):
-        if seconds >= UNITS[unit] * (2 if unit == "w" else 1):
-            return f"{int(seconds // UNITS[unit])} {'min' if unit == 'm' else unit}"
-    return f"{int(seconds)} s"
+    """A span in its largest unit, rounded down, and the next smaller one while that says much: 5400 is "1 h 30 min"."""
+    parts: list[tuple[int, str]] = []
+    rest = int(seconds)
+    for unit, name in (("d", "d"), ("h", "h"), ("m", "min"), ("s", "s")):
+        number, rest = divmod(rest, UNITS[unit])
+        if number or parts or unit == "s":
+            parts.append((number, name))
+    shown = parts[: 2 if parts[0][0] < _FEW else 1]
+    return " ".join(f"{number} {name}" for number, name in shown if number or len(shown) == 1) or "0 s"

@@ -256,7 +256,7 @@ class Scheduler:
         if seq is None:
             return
         generation = run.generation
-        if generation.reuses and self._engine.length(seq) >= max(1, self._state.min_tokens):
+        if generation.reuses and self._engine.length(seq) >= self._state.least_tokens(run):
             self.residents.add(seq, run.salt, run.marks, spare=generation.warm)
             if generation.warm and run.marks:
                 self.residents.save(seq)

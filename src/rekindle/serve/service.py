@@ -101,7 +101,7 @@ class Warmed:
 
     tokens: int
     computed: int  # of these; the others were stored
-    stored_bytes: int  # of its KV; 0 if it is too short to be stored
+    stored_bytes: int  # of its KV; 0 if the store had no room for it
     seconds: float  # with the wait for requests that went before
 
     @property
@@ -413,13 +413,17 @@ class Service:
     def warmed(self, prompt: Prompt, done: Done) -> Warmed:
         """What came of a generation that was to warm a prompt; waits until it is written to slower tiers."""
         self._store.behind.flush(self.settings.store_flush_seconds)
-        blocks = self._store.match(prompt.tokens, prompt.salt).blocks
         return Warmed(
             tokens=len(prompt),
             computed=done.usage.computed_tokens,
-            stored_bytes=sum(block.num_bytes for block in blocks),
+            stored_bytes=self.stored_bytes(prompt),
             seconds=done.timings.total_ms / 1000,
         )
+
+    def stored_bytes(self, prompt: Prompt) -> int:
+        """Of a prompt's KV in the store's memory; 0 unless it is whole."""
+        match = self._store.match(prompt.tokens, prompt.salt)
+        return sum(block.num_bytes for block in match.blocks) if match.length == len(prompt) else 0
 
     def settle(self, timeout_seconds: float | None = None) -> bool:
         """Save every resident to the store and wait until it is written; False if that took too long."""

@@ -83,6 +83,10 @@ class State:
         """The policy's, made different for any two requests; who only warms a prompt comes last."""
         return (run.generation.warm, *self.policy.rank(run), run.number)
 
+    def least_tokens(self, run: Run) -> int:
+        """Fewer are not worth looking for or keeping; of what was asked to be warmed any number is."""
+        return 1 if run.generation.warm else max(1, self.min_tokens)
+
     def watching(self, run: Run) -> Observer:
         """Who is told of a run: of warming nobody, as it is no request that anybody waits for."""
         return _NOBODY if run.generation.warm else self.observer
