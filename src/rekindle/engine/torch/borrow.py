@@ -7,8 +7,8 @@ nothing to queries of another, and in a packed batch a long sequence would chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ATTENTION = "rekindle"
+_Change = tuple[Any, str, Any]  # owner, name of its attribute, value for the length of a call
 _PINNED = "pinned by rekindle"  # any type that is neither "dynamic" nor "longrope"
 
 
@@ -25,24 +26,23 @@ class Borrowed:
     def __init__(self, model: nn.Module, num_cells: int, max_length: int | None) -> None:
         """`max_length`: the longest sequence that will be computed; longrope takes its long factors from there."""
         self.max_length = num_cells if max_length is None else min(num_cells, max_length)
-        self._changes: list[tuple[Any, str, Any]] = []
-        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-        self._changes += [(config, "_attn_implementation", ATTENTION) for config in configs.values()]
-        for module in model.modules():
-            if hasattr(module, "rope_type"):
-                self._pin(module)
+        configs: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+        self._attention: list[_Change] = [(config, "_attn_implementation", ATTENTION) for config in configs.values()]
+        self._frequencies: list[_Change] = []
+        rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
+        for module in rotary:
+            self._pin(module)
+        if not rotary:  # positions are looked up in a table, if at all
+            table = getattr(configs[id(model.config)].get_text_config(), "max_position_embeddings", num_cells)
+            self.max_length = min(self.max_length, int(table))
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
+    def lent(self) -> AbstractContextManager[None]:
         """While inside, the model computes for the engine."""
-        before = [(owner, name, getattr(owner, name)) for owner, name, _ in self._changes]
-        try:
-            for owner, name, value in self._changes:
-                setattr(owner, name, value)
-            yield
-        finally:
-            for owner, name, value in reversed(before):
-                setattr(owner, name, value)
+        return _changed(self._attention + self._frequencies)
+
+    def pinned(self) -> AbstractContextManager[None]:
+        """While inside, the model computes on its own, but with the frequencies that the engine uses."""
+        return _changed(self._frequencies)
 
     def _pin(self, rotary: Any) -> None:
         types = rotary.rope_type if isinstance(rotary.rope_type, Mapping) else {None: rotary.rope_type}
@@ -55,10 +55,22 @@ class Borrowed:
                 self.max_length = min(self.max_length, int(rotary.config.max_position_embeddings))
             elif self.max_length > parameters["original_max_position_embeddings"]:
                 frequencies = _long_frequencies(rotary, layer, parameters["original_max_position_embeddings"])
-            self._changes.append((rotary, f"{prefix}inv_freq", frequencies))
+            self._frequencies.append((rotary, f"{prefix}inv_freq", frequencies))
         if moving:
             pinned = {layer: _PINNED if layer in moving else kind for layer, kind in types.items()}
-            self._changes.append((rotary, "rope_type", pinned.get(None, pinned)))
+            self._frequencies.append((rotary, "rope_type", pinned.get(None, pinned)))
+
+
+@contextmanager
+def _changed(changes: Sequence[_Change]) -> Iterator[None]:
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
 
 
 def _long_frequencies(rotary: Any, layer: str | None, short_limit: int) -> torch.Tensor:

@@ -30,8 +30,10 @@ from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
 from rekindle.engine.torch.gaps import Gaps
 from rekindle.engine.torch.identity import identify, weights_digest
+from rekindle.engine.torch.kernels import kernels_for
 from rekindle.engine.torch.payload import PayloadLayout
 from rekindle.engine.torch.pool import Cells, Pool
+from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
 from rekindle.engine.verify import check_fingerprint, check_payload, check_work
 from rekindle.errors import ContextFull, EngineError, ModelError
@@ -65,7 +67,8 @@ class TorchEngine(BookKeeping):
 
         The model may be used by others between calls, but not be changed. `max_length` bounds the length of one sequence;
         models with longrope take their long factors if it goes beyond their short range. `weights` is a digest of the
-        weights; without it they are read once, about a second per gigabyte. Raises ModelError if the model can't be served.
+        weights; without it they are read once, about a second per gigabyte. Raises ModelError if the model can't be
+        served, or computes something else here than on its own.
         """
         self._model = model
         self._borrowed = Borrowed(model, num_cells, max_length)
@@ -94,6 +97,8 @@ class TorchEngine(BookKeeping):
             can_shift=found.immovable is None,
             fingerprint=identify(model, weights or weights_digest(model), found),
         )
+        check_against_model(self, model, self._borrowed)
+        self.num_calls = self.num_computed = 0
 
     # The seven verbs.
 
@@ -222,7 +227,7 @@ class TorchEngine(BookKeeping):
         ends = np.cumsum([len(span.tokens) for span in spans]) - 1
         wanted = ends[[span.logits for span in spans]]
         device = self._pool.device
-        with self._borrowed.lent():
+        with self._borrowed.lent(), kernels_for(len(tokens), self.layout.dtype, device):
             output = self._model(
                 input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device),
                 position_ids=torch.from_numpy(positions)[None].to(device),

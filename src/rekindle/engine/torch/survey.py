@@ -20,7 +20,8 @@ from rekindle.engine.torch.payload import LayerShape
 from rekindle.engine.torch.rotation import TOLERANCE, Rotation, find_rotation, frequency_sets
 from rekindle.errors import ModelError
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_KNOWN_TYPES = {"full_attention", "sliding_attention"}
+_RECURRENT_TYPES = {"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding"}
 # Passed to attention functions by some models, and without meaning to ours.
 _HARMLESS = {"position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal", "layer_type"}
 _NUM_TOKENS = 8
@@ -81,15 +82,19 @@ def survey(model: Any, borrowed: Borrowed) -> Survey:
     positions = _positions(borrowed.max_length)
     ids = torch.arange(_NUM_TOKENS, device=model.device) * (model.config.get_text_config().vocab_size // _NUM_TOKENS)
     probe = _Probe()
-    with torch.inference_mode(), borrowed.lent():
-        model(
-            input_ids=ids.repeat(len(positions))[None],
-            position_ids=torch.tensor(positions, device=model.device).repeat_interleave(_NUM_TOKENS)[None],
-            use_cache=False,
-            logits_to_keep=1,
-            rekindle=probe,
-        )
-        sets = frequency_sets(model)
+    places = torch.tensor(positions, device=model.device).repeat_interleave(_NUM_TOKENS)
+    try:
+        with torch.inference_mode(), borrowed.lent():
+            model(
+                input_ids=ids.repeat(len(positions))[None],
+                position_ids=places[None],
+                use_cache=False,
+                logits_to_keep=1,
+                rekindle=probe,
+            )
+            sets = frequency_sets(model)
+    except TypeError as error:
+        raise ModelError(f"it can't be called as transformers' decoders are: {error}") from error
     expected = model.config.get_text_config().num_hidden_layers
     if len(probe.calls) != expected:
         raise ModelError(f"{len(probe.calls)} of its {expected} layers use transformers' attention interface")
@@ -120,13 +125,15 @@ def _check_kind(model: Any) -> None:
         raise ModelError("the model is in training mode; call model.eval() first")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError("it is an encoder-decoder; Rekindle serves decoder-only language models")
+    types = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or types & _RECURRENT_TYPES:
+        raise ModelError("it keeps a recurrent state, which can't be cut at any token")
+    if types - _KNOWN_TYPES:
+        raise ModelError(
+            f"it has layers of type {', '.join(sorted(types - _KNOWN_TYPES))}, which the engine does not know"
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError("its class does not use transformers' attention interface")
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if strange:
-        raise ModelError(f"it has layers of type {', '.join(strange)}, whose state can't be cut at any token")
-    if getattr(model, "_is_stateful", False):
-        raise ModelError("it keeps a recurrent state, which can't be cut at any token")
 
 
 def _positions(max_length: int) -> list[int]:
