@@ -14,7 +14,7 @@ a bucket passed costs a few dictionary operations per segment, not per block, an
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Container, Sequence
 from math import log2
 from typing import ClassVar
@@ -45,7 +45,7 @@ class Prospect(Policy[K]):
             deque() for _ in self._forecast.starts[1:]
         ]  # oldest first
         self._rows: dict[tuple[int, int], int] = {}  # (kind, density) -> row
-        self._cells: list[list[dict[Segment[K], None]]] = []  # [row][bucket] evictable, the longest there first
+        self._cells: list[list[OrderedDict[Segment[K], None]]] = []  # [row][bucket] evictable, the longest there first
         self._worth: list[list[float]] = []  # [row][bucket]
         self._heap: list[
             tuple[float, int, int]
@@ -236,6 +236,8 @@ class Prospect(Policy[K]):
 
     def _limit_ghosts(self) -> None:
         limit = _GHOSTS_PER_BLOCK * self._num_stored + _MIN_GHOSTS
+        if self._num_ghosts <= limit:
+            return
         for bucket in range(len(self._queues) - 1, -1, -1):
             queue = self._queues[bucket]
             while self._num_ghosts > limit and queue:
@@ -262,7 +264,7 @@ class Prospect(Policy[K]):
         row = self._rows.get((kind, density))
         if row is None:
             self._rows[kind, density] = row = len(self._cells)
-            self._cells.append([{} for _ in self._forecast.starts])
+            self._cells.append([OrderedDict() for _ in self._forecast.starts])
             self._worth.append(_weighed(self._forecast.worth[kind], density))
         return row
 
