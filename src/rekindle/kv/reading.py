@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from rekindle.kv.slabs import SLAB_BYTES, Slabs
 
-_AHEAD_BYTES = 16 << 20
-_MIN_AHEAD, _MAX_AHEAD = 8, 128  # files
+_AHEAD_BYTES = 8 << 20  # more would only delay the file that is waited for
+_MIN_AHEAD, _MAX_AHEAD = 2, 128  # files
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
 
 

@@ -2,14 +2,15 @@
 
 **The physics.** Nothing gets from one place in memory to another faster than memcpy moves it. Reading a file that the
 system holds in its page cache is such a copy too, so the limit of a warm disk tier is `dd`: one file of the same bytes,
-read a megabyte at a time into one buffer, which stays in the processor's cache. Whoever keeps what was read must also have
-memory to put it in, which `dd` does not; so a second yardstick reads the same file into memory and keeps it. A cold read
-is bound by the device: the page cache is told to drop the files first, and how much of them it dropped is stated. A Redis
-server on the loopback is bound by its one thread and by two copies through the kernel: redis-py's own pipelined GET, in
-batches of the same bytes, does that and no more.
+read a megabyte at a time into one buffer, which stays in the processor's cache. Whoever keeps what was read has to
+write it to memory, which `dd` does not, and must get that memory from the system first; so two more yardsticks read the
+same file at once, into memory that was used before and into new memory. A cold read is bound by the device: the page
+cache is told to drop the files first, and how much of them it dropped is stated. A Redis server on the loopback is bound
+by its one thread and by two copies through the kernel: redis-py's own pipelined GET, in batches of the same bytes, does
+that and no more.
 
-The memory tier hands out references and copies nothing. So that the comparison with memcpy says something, what is measured
-is what a user of it does in any case: copy each payload out of it, or into memory of its own and then in.
+The memory tier hands out references and copies nothing. So that the comparison with memcpy says something, what is
+measured is what a user of it does in any case: copy each payload out of it, or into memory of its own and then in.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def disk_arms(prompt: Prompt, rounds: int, folder: Path) -> Iterator[Comparison]
     kept = Arm("one file into new memory, kept", one.read_bytes)
     streamed = Arm("get, each block dropped", lambda: _drop(tier, prompt), ours=True)
     get = Arm("get, all blocks kept", lambda: _get(tier, prompt), ours=True)
-    arms = [dd, Arm("dd: the blocks' files", lambda: read_through(files)), kept, streamed, get]
+    used = np.ones(one.stat().st_size, np.uint8).data
+    into_used = Arm("one file into memory that was used before", lambda: _read_into(one, used))
+    dd_files = Arm("dd: the blocks' files", lambda: read_through(files))
+    arms = [dd, dd_files, into_used, kept, streamed, get]
     yield compare("disk get, warm", num_bytes, arms, rounds=rounds, note="all in the page cache")
     shares: list[float] = []
 
@@ -89,6 +93,7 @@ def disk_arms(prompt: Prompt, rounds: int, folder: Path) -> Iterator[Comparison]
     if hasattr(os, "posix_fadvise"):
         arms = [
             Arm(dd.name, dd.run, prepare=make_cold([one])),
+            Arm(dd_files.name, dd_files.run, prepare=make_cold(files)),
             Arm(get.name, get.run, ours=True, prepare=make_cold(files)),
         ]
         cold = compare("disk get, cold", num_bytes, arms, rounds=rounds)
@@ -163,6 +168,11 @@ def _write(path: Path, data: memoryview) -> None:
     with path.open("wb", buffering=0) as file:
         for start in range(0, len(data), _CHUNK_BYTES):
             file.write(data[start : start + _CHUNK_BYTES])
+
+
+def _read_into(path: Path, room: memoryview) -> None:
+    with path.open("rb", buffering=0) as file:
+        assert file.readinto(room) == len(room)
 
 
 def read_through(paths: Sequence[Path]) -> None:
