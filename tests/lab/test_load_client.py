@@ -199,9 +199,9 @@ def test_a_connection_that_is_cut_in_the_middle_is_told_from_one_that_was_never_
 
     with server(reply) as fake:
         answer = ask(fake)
-    assert answer.error == "the answer broke off: RemoteProtocolError"
+    assert answer.error is not None and answer.error.startswith("the answer broke off: peer closed connection")
     assert len(answer.arrivals) == 1
-    assert ask(fake).error == "no connection: ConnectError"  # it is gone by now
+    assert ask(fake).error == "no connection: All connection attempts failed"  # it is gone by now
 
 
 def test_a_server_that_falls_silent_does_not_hang_the_client() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,6 +265,20 @@ def test_a_program_that_does_not_listen_is_told_with_what_it_said(tmp_path: Path
     program.chmod(0o755)
     with pytest.raises(ServerError, match=r"ended before it listened \(exit code 1\): error: unknown model"):
         run_peer_alone(program)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_while_it_is_measured_is_told() -> None:
+    from rekindle.lab.load.servers import rekindle_server
+
+    setup = make_setup("chat", SMALL, model="builtin", threads=1)
+    with (
+        pytest.raises(ServerError, match=r"ended while it was measured \(exit code -9\)"),
+        rekindle_server(setup) as one,
+    ):
+        assert one.pid is not None and one.cpu_seconds()
+        os.kill(one.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
 
 
 def run_peer_alone(program: Path) -> None:

@@ -16,7 +16,8 @@ then did (prompt tokens, answer tokens, answers shorter than asked) is counted a
 **Arms in turn.** With a peer the two servers run alternately, each started afresh: A B A B. Only one runs at a time, on
 the same file with as many threads, cells and parallel sequences. A ratio is the median over pairs of neighbours, so what
 else the machine does falls on both. The instruction sets that the two were built for are compared, because a build for
-any machine may lack what this one has; then the arithmetic differs, whatever the servers do.
+any machine may lack what this one has; then the arithmetic differs, whatever the servers do. Of servers that were started
+here the processor time is told too: on a machine that does other things it says more than the clock on the wall.
 
     texts      words by name and seed, as many as make so many tokens
     client     one streamed request, and what a server can do

@@ -158,7 +158,8 @@ class Target:
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            # a connection for each request: llama-server closes kept ones when it likes, which a request may meet
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=not _is_local(httpx.URL(self.url).host),  # no proxy between a machine and itself
         )
 
@@ -220,7 +221,7 @@ class Target:
             return stream.answer(due, max_tokens, f"no end after {self._timeout_seconds:g} s")
         except httpx.HTTPError as error:
             begun = "the answer broke off" if stream.first_event else "no connection"
-            return stream.answer(due, max_tokens, f"{begun}: {type(error).__name__}")
+            return stream.answer(due, max_tokens, f"{begun}: {str(error) or type(error).__name__}")
         return stream.answer(due, max_tokens, stream.error)
 
     async def _read(self, body: dict[str, Any], stream: _Stream) -> None:

@@ -26,6 +26,7 @@ class Load:
 
     target: Target
     tick: Callable[[int], None]  # so many requests are done
+    cpu_seconds: Callable[[], float | None] = lambda: None  # processor time of the server so far
     answers: list[Answer] = field(default_factory=list)
     skipped: int = 0  # requests that were never sent, because one before them failed
     began: float = 0.0

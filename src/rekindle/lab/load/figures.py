@@ -35,6 +35,7 @@ class Run:
     answers: tuple[Answer, ...]
     skipped: int  # requests never sent, because the one before them failed
     figures: tuple[Figure, ...] = ()
+    cpu_seconds: float | None = None  # processor time of the server, if it was started here
     fixes_length: bool = True  # whether the server was told to ignore the end of a turn
 
     @property
@@ -86,6 +87,7 @@ class Run:
             "computed_tokens": self.computed_tokens,
             "completion_tokens": self.completion_tokens,
             "seconds": _rounded(self.seconds),
+            "cpu_seconds": None if self.cpu_seconds is None else _rounded(self.cpu_seconds),
             "errors": sum(self.errors.values()),
             "skipped": self.skipped,
         }

@@ -49,17 +49,28 @@ class Measure:
 
 async def cold(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
     """Reading what nobody has seen, and decoding, alone and together."""
+    marks = [load.cpu_seconds()]
     reads = [_whole(await load.ask([user(texts.text(f"read {i}", sizes.system_tokens))], 1)) for i in range(_READS)]
+    marks.append(load.cpu_seconds())
     single = _whole(await load.ask([user(texts.text("single", _SHORT_PROMPT))], sizes.answer_tokens))
+    marks.append(load.cpu_seconds())
     prompts = [texts.text(f"stream {i}", _SHORT_PROMPT) for i in range(sizes.clients)]
     streams = await asyncio.gather(*(load.ask([user(each)], sizes.answer_tokens) for each in prompts))
+    marks.append(load.cpu_seconds())
     together = [_whole(each) for each in streams]
     seconds = max(each.ended for each in together) - min(each.due for each in together)
     decoding = single.arrivals[-1] - single.arrivals[0]
+    counts = _computed(reads), single.num_tokens, sum(each.num_tokens for each in together)
+    names = "prefill", "decode", f"{sizes.clients}_streams"
     return [
-        _rate("prefill_tokens_per_second", _computed(reads), sum(each.ttft or 0.0 for each in reads)),
-        _rate("decode_tokens_per_second", single.num_tokens - 1, decoding),
-        _rate(f"{sizes.clients}_streams_tokens_per_second", sum(each.num_tokens for each in together), seconds),
+        _rate(f"{names[0]}_tokens_per_second", counts[0], sum(each.ttft or 0.0 for each in reads)),
+        _rate(f"{names[1]}_tokens_per_second", counts[1] - 1, decoding),
+        _rate(f"{names[2]}_tokens_per_second", counts[2], seconds),
+        *(
+            _rate(f"{name}_tokens_per_cpu_second", count, after - before)
+            for name, count, (before, after) in zip(names, counts, pairwise(marks), strict=True)
+            if before is not None and after is not None
+        ),
     ]
 
 
@@ -71,13 +82,13 @@ async def burst(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
     whole = [answer for answer in load.answers if answer.error is None and answer.prompt_tokens is not None]
     figures = [Figure(name="total_seconds", value=load.seconds)]
     if whole:
-        once = sum(answer.prompt_tokens or 0 for answer in whole) - (len(whole) - 1) * sizes.system_tokens
+        once = _computed_once(whole, len(shared["content"]), sum(len(each["content"]) for each in questions))
         figures.append(
             Figure(
                 name="burst_computed_tokens",
                 value=_computed(whole),
                 expected=once,
-                why=f"about {sizes.system_tokens:,} shared tokens once, and every request's own",
+                why="what is shared once, and every request's own (by their share of the text)",
             )
         )
     return figures
@@ -160,6 +171,12 @@ def _whole(answer: Answer) -> Answer:
     if answer.error is not None or not answer.arrivals:
         raise ServerError(f"a request failed that the measurement needs: {answer.error or 'no event came'}")
     return answer
+
+
+def _computed_once(answers: list[Answer], shared: int, others: int) -> float:
+    """Prompt tokens of which a shared text counts once; lengths of it and of all other texts in characters."""
+    total = sum(answer.prompt_tokens or 0 for answer in answers)
+    return total * (shared + others) / (len(answers) * shared + others)
 
 
 def _computed(answers: list[Answer]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.lab.decode import weight_bytes_per_token
-from rekindle.lab.load.client import Target
+from rekindle.lab.load.client import ServerError, Target
 from rekindle.lab.load.drive import Answers, Load, drive_closed, drive_open
 from rekindle.lab.load.figures import Figure, Run
 from rekindle.lab.load.measures import MEASURES, Measure
@@ -107,8 +107,7 @@ def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) 
     for number in range(wish.rounds):
         for arm, start in enumerate(starts):
             with start() as server:
-                arm_run = _Arm(wish, server, arm, number, progress)
-                run, texts = asyncio.run(arm_run.measure(texts, limit))
+                run, texts = _Arm(wish, server, arm, number, progress).run(texts, limit)
                 servers.setdefault(run.server, replace(server, name=run.server))
                 runs.append(run)
     assert texts is not None
@@ -147,8 +146,14 @@ class _Arm:
     round: int
     progress: Progress | None
 
-    async def measure(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
+    def run(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
         """The run, and the texts of the first: later arms get words for the same tokenizer."""
+        try:
+            return asyncio.run(self._measure(texts, limit))
+        except ServerError as error:
+            raise ServerError(f"{self.server.name or self.server.url}: {error}") from None
+
+    async def _measure(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
         is_given = not self.server.name  # a running server, which says itself what it is
         async with Target(
             self.server.url,
@@ -164,7 +169,9 @@ class _Arm:
             name = self.server.name or target.name
             if self.number and name == self.wish.url:
                 name = f"{name} (peer)"
+            before = self.server.cpu_seconds()
             load, figures = await self._drive(target, texts, name)
+            after = self.server.cpu_seconds()
         run = Run(
             server=name,
             round=self.round,
@@ -172,6 +179,7 @@ class _Arm:
             answers=tuple(load.answers),
             skipped=load.skipped,
             figures=tuple(_limited(each, limit) for each in figures),
+            cpu_seconds=None if before is None or after is None else after - before,
             fixes_length=target.fixes_length,
         )
         return run, texts
@@ -186,7 +194,7 @@ class _Arm:
             if self.progress is not None:
                 self.progress(f"{name}, round {self.round + 1} of {wish.rounds}", done, total)
 
-        load = Load(target, tick)
+        load = Load(target, tick, self.server.cpu_seconds)
         if isinstance(plan, Measure):
             total = plan.requests(wish.sizes)
             tick(0)

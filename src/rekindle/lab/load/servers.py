@@ -33,7 +33,11 @@ PEER = "llama-server"
 _LISTENS = re.compile(r"listening on (http://\S+)\s")
 _ABOUT = re.compile(r'^(\{"url".*\})$', re.MULTILINE)
 _POLL_SECONDS = 0.05
-_KERNEL = re.compile(r"(\w+) = 1")
+_KERNEL = re.compile(r"\b([A-Z][A-Z0-9_]+) = 1\b")
+
+
+class DidNotStart(ServerError):
+    """A server that was started here did not come to listen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,16 @@ class Server:
     url: str
     build: str = ""
     kernels: frozenset[str] = frozenset()  # instruction sets it was built for, as llama.cpp names them
+    pid: int | None = None  # of a server that was started here
+
+    def cpu_seconds(self) -> float | None:
+        """Processor time that it has used so far, all threads together; None where that can't be told."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        user, kernel = int(fields[11]), int(fields[12])  # proc_pid_stat(5), without the first two fields
+        return (user + kernel) / os.sysconf("SC_CLK_TCK")
 
 
 Start = Callable[[], AbstractContextManager[Server]]
@@ -71,7 +85,13 @@ def rekindle_server(setup: Setup, **variables: str) -> Iterator[Server]:
     with _process(command, environment) as started:
         url = started.first(_LISTENS)
         kernels = kernels_of(llama_cpp.llama_print_system_info().decode())
-        yield Server(name="rekindle", url=url, build=f"llama-cpp-python {llama_cpp.__version__}", kernels=kernels)
+        yield Server(
+            name="rekindle",
+            url=url,
+            build=f"llama-cpp-python {llama_cpp.__version__}",
+            kernels=kernels,
+            pid=started.process.pid,
+        )
 
 
 @contextmanager
@@ -93,7 +113,8 @@ def wheel_server(setup: Setup) -> Iterator[Server]:
     with _process(command, os.environ) as started:
         about = json.loads(started.first(_ABOUT))
         started.wait_until_ready(about["url"])
-        yield Server(name=PEER, url=about["url"], build=about["build"], kernels=kernels_of(about["kernels"]))
+        kernels, pid = kernels_of(about["kernels"]), started.process.pid
+        yield Server(name=PEER, url=about["url"], build=about["build"], kernels=kernels, pid=pid)
 
 
 @contextmanager
@@ -107,7 +128,8 @@ def binary_server(setup: Setup, binary: Path) -> Iterator[Server]:
     with _process(command, os.environ) as started:
         url = started.first(_LISTENS)
         started.wait_until_ready(url)
-        yield Server(name=PEER, url=url, build=str(binary), kernels=kernels_of(started.said))
+        kernels, pid = kernels_of(started.said), started.process.pid
+        yield Server(name=PEER, url=url, build=str(binary), kernels=kernels, pid=pid)
 
 
 def peer_starter(peer: str, setup: Setup) -> Start:
@@ -140,8 +162,15 @@ def _process(command: list[str], environment: Mapping[str, str]) -> Iterator[_St
             start_new_session=True,
         ) as process,
     ):
+        started = _Started(process, " ".join(Path(part).name for part in command[:3]), log.fileno())
         try:
-            yield _Started(process, " ".join(Path(part).name for part in command[:3]), log.fileno())
+            yield started
+            started.check()
+        except DidNotStart:
+            raise
+        except ServerError:
+            started.check()  # a better reason than that requests failed
+            raise
         finally:
             _end(process)
 
@@ -169,8 +198,19 @@ class _Started:
         """All that it wrote so far; its own place in the file does not move."""
         return os.pread(self.log, os.fstat(self.log).st_size, 0).decode("utf-8", "replace")
 
+    def check(self) -> None:
+        """Raises ServerError if the process has ended although nobody asked it to: what was measured means nothing."""
+        code = self.process.poll()
+        if code is not None:
+            raise ServerError(f"{self.name} ended while it was measured (exit code {code}): {self._last}")
+
+    @property
+    def _last(self) -> str:
+        lines = self.said.strip().split("\n")[-3:]
+        return " | ".join(line.strip() for line in lines).strip() or "it gave no reason"
+
     def first(self, pattern: re.Pattern[str]) -> str:
-        """The first group of the pattern, once it was written. Raises ServerError if it never is."""
+        """The first group of the pattern, once it was written. Raises DidNotStart if it never is."""
 
         def found() -> str | None:
             match = pattern.search(self.said)
@@ -179,7 +219,7 @@ class _Started:
         return self._wait_for(found)
 
     def wait_until_ready(self, url: str) -> None:
-        """Until `/health` says 200: a server may listen while it still loads. Raises ServerError if it never does."""
+        """Until `/health` says 200: a server may listen while it still loads. Raises DidNotStart if it never does."""
         with httpx.Client(trust_env=False, timeout=START_SECONDS) as http:
 
             def healthy() -> bool | None:
@@ -202,5 +242,4 @@ class _Started:
                 state = f"ended before it listened (exit code {code})"
                 break
             time.sleep(_POLL_SECONDS)
-        last = " | ".join(line.strip() for line in self.said.strip().split("\n")[-3:])
-        raise ServerError(f"{self.name} {state}: {last or 'it gave no reason'}")
+        raise DidNotStart(f"{self.name} {state}: {self._last}")
