@@ -43,7 +43,8 @@ def test_it_says_where_it_listens_and_what_it_runs(environment: dict[str, str]) 
     with served(environment) as (_, line):
         assert re.fullmatch(
             r"Rekindle is listening on http://127\.0\.0\.1:\d+ "
-            r"\(model ember, engine llama\.cpp, \d+ cells, 1 thread, f16 KV\)\n",
+            r"\(model ember, engine llama\.cpp, \d+ cells, 1 thread, f16 KV, "
+            r"[\d.]+[KMG]iB of memory for stored KV \(a quarter of what was free\)\)\n",
             line,
         )
         with httpx.Client(base_url=url_in(line), timeout=60) as client:
