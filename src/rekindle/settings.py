@@ -42,7 +42,7 @@ class Settings(BaseModel):
     )
     prefill_budget: int = Field(512, ge=1, description="most prompt tokens computed per step beside running streams")
     prefill_slowdown: float = Field(
-        2.5, ge=1, description="how much longer a step of running streams may get, as a factor, to read prompts beside"
+        2.0, ge=1, description="how much longer a step of running streams may get, as a factor, to read prompts beside"
     )
     max_queue: int = Field(256, ge=1, description="requests that may wait; one more is refused")
     block_tokens: int = Field(64, ge=1, description="tokens per stored block")

@@ -10,9 +10,9 @@ and the chunk is chosen so that the step takes at most `slowdown` times as long 
 
     decode + chunk * token = slowdown * decode
 
-It is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set. It grows step by
-step and shrinks at once. As long as a prompt is read there are no steps that only decode, so every now and then one is
-left without a chunk, to measure again.
+It is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most doubles
+from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one is left
+without a chunk, to measure again.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
 so long that whoever comes or goes meanwhile would have to wait for it.
@@ -21,15 +21,32 @@ so long that whoever comes or goes meanwhile would have to wait for it.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 
 from rekindle.kv.speed import Speed
 
-MIN_CHUNK = 16
-GRAIN = 8  # chunks are multiples of this: fewer shapes, for which an engine may prepare
+MIN_CHUNK = 4
+GRAIN = 4  # chunks are multiples of this: fewer shapes, for which an engine may prepare
 PROBE_STEPS = 64  # steps with a chunk between two without
 LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
 LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
-_SLOW, _FAST = 0.1, 0.5  # weights of a new measurement: where unsure, steps become shorter
+_REMEMBERED = 9  # measurements of which the middle one counts: one step that was disturbed says nothing
+
+
+class _Recent:
+    """The middle of the latest measurements."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    @property
+    def middle(self) -> float | None:
+        """None before the first."""
+        return statistics.median(self._values) if self._values else None
 
 
 class Pace:
@@ -39,8 +56,8 @@ class Pace:
         """At most `limit` tokens beside answers. A `slowdown` of infinity means: always as many."""
         self._limit = limit
         self._slowdown = slowdown
-        self._decode: dict[int, float] = {}  # answers in a step -> its seconds
-        self._token: float | None = None
+        self._decode: dict[int, _Recent] = {}  # answers in a step -> its seconds
+        self._token = _Recent()
         self._chunk = 0  # the last
         self._since_probe = 0
         self.prefill = Speed()  # of steps that decode nothing
@@ -68,10 +85,10 @@ class Pace:
             return
         decode = self._decode_alone(num_decoding)
         if num_prefill == 0:
-            self._decode[num_decoding] = _follow(self._decode.get(num_decoding), seconds, up=_SLOW, down=_FAST)
+            self._decode.setdefault(num_decoding, _Recent()).add(seconds)
         elif decode is not None:
             self._chunk = num_prefill
-            self._token = _follow(self._token, max(0.0, seconds - decode) / num_prefill, up=_FAST, down=_SLOW)
+            self._token.add(max(0.0, seconds - decode) / num_prefill)
 
     def _lone(self) -> int:
         least, greatest = LONE_TOKENS
@@ -81,16 +98,12 @@ class Pace:
     def _decode_alone(self, num_decoding: int) -> float | None:
         """Seconds of a step that decodes so many, or the most below that which were measured; they take no longer."""
         known = max((count for count in self._decode if count <= num_decoding), default=None)
-        return None if known is None else self._decode[known]
+        return None if known is None else self._decode[known].middle
 
     def _bearable(self, decode: float) -> int:
-        if self._token is None:
+        token = self._token.middle
+        if token is None:
             return MIN_CHUNK
-        wanted = (self._slowdown - 1) * decode / self._token if self._token > 0 else math.inf
+        wanted = (self._slowdown - 1) * decode / token if token > 0 else math.inf
         grown = min(wanted, 2 * max(self._chunk, MIN_CHUNK))
         return max(MIN_CHUNK, int(grown) // GRAIN * GRAIN)
-
-
-def _follow(old: float | None, new: float, *, up: float, down: float) -> float:
-    """A moving average that follows in one direction faster than in the other."""
-    return new if old is None else old + (up if new > old else down) * (new - old)
