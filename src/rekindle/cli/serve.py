@@ -8,6 +8,7 @@ a supervisor can start it anew.
 
 from __future__ import annotations
 
+import faulthandler
 import ipaddress
 import os
 import signal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # The HTTP thread and the worker share Python's interpreter lock. By default a thread that computes may keep another
 # waiting for 5 ms, which is most of the TTFT of a repeated prompt; this is how long it may now.
 SWITCH_SECONDS = 0.0005
+CLOSE_SECONDS = 5.0  # beside writing the store, for closing what a failed worker has left
 
 
 def run_server(settings: Settings) -> None:
@@ -59,6 +61,8 @@ def run_server(settings: Settings) -> None:
             if service.alarm == "stalled":  # its thread would be waited for in vain
                 complain(str(error))
                 os._exit(FAILED)
+            # Nobody knows what the failure has left: if closing hangs, the process ends with 1 all the same.
+            faulthandler.dump_traceback_later(settings.store_flush_seconds + CLOSE_SECONDS, exit=True)
             raise
 
 
