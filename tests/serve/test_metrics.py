@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import generate_latest
+from prometheus_client import Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.kv.doubles import DictTier
 from tests.serve.conftest import END, Stage, ids
@@ -22,8 +22,9 @@ from rekindle.errors import EngineError, PromptTooLong
 from rekindle.kv.store import Fetched
 from rekindle.reuse.plan import Compute, Fork, Place, Plan
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.counting import Rate, Times
 from rekindle.serve.metric_list import METRICS, PREFIX
-from rekindle.serve.metrics import OUTCOMES, SOURCES, Metrics, Rate, sources_of
+from rekindle.serve.metrics import OUTCOMES, SOURCES, Metrics, sources_of
 from rekindle.serve.request import Generation, Sampling, request_id
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -183,19 +184,35 @@ def test_running_queued_and_swapped_add_up_at_every_step() -> None:
 
 def test_the_present_speed_forgets() -> None:
     now = 100.0
-    rate = Rate(lambda: now)
+    rate = Rate("tokens", "Tokens.", lambda: now)
     assert rate.per_second() == 0.0
     for _ in range(200):
         now += 0.05
-        rate.add(2)
+        rate.add(2, now)
     assert rate.per_second() == pytest.approx(40, rel=0.06)
     now += 5
     assert rate.per_second() == pytest.approx(20, rel=0.11)
     now += 6
     assert rate.per_second() == 0.0
     now += 100
-    rate.add(30)
+    rate.add(30, now)
     assert rate.per_second() == pytest.approx(3)
+
+
+@given(seconds=st.lists(st.floats(0, 3, allow_nan=False), max_size=30))
+def test_our_histogram_is_the_clients_one(seconds: list[float]) -> None:
+    edges = (0.001, 0.01, 0.5, 1.0, 2.0)
+    theirs, ours = Histogram("t", "T.", registry=None, buckets=edges), Times("t", "T.", edges)
+    for each in [*seconds, *edges]:
+        theirs.observe(each)
+        ours.observe(each)
+    values = []
+    for histogram in (theirs, ours):
+        samples = [sample for family in histogram.collect() for sample in family.samples]
+        values.append(
+            {(each.name, each.labels.get("le")): each.value for each in samples if "created" not in each.name}
+        )
+    assert values[0] == pytest.approx(values[1])
 
 
 # A whole service.
