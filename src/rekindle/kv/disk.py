@@ -241,9 +241,12 @@ class DiskTier:
         while self._block_bytes + self._aside_bytes + num_bytes > self.max_bytes:
             if self._victims:
                 victim = self._victims.popleft()
-                if victim.used_ns >= mark and self._kept_bytes <= self.max_bytes // _KEPT_SHARE:
+                if victim.used_ns < mark:
+                    self._evict(victim)
+                elif self._kept_bytes <= self.max_bytes // _KEPT_SHARE:
                     return False
-                self._evict(victim)
+                elif self._is_kept(victim):  # or else it has just been used, and what is pinned too much pays
+                    self._evict(victim)
             elif walked:
                 return False
             else:
