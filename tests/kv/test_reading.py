@@ -24,7 +24,7 @@ def make_files(folder: Path, sizes: list[int]) -> list[str]:
 def is_of(contents: Contents | None, path: str) -> bool:
     assert contents is not None
     same_time = contents.used_ns == Path(path).stat().st_mtime_ns
-    return same_time and bytes(contents.data) == Path(path).read_bytes()
+    return contents.data.readonly and same_time and bytes(contents.data) == Path(path).read_bytes()
 
 
 @pytest.mark.parametrize("sizes", [[0], [1, 63, 64, 65], [100_000] * 40, [3_000_000] * 7, [SLAB_BYTES + 5, 10], []])

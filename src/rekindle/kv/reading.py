@@ -72,7 +72,7 @@ def _read(path: str, room: memoryview, used_ns: int, index: int, ahead: _Ahead) 
                     length += count
     finally:
         os.close(handle)
-    return Contents(room[:length], used_ns)
+    return Contents(room[:length].toreadonly(), used_ns)
 
 
 def _from_page_cache(handle: int, room: memoryview) -> int:
