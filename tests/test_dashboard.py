@@ -23,9 +23,10 @@ OF_THE_SCRAPE = {"instance", "le"}  # labels that Prometheus adds, or a histogra
 
 
 @pytest.fixture(scope="module")
-def samples() -> Iterator[dict[str, set[str]]]:
-    """Labels of every sample that a server has."""
-    with Service.open(Settings(engine="toy", store="none", context=256)) as service:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[str]]]:
+    """Labels of every sample that a server with a slower tier has."""
+    store = tmp_path_factory.mktemp("store")
+    with Service.open(Settings(engine="toy", store=str(store), context=256)) as service:
         service.metrics.answered("GET", "/health", 200)
         families = list(service.metrics.registry.collect())
     found: dict[str, set[str]] = {}

@@ -72,8 +72,9 @@ def overview(service: Service) -> dict[str, Any]:
 
 
 def tier_numbers(tier: TierStats) -> dict[str, Any]:
-    """One tier's totals, without its name."""
-    return {name: value for name, value in vars(tier).items() if name != "name"}
+    """One tier's totals, without its name. Look-ups in memory are not counted."""
+    left_out = {"name", "hits", "misses"} if tier.name == "memory" else {"name"}
+    return {name: value for name, value in vars(tier).items() if name not in left_out}
 
 
 # What the client asked for.

@@ -106,6 +106,8 @@ def _tier_samples(tiers: Iterable[TierStats]) -> dict[str, list[tuple[Labels, fl
             "tier_faults": tier.faults,
             "tier_corrupt_blocks": tier.corrupt,
         }
+        if tier.name == "memory":  # its look-ups are not counted: where tokens come from says more
+            del numbers["tier_hits"], numbers["tier_misses"]
         for name, number in numbers.items():
             if number is not None:
                 values.setdefault(name, []).append(((tier.name,), float(number)))
