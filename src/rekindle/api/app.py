@@ -12,6 +12,7 @@ from rekindle.api.cache import cache_router
 from rekindle.api.chat import chat_router
 from rekindle.api.completions import completions_router
 from rekindle.api.door import Door
+from rekindle.api.folder import folder_router
 from rekindle.api.generate import generate_router
 from rekindle.api.keys import Keys
 from rekindle.api.load import Load
@@ -53,6 +54,12 @@ def create_app(service: Service) -> FastAPI:
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
-    for router in [*routers, cache_router(runner), status_router(service, load), metrics_router(service)]:
+    for router in [
+        *routers,
+        cache_router(runner),
+        folder_router(service),
+        status_router(service, load),
+        metrics_router(service),
+    ]:
         app.include_router(router)
     return app

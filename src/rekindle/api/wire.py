@@ -384,6 +384,22 @@ def _wanted(given: str | list[int] | _OnePrompt) -> PromptFields:
     return PromptFields(prompt=given) if isinstance(given, str) else PromptFields(tokens=given)
 
 
+class VerifyRequest(Ours):
+    """`POST /cache/verify`."""
+
+    repair: bool = Field(False, description="set aside what is torn")
+
+
+class PruneRequest(Ours):
+    """`POST /cache/prune`."""
+
+    max_size: Str | int | None = Field(None, description="delete what was used least recently until the rest fits")
+    older_than: Str | float | None = Field(None, description="delete what was not used for so long: 30d, or seconds")
+    orphans: bool = Field(False, description="delete what has lost a predecessor")
+    fingerprints: list[Str] = Field(default_factory=list, description="only of these models")
+    dry_run: bool = Field(False, description="only say what would be deleted")
+
+
 class ClearRequest(Ours):
     """`POST /cache/clear`."""
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from rekindle.cli.cache_place import client_of, folder_of, one_of
+from rekindle.cli.cache_place import client_of, folder_of, one_of, understood
 from rekindle.cli.cache_show import count, size
 from rekindle.cli.client import ServerError
 from rekindle.cli.refusals import complain
@@ -36,11 +36,13 @@ def check_store(store: str | None, url: str | None, api_key: str | None, *, repa
         started = time.perf_counter()
         check = _verify(folder_of(store), repair)
         found = listing.check_as_dict(check, time.perf_counter() - started)
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        _show_check(found, repair)
-    return bool(found["ok"])
+    with understood(url):
+        is_sound = bool(found["ok"])
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _show_check(found, repair)
+        return is_sound
 
 
 def _verify(folder: Path, repair: bool) -> Check:
@@ -125,12 +127,11 @@ def prune_store(
         found = listing.prune(folder_of(store), wish, time.time(), dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps(found))
-    else:
-        done = "would be deleted" if dry_run else "deleted"
-        left = (
-            f"{count(found['left_blocks'], 'block')}, {size(found['left_bytes'])}, {'would be ' if dry_run else ''}left"
-        )
-        typer.echo(f"{count(found['blocks'], 'block')}, {size(found['bytes'])}, {done}; {left}")
+        return
+    with understood(url):
+        done, left = ("would be deleted", "would be left") if dry_run else ("deleted", "left")
+        rest = f"{count(found['left_blocks'], 'block')}, {size(found['left_bytes'])}, {left}"
+        typer.echo(f"{count(found['blocks'], 'block')}, {size(found['bytes'])}, {done}; {rest}")
 
 
 def unpin_all(ids: Sequence[str], store: str | None, url: str | None, api_key: str | None) -> bool:

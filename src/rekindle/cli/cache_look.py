@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from rekindle.cli.cache_place import client_of, decoder, folder_of, one_of
+from rekindle.cli.cache_place import client_of, decoder, folder_of, one_of, understood
 from rekindle.cli.cache_show import ago, console, count, facts, rows, size, until, words
 from rekindle.kv.catalog import read_catalog
 from rekindle.serve import listing
@@ -30,10 +30,9 @@ def show_stats(store: str | None, url: str | None, api_key: str | None, *, as_js
         found = listing.summary(read_catalog(folder_of(store)), time.time())
     if as_json:
         typer.echo(json.dumps(found))
-    elif url is not None:
-        _show_server(found)
-    else:
-        _show_folder(found)
+        return
+    with understood(url):
+        _show_folder(found) if url is None else _show_server(found)
 
 
 def _show_folder(found: Mapping[str, Any]) -> None:
@@ -107,19 +106,18 @@ def show_list(store: str | None, url: str | None, api_key: str | None, wanted: W
     else:
         catalog = read_catalog(folder_of(store))
         with decoder(catalog, wanted.model) as decode:
-            listed = listing.prompts(catalog, wanted, decode, time.time())
-        num = len(catalog.entries) if wanted.blocks else len(catalog.chains())
-        found = {"prompts": listed, "total": num}
+            found = listing.listed(catalog, wanted, decode, time.time())
     if as_json:
         typer.echo(json.dumps(found))
-    else:
+        return
+    with understood(url):
         _show_list(found["prompts"], found["total"], wanted)
 
 
 def _show_list(listed: Sequence[Mapping[str, Any]], total: int, wanted: Wanted) -> None:
     out = console()
     if not listed:
-        typer.echo("Nothing is stored." if not total else "Nothing of that is stored.", err=True)
+        typer.echo("Nothing is stored.", err=True)
         return
     table = Table("used", box=None)
     for name in ("tokens", "size"):
@@ -142,7 +140,7 @@ def _show_list(listed: Sequence[Mapping[str, Any]], total: int, wanted: Wanted) 
         )
     rows(table, out)
     left = total - len(listed)
-    if left > 0 and not wanted.fingerprints:
+    if left > 0:
         typer.echo(f"and {left:,} more; --limit 0 lists all", err=True)
 
 
@@ -151,27 +149,29 @@ def show_pins(store: str | None, url: str | None, api_key: str | None, model: st
     one_of(store, url)
     if url is not None:
         found = client_of(url, api_key).get("/cache/pins")
-        table = Table("id", box=None)
-        for name in ("tokens", "size", "ends in"):
-            table.add_column(name, justify="right")
-        table.add_column("name")
-        for pin in found["pins"]:
-            end = ago(time.time() + pin["expires_in_seconds"] + 0.5).removeprefix("in ")
-            table.add_row(pin["id"], f"{pin['tokens']:,}", size(pin["bytes"]), end, escape(pin["name"] or ""))
     else:
         catalog = read_catalog(folder_of(store))
         with decoder(catalog, model) as decode:
             found = {"pins": listing.pins(catalog, decode, time.time())}
-        table = Table("id", box=None)
-        for name in ("tokens", "size", "ends in"):
-            table.add_column(name, justify="right")
-        table.add_column("begins with")
-        for row in found["pins"]:
-            end = ago(row["pinned_until"]).removeprefix("in ")
-            table.add_row(row["id"], f"{row['tokens']:,}", size(row["bytes"]), end, escape(words(row)))
     if as_json:
         typer.echo(json.dumps(found))
-    elif found["pins"]:
-        rows(table, console())
-    else:
+        return
+    with understood(url):
+        _show_pins(found["pins"])
+
+
+def _show_pins(listed: Sequence[Mapping[str, Any]]) -> None:
+    """A server knows their names, a folder how they begin."""
+    if not listed:
         typer.echo("Nothing is pinned.", err=True)
+        return
+    table = Table("id", box=None)
+    for name in ("tokens", "size", "ends in"):
+        table.add_column(name, justify="right")
+    table.add_column("begins with" if "text" in listed[0] else "name")
+    now = time.time()
+    for row in listed:
+        end = row["pinned_until"] if "text" in row else now + row["expires_in_seconds"] + 0.5
+        about = words(row) if "text" in row else row["name"] or ""
+        table.add_row(row["id"], f"{row['tokens']:,}", size(row["bytes"]), ago(end).removeprefix("in "), escape(about))
+    rows(table, console())

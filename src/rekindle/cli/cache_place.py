@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rekindle.cli.client import Client, first_key
+from rekindle.cli.client import Client, ServerError, first_key
 from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.catalog import Catalog
 from rekindle.serve.assembly import store_folder
@@ -33,6 +33,17 @@ def one_of(store: str | None, url: str | None) -> None:
     """Raises InvalidRequest if both are given."""
     if store is not None and url is not None:
         raise InvalidRequest("expected --store or --url, got both", param="url")
+
+
+@contextmanager
+def understood(url: str | None) -> Iterator[None]:
+    """What a server sends is taken for what a Rekindle server sends. Raises ServerError if it turns out not to be."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        if url is None:
+            raise
+        raise ServerError(f"{url} sent something unexpected ({error!r}); is it a Rekindle server?") from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rekindle.cli.cache_place import client_of, folder_of
+from rekindle.cli.cache_place import client_of, folder_of, understood
 from rekindle.cli.cache_show import console, count, rows, size
 from rekindle.cli.chat import opening
 from rekindle.cli.client import Client
@@ -89,6 +89,8 @@ def _of_prompt(prompt: str, system: str | None) -> Text:
 class Place(Protocol):
     """Where prompts are kept."""
 
+    faults: list[str]  # why some of it was not written, once that is known
+
     def warm(self, text: Text, tell: Tell) -> dict[str, Any]:
         """{"tokens", "computed", "reused", "bytes", "seconds"}. Raises RekindleError."""
 
@@ -100,6 +102,7 @@ class Here:
     """A model in this process, with its store's folder."""
 
     def __init__(self, service: Service, texts: Texts) -> None:
+        self.faults: list[str] = []
         self._service = service
         self._as_chat = service.model.template is not None if texts.chat is None else texts.chat
         self._salt = (texts.salt or "").encode()
@@ -128,6 +131,14 @@ class Here:
             "expires_in_seconds": round(made.expires_in, 1),
         }
 
+    def end(self) -> None:
+        """Wait until all is written, and see whether it is."""
+        self._service.settle(self._service.settings.store_flush_seconds)
+        stats = self._service.stats()
+        self.faults = [f"the {tier.name} tier: {tier.state}" for tier in stats.tiers if tier.state != "ok"]
+        if stats.dropped:
+            self.faults.append(f"{count(stats.dropped, 'block')} could not be written")
+
     def _prompt(self, text: Text) -> Prompt:
         if self._as_chat:
             return self._service.opening_prompt(text.messages, salt=self._salt)
@@ -138,16 +149,20 @@ class There:
     """A running server."""
 
     def __init__(self, client: Client, texts: Texts) -> None:
+        self.faults: list[str] = []
         self._client = client
         self._chat = texts.chat
         self._more = {} if texts.salt is None else {"cache_salt": texts.salt}
 
     def warm(self, text: Text, tell: Tell) -> dict[str, Any]:
         found = self._post("/cache/warm", text, {})
-        return {name: found[name] for name in ("tokens", "computed", "reused", "bytes", "seconds")}
+        with understood(self._client.url):
+            return {name: found[name] for name in ("tokens", "computed", "reused", "bytes", "seconds")}
 
     def pin(self, text: Text, ttl: str, name: str | None, warm: bool) -> dict[str, Any]:
-        return self._post("/cache/pin", text, {"ttl": ttl, "warm": warm} | ({} if name is None else {"name": name}))
+        found = self._post("/cache/pin", text, {"ttl": ttl, "warm": warm} | ({} if name is None else {"name": name}))
+        with understood(self._client.url):
+            return {each: found[each] for each in ("id", "name", "tokens", "bytes", "expires_in_seconds")}
 
     def _post(self, path: str, text: Text, fields: dict[str, Any]) -> dict[str, Any]:
         """As a conversation, unless it is known that the model has no chat template."""
@@ -167,13 +182,11 @@ def _place(settings: Settings, texts: Texts, url: str | None, api_key: str | Non
         return
     folder_of(settings.store)  # before a model is loaded in vain
     with closing(Service.open(settings)) as service:
-        yield Here(service, texts)
-        service.settle(settings.store_flush_seconds)
-        stats = service.stats()
-        wrong = [f"the {tier.name} tier: {tier.state}" for tier in stats.tiers if tier.state != "ok"]
-        wrong += [f"{count(stats.dropped, 'block')} could not be written"] if stats.dropped else []
-        for each in wrong:
-            complain(each)
+        here = Here(service, texts)
+        yield here
+        here.end()
+        for fault in here.faults:
+            complain(fault)
 
 
 def warm_texts(settings: Settings, texts: Texts, url: str | None, api_key: str | None, *, as_json: bool) -> bool:
@@ -198,7 +211,7 @@ def warm_texts(settings: Settings, texts: Texts, url: str | None, api_key: str |
         typer.echo(json.dumps(totals | {"seconds": seconds, "prompts": done}))
     elif done:
         _show_warmed(done, totals | {"seconds": seconds})
-    return len(done) == len(texts.each)
+    return len(done) == len(texts.each) and not place.faults
 
 
 def _progress(total: int) -> Progress:
@@ -242,4 +255,4 @@ def pin_texts(
     for each in () if as_json else done:
         kept = size(each["bytes"]) if each["bytes"] else "nothing stored yet"
         typer.echo(f"{each['id']}  {each['text']}: {each['tokens']:,} tokens, {kept}, for {in_words(seconds)}")
-    return len(done) == len(texts.each)
+    return len(done) == len(texts.each) and not place.faults

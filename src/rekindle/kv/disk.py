@@ -80,6 +80,11 @@ class DiskTier:
         self._victims: deque[File] = deque()  # least recently used first, as of the last walk
         self._bytes_since_walk: int | None = None  # None before the first
 
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
     # Reading.
 
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:

@@ -93,17 +93,27 @@ def _state(catalog: Catalog) -> str:
     return "; ".join(wrong) or "ok"
 
 
-def prompts(catalog: Catalog, wanted: Wanted, decode: Decode, now: float) -> list[dict[str, Any]]:
-    """A row for each stored prompt, or for each block."""
-    chains = [Chain((entry,)) for entry in catalog.entries] if wanted.blocks else catalog.chains()
+def listed(catalog: Catalog, wanted: Wanted, decode: Decode, now: float) -> dict[str, Any]:
+    """A row for each stored prompt, or for each block, and how many there are. Raises InvalidRequest."""
+    now_ns = int(now * _SECOND)
     chosen = named(catalog, wanted.fingerprints)
     rows = [
-        (chain, _row(catalog, chain, int(now * _SECOND)))
-        for chain in chains
+        (chain, _row(catalog, chain, now_ns))
+        for chain in (_blocks(catalog) if wanted.blocks else _prompts(catalog, now_ns))
         if (chosen is None or chain.fingerprint in chosen) and _is_of(chain, wanted.salt)
     ]
     rows.sort(key=lambda each: _rank(each[1], wanted.sort), reverse=True)
-    return [_with_text(*each, decode) for each in rows[: wanted.limit or None]]
+    shown = [_with_text(*each, decode) for each in rows[: wanted.limit or None]]
+    return {"prompts": shown, "total": len(rows)}
+
+
+def _blocks(catalog: Catalog) -> list[Chain]:
+    return [Chain((entry,)) for entry in catalog.entries]
+
+
+def _prompts(catalog: Catalog, now_ns: int) -> list[Chain]:
+    """All chains, and the pinned prompts that are the beginnings of others."""
+    return list({chain.key: chain for chain in [*catalog.chains(), *catalog.pins(now_ns)]}.values())
 
 
 def _rank(row: dict[str, Any], sort: Sort) -> tuple[float, str]:

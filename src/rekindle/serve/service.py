@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -36,7 +37,7 @@ from rekindle.serve.traces import Traces, open_traces
 from rekindle.serve.transcripts import Transcripts
 from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
-from rekindle.tokens import as_tokens, common_length
+from rekindle.tokens import Tokens, as_tokens, common_length
 
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
 _TELL_SECONDS = 0.1  # between reports of progress
@@ -424,6 +425,15 @@ class Service:
         """Of a prompt's KV in the store's memory; 0 unless it is whole."""
         match = self._store.match(prompt.tokens, prompt.salt)
         return sum(block.num_bytes for block in match.blocks) if match.length == len(prompt) else 0
+
+    @property
+    def folder(self) -> Path | None:
+        """The disk tier's, if there is one."""
+        return next((tier.path for tier in self._store.tiers if isinstance(tier, DiskTier)), None)
+
+    def decode_own(self, fingerprint: bytes, tokens: Tokens) -> str | None:
+        """The text of stored tokens, if it is this model that they are of."""
+        return self.detokenize(tokens.tolist()) if fingerprint == self.engine_spec.fingerprint else None
 
     def settle(self, timeout_seconds: float | None = None) -> bool:
         """Save every resident to the store and wait until it is written; False if that took too long."""
