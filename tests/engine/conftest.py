@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from rekindle.engine.batch import Span
 from rekindle.engine.llama import SCRATCH, LlamaEngine
 from rekindle.engine.protocol import Engine, SequenceId, Work
-from rekindle.engine.torch import attention
 from rekindle.engine.torch.engine import TorchEngine
 from rekindle.engine.toy import ToyEngine
 from rekindle.lab.models import make_model
@@ -79,9 +78,7 @@ class Bench:
             engine._remove(SCRATCH, 0)
             engine._table.append(seq, tokens)
         elif isinstance(engine, TorchEngine):
-            engine._table.append(seq, tokens)
-            cells = engine._cells(seq)[position:]
-            engine._compute([attention.Span(tokens, position, cells, first=position)])
+            engine.compute_blind(seq, tokens)
         else:
             assert isinstance(engine, ToyEngine)
             alone = self.read(tokens)

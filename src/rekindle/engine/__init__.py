@@ -1,4 +1,4 @@
-"""Floor 2: computing KV. One protocol of seven verbs; llama.cpp and a toy speak it, torch will.
+"""Floor 2: computing KV. One protocol of seven verbs; llama.cpp, torch and a toy speak it.
 
 The engine makes and reads payload bytes without knowing where they are kept; it never imports `kv/`.
 """

@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.lab.shapes import Shape, shape_named
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -43,11 +43,11 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_WITHOUT_HEAD_DIM = {name: value for name, value in _COMMON.items() if name != "head_dim"}
+WITHOUT_HEAD_DIM = {name: value for name, value in COMMON.items() if name != "head_dim"}
 
 TINY: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(
-        **_COMMON,
+        **COMMON,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 10000.0,
@@ -57,11 +57,11 @@ TINY: dict[str, Callable[[], Any]] = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=48),
-    "qwen2": lambda: Qwen2Config(**_WITHOUT_HEAD_DIM),
-    "qwen3": lambda: Qwen3Config(**_COMMON),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=48),
+    "qwen2": lambda: Qwen2Config(**WITHOUT_HEAD_DIM),
+    "qwen3": lambda: Qwen3Config(**COMMON),
     "gemma3": lambda: Gemma3TextConfig(
-        **_COMMON,
+        **COMMON,
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         query_pre_attn_scalar=32,
@@ -71,7 +71,7 @@ TINY: dict[str, Callable[[], Any]] = {
         },
     ),
     "phi3": lambda: Phi3Config(
-        **_WITHOUT_HEAD_DIM,
+        **WITHOUT_HEAD_DIM,
         original_max_position_embeddings=128,
         rope_parameters={
             "rope_type": "longrope",
@@ -83,11 +83,11 @@ TINY: dict[str, Callable[[], Any]] = {
         },
     ),
     "gpt-neox": lambda: GPTNeoXConfig(
-        **{name: value for name, value in _WITHOUT_HEAD_DIM.items() if name != "num_key_value_heads"},
+        **{name: value for name, value in WITHOUT_HEAD_DIM.items() if name != "num_key_value_heads"},
         rotary_pct=0.25,
     ),
     "qwen3-moe": lambda: Qwen3MoeConfig(
-        **_COMMON, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
+        **COMMON, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
     ),
 }
 

@@ -38,6 +38,7 @@ from rekindle.engine.torch.survey import survey
 from rekindle.engine.verify import check_fingerprint, check_payload, check_work
 from rekindle.errors import ContextFull, EngineError, ModelError
 from rekindle.model.spec import ModelSpec
+from rekindle.tokens import Tokens
 
 BATCH_TOKENS = 2048  # of one model call
 
@@ -108,19 +109,7 @@ class TorchEngine(BookKeeping):
             self._check_length(self.length(item.seq) + len(item.tokens))
         if not work:
             return {}
-        starts = [self.length(item.seq) for item in work]
-        for item in work:
-            self._table.append(item.seq, item.tokens)
-        spans = [
-            Span(item.tokens, start, self._cells(item.seq), logits=item.logits)
-            for item, start in zip(work, starts, strict=True)
-        ]
-        try:
-            rows = self._compute(spans)
-        except BaseException:
-            for item, start in zip(work, starts, strict=True):
-                self._table.truncate(item.seq, start)
-            raise
+        rows = self._append([(item, self.length(item.seq)) for item in work])
         return dict(zip((item.seq for item in work if item.logits), rows, strict=True))
 
     def fork(self, seq: SequenceId, length: int) -> SequenceId:
@@ -176,15 +165,26 @@ class TorchEngine(BookKeeping):
         try:
             self._compute([Span(tokens[start:stop], start, cells[:stop]) for start, stop in ranges])
         except BaseException:
-            self._pool.load(kept, cells[chosen])
+            self._pool.load(kept, cells[chosen])  # cells that others shared stay the sequence's own
             raise
 
     # Looking into KV.
 
+    def compute_blind(self, seq: SequenceId, tokens: Tokens) -> None:
+        """Append tokens that see only each other, where they stand: what `place` of a chunk gives, computed.
+
+        Raises as `forward` does.
+        """
+        work = Work(seq, tokens, logits=False)
+        check_work(self._table, [work], self.spec.vocab_size)
+        start = self.length(seq)
+        self._check_length(start + len(tokens))
+        self._append([(work, start)], blind=True)
+
     def look(self, payload: Payload, position: int | None = None) -> list[LayerKV]:
         """A payload's K and V, layer by layer, K turned to where its first token would stand at `position`.
 
-        The tensors are on the CPU; without a turn they share the payload's memory and must not be written, nor outlive it.
+        The tensors are on the CPU; without a turn they share the payload's memory and must not be written.
         Raises ForeignPayload, EngineError if the model's keys can't be moved.
         """
         by = 0 if position is None else position - payload.position
@@ -212,6 +212,20 @@ class TorchEngine(BookKeeping):
         self._pool.values.clear()
 
     # The model underneath.
+
+    def _append(self, work: Sequence[tuple[Work, int]], *, blind: bool = False) -> list[Any]:
+        """Take cells for tokens that stand at the given positions and compute them. A failure takes them back."""
+        spans = []
+        for item, start in work:
+            self._table.append(item.seq, item.tokens)
+            first = start if blind else 0
+            spans.append(Span(item.tokens, start, self._cells(item.seq)[first:], first, item.logits))
+        try:
+            return self._compute(spans)
+        except BaseException:
+            for item, start in work:
+                self._table.truncate(item.seq, start)
+            raise
 
     @torch.inference_mode()
     def _compute(self, spans: Sequence[Span]) -> list[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class PayloadLayout:
         return torch.empty(count * self.bytes_per_token, dtype=torch.uint8)
 
     def wrap(self, data: memoryview, count: int) -> Tensor:
-        """A payload's bytes as a tensor that must not be written, uint8[bytes], not copied; it does not keep `data` alive.
+        """A payload's bytes as a tensor that must not be written, uint8[bytes], not copied.
 
         Raises ForeignPayload if they are not `count` tokens.
         """
@@ -59,8 +60,9 @@ class PayloadLayout:
         if not count:
             return self.allocate(0)
         # torch warns of buffers that can't be written; that nobody writes to this one is ours to see to
-        address = np.frombuffer(data, dtype=np.uint8).ctypes.data
-        return torch.frombuffer((ctypes.c_uint8 * data.nbytes).from_address(address), dtype=torch.uint8)
+        view: Any = (ctypes.c_uint8 * data.nbytes).from_address(np.frombuffer(data, dtype=np.uint8).ctypes.data)
+        view.owner = data  # the tensor keeps the view, and so the bytes
+        return torch.frombuffer(view, dtype=torch.uint8)
 
     def check(self, data: memoryview, count: int) -> None:
         """Raises ForeignPayload if these bytes can't be `count` tokens."""
