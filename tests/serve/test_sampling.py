@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rekindle.errors import InvalidRequest
 from rekindle.serve.request import Sampling
-from rekindle.serve.sampling import Sampler, log_softmax
+from rekindle.serve.sampling import Sampler, largest, log_softmax
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 
@@ -66,3 +66,48 @@ def test_log_softmax_is_normalised(values: list[float]) -> None:
     logprobs = log_softmax(np.array(values, dtype=np.float32))
     assert abs(float(np.exp(logprobs.astype(np.float64)).sum()) - 1) < 1e-4
     assert (logprobs <= 1e-6).all()
+
+
+def plain(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities as the definitions say, without regard to speed, [vocab_size]."""
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
+    if 0 < sampling.top_k < len(weights):
+        weights[np.argsort(-weights, kind="stable")[sampling.top_k :]] = 0
+    ordered = np.sort(weights)[::-1]
+    last = int(np.searchsorted(np.cumsum(ordered), sampling.top_p * ordered.sum()))
+    least = max(sampling.min_p, ordered[min(last, len(ordered) - 1)] if sampling.top_p < 1 else 0.0)
+    weights[weights < least] = 0
+    return np.asarray(weights / weights.sum())
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 12.0])  # from all alike to nearly certain
+@pytest.mark.parametrize(
+    "wish",
+    [{}, {"top_k": 7}, {"top_k": 900}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.8}],
+)
+def test_large_vocabularies_are_drawn_from_as_the_definitions_say(spread: float, wish: dict[str, float]) -> None:
+    """Only what may be drawn is, and as often as it should be; the shortcuts for long rows are taken."""
+    random = np.random.default_rng(7)
+    logits = (random.standard_normal(3001) * spread + random.permutation(3001) * 1e-4).astype(np.float32)
+    sampling = Sampling(temperature=0.9, seed=11, **wish)  # type: ignore[arg-type]
+    expected = plain(logits, sampling)
+    sampler = Sampler(sampling)
+    draws = np.bincount([sampler.choose(logits) for _ in range(3000)], minlength=3001)
+    best_first = np.argsort(-logits)
+    allowed = set(best_first[: np.count_nonzero(expected) + 1].tolist())  # rounding may let one more in
+    assert set(np.flatnonzero(draws).tolist()) <= allowed
+    heavy = expected > 0.02
+    assert np.abs(draws[heavy] / 3000 - expected[heavy]).max(initial=0.0) < 0.05
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=2000), st.integers(1, 40))
+def test_largest_finds_the_greatest_values(values: list[float], count: int) -> None:
+    array = np.array(values, dtype=np.float32)
+    count = min(count, len(values))
+    found = largest(array, count)
+    assert len(set(found.tolist())) == count
+    assert sorted(array[found].tolist()) == sorted(values)[-count:]
+
+
+def test_a_temperature_of_almost_nothing_is_greedy() -> None:
+    assert drawn(Sampling(temperature=1e-300)) == drawn(Sampling(temperature=1e-6)) == {0}

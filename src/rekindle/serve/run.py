@@ -20,7 +20,7 @@ from rekindle.kv.store import Fetched
 from rekindle.reuse.plan import Plan
 from rekindle.serve.grammar import Grammar
 from rekindle.serve.request import Done, Event, FinishReason, Generation, Piece, Sink, Timings, TokenInfo, Usage
-from rekindle.serve.sampling import Sampler, Vector, log_softmax
+from rekindle.serve.sampling import Sampler, Vector, largest, log_softmax
 from rekindle.serve.text import TextStream
 from rekindle.tokens import Tokens, as_tokens
 
@@ -154,7 +154,7 @@ class Run:
         if wanted is None:
             return token, TokenInfo(token, piece(token))
         logprobs = log_softmax(logits)
-        best = np.argsort(logprobs)[: -wanted - 1 : -1]
+        best = sorted(largest(logprobs, wanted) if wanted else (), key=lambda each: -logprobs[each])
         top = tuple((int(each), piece(int(each)), float(logprobs[each])) for each in best)
         return token, TokenInfo(token, piece(token), float(logprobs[token]), top)
 
