@@ -168,3 +168,23 @@ def test_clearing_forgets_blocks_and_not_pins(store: Store) -> None:
     put(store, PROMPT)
     flood(store)
     assert store.match(PROMPT).length == 14
+
+
+def test_a_salt_may_pin_no_more_than_its_quota_of_what_may_be_pinned(clock: Clock) -> None:
+    """Half of twenty blocks may be pinned, and half of that by one salt."""
+    store = Store(
+        b"f" * 16, max_bytes=20 * ONE, block_tokens=SIZE, bytes_per_token=PAYLOAD // SIZE, quota=0.5, wall_clock=clock
+    )
+    store.pin(as_tokens(range(12)), salt=b"one", ttl_seconds=60)
+    with pytest.raises(InvalidRequest, match="may be pinned"):
+        store.pin(as_tokens(range(50, 62)), salt=b"one", ttl_seconds=60)
+    store.pin(as_tokens(range(50, 62)), salt=b"two", ttl_seconds=60)
+    store.check_integrity()
+
+
+def test_the_store_says_how_its_tiers_are() -> None:
+    store = Store(b"f" * 16, max_bytes=10, block_tokens=SIZE, policy="lru")
+    assert store.stats().states == {"memory": "ok"}
+    assert store.stats().policy == "lru"
+    put(store, PROMPT)
+    assert store.stats().states["memory"].startswith("too small: it has 10 bytes, and a block takes up to ")
