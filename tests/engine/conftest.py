@@ -31,11 +31,14 @@ ROUNDING = {"f16": (0.1, 0.1), "q8_0": (0.25, 1.0)}  # of logits that spread ove
 TINY = ["tiny-llama", "tiny-qwen3", "tiny-gemma3"]
 TORCH_ROUNDING = {"float32": (1e-3, 5e-3), "bfloat16": (0.5, 1.0)}
 TORCH_KINDS = ["torch-ember-float32", "torch-qwen3-bfloat16", *(f"torch-{shape}-float32" for shape in TORCH_SHAPES)]
+NEEDS_CUDA = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+CUDA_KINDS = ["cuda-ember-float32", "cuda-gemma3-float32", "cuda-qwen3-bfloat16"]
 KINDS = [
     "toy",
     "ember-f16",
     *(f"{shape}-{kv}" for shape in TINY for kv in ("f16", "q8_0")),
     *TORCH_KINDS,
+    *(pytest.param(kind, marks=NEEDS_CUDA) for kind in CUDA_KINDS),
 ]
 TOY_SPEC = ModelSpec(
     name="toy",
@@ -102,7 +105,7 @@ def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
     if kind == "toy":
         yield Bench(ToyEngine(TOY_SPEC, CELLS - 1), 0.0, 0.0, kind)
         return
-    if kind.startswith("torch-"):
+    if kind.startswith(("torch-", "cuda-")):
         torch_engine = open_torch(kind)
         yield Bench(torch_engine, *TORCH_ROUNDING[kind.rpartition("-")[2]], kind)
         torch_engine.check_integrity()
@@ -118,11 +121,12 @@ def bench(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Itera
 
 
 def open_torch(kind: str) -> TorchEngine:
-    """An engine for a kind such as torch-ember-float32."""
-    _, _, rest = kind.partition("-")
+    """An engine for a kind such as torch-ember-float32 or cuda-ember-float32."""
+    where, _, rest = kind.partition("-")
     shape, _, dtype = rest.rpartition("-")
     if shape == "ember":
         model = AutoModelForCausalLM.from_pretrained(ember.hf_path(), dtype=getattr(torch, dtype))
     else:
         model = tiny_model(shape, getattr(torch, dtype))
+    model = model.to("cuda" if where == "cuda" else "cpu")
     return TorchEngine(model, num_cells=CELLS, max_sequences=16)

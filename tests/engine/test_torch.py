@@ -135,7 +135,11 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
         lambda: transformers.Lfm2Config(**WITHOUT_HEAD_DIM, layer_types=["conv", "full_attention", "conv"]),
         "recurrent state",
     ),
-    ("qwen3-next", lambda: transformers.Qwen3NextConfig(**{**COMMON, "num_hidden_layers": 4}, num_experts=4), "recurrent state"),
+    (
+        "qwen3-next",
+        lambda: transformers.Qwen3NextConfig(**{**COMMON, "num_hidden_layers": 4}, num_experts=4),
+        "recurrent state",
+    ),
     (
         "llama4",
         lambda: transformers.Llama4TextConfig(**COMMON, intermediate_size_mlp=64, num_local_experts=2),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -69,6 +70,14 @@ TINY: dict[str, Callable[[], Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
+    ),
+    "gemma2": lambda: Gemma2Config(
+        **COMMON,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=10.0,
+        final_logit_softcapping=30.0,
     ),
     "phi3": lambda: Phi3Config(
         **WITHOUT_HEAD_DIM,
