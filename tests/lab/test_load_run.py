@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rekindle.api.server import running
 from rekindle.errors import InvalidRequest
+from rekindle.lab import machine
 from rekindle.lab.load.client import Answer, ServerError
 from rekindle.lab.load.figures import Figure, Run, ratios
 from rekindle.lab.load.plot import plot_report
@@ -265,6 +266,17 @@ def test_a_program_that_does_not_listen_is_told_with_what_it_said(tmp_path: Path
     program.chmod(0o755)
     with pytest.raises(ServerError, match=r"ended before it listened \(exit code 1\): error: unknown model"):
         run_peer_alone(program)
+
+
+@pytest.mark.slow
+def test_decoding_stands_beside_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_BUFFER_BYTES", 8 << 20)
+    sizes = SMALL.with_(system_tokens=50)
+    report = run_load(Wish(workload="cold", sizes=sizes), make_setup("cold", sizes, model="builtin", threads=1))
+    figures = {figure.name: figure for figure in report.runs[0].figures}
+    assert figures["decode_tokens_per_second"].expected and figures["prefill_tokens_per_second"].expected is None
+    assert figures["prefill_tokens_per_cpu_second"].value > 0
+    assert report.runs[0].cpu_seconds
 
 
 @pytest.mark.slow

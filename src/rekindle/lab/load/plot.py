@@ -55,4 +55,5 @@ def _bars(axes: Any, report: LoadReport, servers: Sequence[str]) -> None:
         axes.bar(servers, heights, bottom=bottom, label=kind.removesuffix("_tokens"), color=colour, width=0.5)
         bottom = heights
     axes.set(ylabel="prompt tokens per round")
-    axes.legend()
+    axes.margins(y=0.2)  # for the legend
+    axes.legend(ncols=2, loc="upper center")

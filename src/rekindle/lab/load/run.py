@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rekindle.errors import InvalidRequest, nearest
@@ -100,17 +99,21 @@ def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) 
     Raises ServerError if a server can't be used at all or a measurement can't be made; requests that fail are counted.
     """
     starts = _arms(wish, setup)
-    limit = _decode_limit(setup) if wish.workload == "cold" and setup is not None else None
+    bandwidth = _bandwidth(wish, setup)
     servers: dict[str, Server] = {}
     runs = []
     texts: Texts | None = None
     for number in range(wish.rounds):
         for arm, start in enumerate(starts):
             with start() as server:
-                run, texts = _Arm(wish, server, arm, number, progress).run(texts, limit)
+                run, texts = _Arm(wish, server, arm, number, progress).run(texts)
                 servers.setdefault(run.server, replace(server, name=run.server))
                 runs.append(run)
     assert texts is not None
+    if bandwidth is not None and setup is not None:
+        # the better of two measurements: what else the machine does may slow one down, and a limit must not be too low
+        rate = max(bandwidth, read_bandwidth(setup.threads)) / weight_bytes_per_token(setup.model)
+        runs = [_with_decode_limit(run, rate) for run in runs]
     return LoadReport(
         wish=wish,
         machine=this_machine(),
@@ -146,14 +149,14 @@ class _Arm:
     round: int
     progress: Progress | None
 
-    def run(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
+    def run(self, texts: Texts | None) -> tuple[Run, Texts]:
         """The run, and the texts of the first: later arms get words for the same tokenizer."""
         try:
-            return asyncio.run(self._measure(texts, limit))
+            return asyncio.run(self._measure(texts))
         except ServerError as error:
             raise ServerError(f"{self.server.name or self.server.url}: {error}") from None
 
-    async def _measure(self, texts: Texts | None, limit: Figure | None) -> tuple[Run, Texts]:
+    async def _measure(self, texts: Texts | None) -> tuple[Run, Texts]:
         is_given = not self.server.name  # a running server, which says itself what it is
         async with Target(
             self.server.url,
@@ -178,7 +181,7 @@ class _Arm:
             seconds=load.seconds,
             answers=tuple(load.answers),
             skipped=load.skipped,
-            figures=tuple(_limited(each, limit) for each in figures),
+            figures=tuple(figures),
             cpu_seconds=None if before is None or after is None else after - before,
             fixes_length=target.fixes_length,
         )
@@ -209,12 +212,16 @@ class _Arm:
         return load, []
 
 
-def _decode_limit(setup: Setup) -> Figure:
-    rate = read_bandwidth(setup.threads) / weight_bytes_per_token(Path(setup.model))
-    return Figure(name="decode_tokens_per_second", value=0.0, expected=rate, why="memory bandwidth / bytes of weights")
+def _bandwidth(wish: Wish, setup: Setup | None) -> float | None:
+    """Bytes per second, where a workload has use for them and the model's file is known."""
+    return read_bandwidth(setup.threads) if wish.workload == "cold" and setup is not None else None
 
 
-def _limited(figure: Figure, limit: Figure | None) -> Figure:
-    if limit is None or limit.name != figure.name:
-        return figure
-    return replace(figure, expected=limit.expected, why=limit.why)
+def _with_decode_limit(run: Run, rate: float) -> Run:
+    """The run, with the tokens per second that reading the weights allows beside those of one stream."""
+    why = "memory bandwidth / bytes of weights"
+    figures = (
+        replace(each, expected=rate, why=why) if each.name == "decode_tokens_per_second" else each
+        for each in run.figures
+    )
+    return replace(run, figures=tuple(figures))
