@@ -21,6 +21,8 @@ COMMANDS = [
     ["info"],
     ["demo"],
     ["version"],
+    ["cache"],
+    *(["cache", name] for name in ("stats", "ls", "verify", "clear", "prune", "warm", "pin", "pins", "unpin")),
     ["lab"],
     ["lab", "model"],
     ["lab", "decode"],

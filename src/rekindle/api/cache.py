@@ -116,7 +116,11 @@ async def _warm(runner: Runner, request: Request, prompt: Prompt, tokenize_ms: f
 def stats_as_dict(stats: CacheStats) -> dict[str, Any]:
     """For the wire."""
     rates = {"hit_rate": round(stats.hit_rate, 4), "token_hit_rate": round(stats.token_hit_rate, 4)}
-    return vars(stats) | rates | {"tiers": [asdict(tier) for tier in stats.tiers]}
+    tiers = [asdict(tier) for tier in stats.tiers]
+    for tier in tiers:
+        if tier["name"] == "memory":  # asked at every step; what it serves is what requests reuse
+            tier |= {"hits": None, "misses": None}
+    return vars(stats) | rates | {"tiers": tiers}
 
 
 def _warmed_as_dict(warmed: Warmed) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _ROUTES = {
     "cache_pin": "/cache/pin",
     "cache_pins": "/cache/pins",
     "cache_warm": "/cache/warm",
+    "cache_verify": "/cache/verify",
+    "cache_prune": "/cache/prune",
     "health": "/health",
     "ready": "/ready",
     "metrics": "/metrics",

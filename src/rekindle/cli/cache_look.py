@@ -89,7 +89,12 @@ def _show_server(found: Mapping[str, Any]) -> None:
     for tier in found.get("tiers", ()):
         most = "" if tier["max_bytes"] is None else size(tier["max_bytes"])
         numbers = [tier[name] for name in ("hits", "misses", "evictions", "faults", "corrupt")]
-        cells = [f"{tier['blocks']:,}", size(tier["bytes"]), most, *(f"{number:,}" for number in numbers)]
+        cells = [
+            f"{tier['blocks']:,}",
+            size(tier["bytes"]),
+            most,
+            *("" if number is None else f"{number:,}" for number in numbers),
+        ]
         table.add_row(tier["name"], *cells, escape(tier["state"]))
     out.print()
     rows(table, out)
