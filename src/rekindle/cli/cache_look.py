@@ -70,6 +70,7 @@ def _show_folder(found: Mapping[str, Any]) -> None:
 
 def _show_server(found: Mapping[str, Any]) -> None:
     out = console()
+    dropped = found.get("dropped", 0)
     reused = f"{found['cached_tokens']:,} of {found['prompt_tokens']:,} prompt tokens ({found['token_hit_rate']:.1%})"
     out.print(
         facts(
@@ -78,7 +79,7 @@ def _show_server(found: Mapping[str, Any]) -> None:
                 ("reused", reused),
                 ("in the engine", f"{count(found['residents'], 'idle sequence')}, {found['resident_tokens']:,} tokens"),
                 ("pinned", f"{count(found.get('pins', 0), 'prompt')}, {size(found.get('pinned_bytes', 0))}"),
-                ("never written", f"{count(found.get('dropped', 0), 'block')}, the queue being full"),
+                *([("never written", f"{count(dropped, 'block')}, as the queue was full")] if dropped else []),
             ]
         )
     )
