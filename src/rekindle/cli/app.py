@@ -245,6 +245,23 @@ def lab_restart(
     measure_restart(model, prompt_tokens, prompts, threads, folder)
 
 
+@lab.command("soak")
+@guarded
+def lab_soak(
+    model: Annotated[
+        str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")
+    ] = "builtin",
+    minutes: Annotated[float, typer.Option(help="of load, of which a quarter is warm-up", min=0.1)] = 20.0,
+    seed: Annotated[int, typer.Option(help="the same seed draws the same requests")] = 0,
+    threads: Annotated[int, typer.Option(help="compute threads of the server", min=1)] = 1,
+) -> None:
+    """A server under mixed load, with clients that leave and a store that breaks: does anything leak or get stuck?"""
+    from rekindle.cli.soak import soak_server
+
+    if not soak_server(model, minutes, seed, threads):
+        raise typer.Exit(FAILED)
+
+
 @lab.command("load")
 @guarded
 def lab_load(

@@ -1,0 +1,216 @@
+"""`rekindle lab soak`: a server in a process of its own, under mixed load and store faults for some minutes.
+
+What is watched is what leaks: memory, file handles and threads of the process, and cells and sequences of the engine. The
+first part of the time is warm-up, in which caches fill to their limits, which are set low for that; what the process then
+holds may grow by no more than `MAX_GROWTH`. When the load has ended, nothing may run or wait; when the cache is cleared, no
+cell may be held; and the server must end by itself with exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from rekindle.lab.load.servers import Setup, rekindle_server
+from rekindle.lab.machine import Machine, this_machine
+from rekindle.lab.soak.faults import Misfortune
+from rekindle.lab.soak.load import Tally, Wishes, drive
+from rekindle.model.source import locate
+
+MAX_GROWTH = 0.03
+WARM_UP = 0.25  # share of the time
+CLIENTS = 12
+CELLS = 1024
+SETTINGS = {  # caches that are full soon, and a queue that overflows now and then
+    "REKINDLE_STORE_MEMORY": "32MiB",
+    "REKINDLE_STORE_DISK": "128MiB",
+    "REKINDLE_MAX_QUEUE": "6",
+    "REKINDLE_MAX_RESIDENTS": "8",
+    "REKINDLE_POLICY": "priority",
+    "REKINDLE_LOG_LEVEL": "error",
+}
+_RUNNING = 4
+_SAMPLE_SECONDS = 1.0
+_STRIKE_SECONDS = 3.0
+_IDLE_SECONDS = 60.0
+
+Progress = Callable[[float], None]  # share of the time that is over
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds at a moment."""
+
+    rss_bytes: int
+    files: int
+    threads: int
+
+
+def held_by(pid: int) -> Held:
+    """Raises psutil.Error if there is no such process."""
+    process = psutil.Process(pid)
+    with process.oneshot():
+        return Held(process.memory_info().rss, process.num_fds(), process.num_threads())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakReport:
+    """What was done, and what was left over."""
+
+    model: str
+    minutes: float
+    seed: int
+    requests: dict[str, int]  # by what came of them
+    misfortunes: dict[str, int]
+    swaps: int
+    rss_bytes: tuple[int, int]  # after the warm-up, and at the end; medians
+    files: tuple[int, int]
+    threads: tuple[int, int]
+    problems: tuple[str, ...]  # empty if all is well
+    machine: Machine = field(default_factory=this_machine)
+
+    @property
+    def growth(self) -> float:
+        """Of memory, as a share."""
+        return self.rss_bytes[1] / self.rss_bytes[0] - 1
+
+
+def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: Progress) -> SoakReport:
+    """Raises ServerError if the server does not start."""
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        setup = Setup(model=locate(model), threads=threads, context=CELLS, parallel=_RUNNING)
+        with rekindle_server(setup, **SETTINGS, REKINDLE_STORE=str(store)) as server:
+            assert server.pid is not None
+            watch = _Watch(server.pid, minutes * 60, progress)
+            misfortune, tally = Misfortune(store, seed), Tally()
+            asyncio.run(_soak(server.url, Wishes(seed, CELLS), tally, watch, misfortune))
+            problems = tally.faults + left_over(server.url)
+            swaps = int(metric(server.url, "rekindle_swaps_total"))
+            problems += _end(server.pid)
+    report = SoakReport(
+        model=model,
+        minutes=minutes,
+        seed=seed,
+        requests={str(kind): count for kind, count in tally.kinds.items()},
+        misfortunes=misfortune.counts,
+        swaps=swaps,
+        rss_bytes=watch.compare("rss_bytes"),
+        files=watch.compare("files"),
+        threads=watch.compare("threads"),
+        problems=(),
+    )
+    return SoakReport(**{**vars(report), "problems": (*problems, *_leaks(report))})
+
+
+class _Watch:
+    """Looks at the process once a second, and knows when the time is over."""
+
+    def __init__(self, pid: int, seconds: float, progress: Progress) -> None:
+        self._pid = pid
+        self._seconds = seconds
+        self._progress = progress
+        self._began = time.monotonic()
+        self._samples: list[Held] = []
+
+    @property
+    def share(self) -> float:
+        return (time.monotonic() - self._began) / self._seconds
+
+    async def run(self) -> None:
+        while self.share < 1:
+            self._samples.append(held_by(self._pid))
+            self._progress(self.share)
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    def compare(self, what: str) -> tuple[int, int]:
+        """Medians of equal spans: after the warm-up, and at the end."""
+        values = [getattr(sample, what) for sample in self._samples]
+        span = max(1, len(values) // 10)
+        start = int(len(values) * WARM_UP)
+        return int(statistics.median(values[start : start + span])), int(statistics.median(values[-span:]))
+
+
+async def _soak(url: str, wishes: Wishes, tally: Tally, watch: _Watch, misfortune: Misfortune) -> None:
+    async def strike() -> None:
+        while watch.share < 1:
+            await asyncio.sleep(_STRIKE_SECONDS)
+            misfortune.strike()
+        misfortune.mend()
+
+    load = drive(url, wishes, clients=CLIENTS, enough=lambda _: watch.share >= 1, tally=tally, exact=False)
+    await asyncio.gather(load, watch.run(), strike())
+
+
+def metric(url: str, name: str) -> float:
+    """The sum over all labels of a metric."""
+    text = httpx.get(f"{url}/metrics", headers={"accept": "text/plain"}, timeout=_IDLE_SECONDS).text
+    lines = [line for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def left_over(url: str) -> list[str]:
+    """What a server still holds once nobody asks for anything and its cache is cleared, in words."""
+    busy = ("rekindle_requests_running", "rekindle_requests_queued", "rekindle_requests_swapped")
+    deadline = time.monotonic() + _IDLE_SECONDS
+    while any(metric(url, name) for name in busy) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    problems = [f"{name} is {metric(url, name):.0f} with nobody there" for name in busy if metric(url, name)]
+    httpx.post(f"{url}/cache/clear", json={}, timeout=_IDLE_SECONDS)
+    held = ("rekindle_cells_used", "rekindle_sequences_used", "rekindle_residents")
+    problems += [f"{name} is {metric(url, name):.0f} after clearing" for name in held if metric(url, name)]
+    health = httpx.get(f"{url}/health", timeout=_IDLE_SECONDS)
+    return problems if health.status_code == 200 else [*problems, f"/health says {health.text}"]
+
+
+def _end(pid: int) -> list[str]:
+    """Ask the process to end, and see that it does."""
+    process = psutil.Process(pid)
+    process.terminate()
+    with suppress(psutil.NoSuchProcess):
+        try:
+            code = process.wait(_IDLE_SECONDS)
+        except psutil.TimeoutExpired:
+            return [f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"]
+        return [f"the server ended with code {code}"] if code else []
+    return []
+
+
+def _leaks(report: SoakReport) -> list[str]:
+    leaks = []
+    if report.growth > MAX_GROWTH:
+        leaks.append(f"memory has grown by {report.growth:.1%} after the warm-up")
+    if report.files[1] > report.files[0] + CLIENTS:
+        leaks.append(f"open files have grown from {report.files[0]} to {report.files[1]}")
+    if report.threads[1] > report.threads[0] + 1:
+        leaks.append(f"threads have grown from {report.threads[0]} to {report.threads[1]}")
+    return leaks
+
+
+def print_soak_report(report: SoakReport, console: Console) -> None:
+    """A table for people, then one line of JSON."""
+    table = Table("what", "after warm-up", "at the end", title=f"{report.minutes:g} minutes, {report.model}")
+    table.add_row("memory, MB", *(f"{value / 1e6:.1f}" for value in report.rss_bytes))
+    table.add_row("open files", *map(str, report.files))
+    table.add_row("threads", *map(str, report.threads))
+    console.print(table)
+    console.print("requests: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report.requests.items())))
+    console.print("the store's folder " + ", ".join(f"{name} {n} times" for name, n in report.misfortunes.items()))
+    console.print(f"requests swapped out: {report.swaps}; memory grew by {report.growth:.2%}")
+    for problem in report.problems:
+        console.print(f"problem: {problem}", markup=False)
+    console.print(f"{len(report.problems)} problems" if report.problems else "nothing was left over, nothing got stuck")
+    facts = asdict(report) | {"growth": round(report.growth, 4)}
+    console.print(json.dumps(facts), markup=False, highlight=False, soft_wrap=True)
