@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def load_test(
     setup = None
     if url is None or wish.peer is not None:
         setup = make_setup(name, wish.sizes, options=_options(peer_options or []), **started)
+    # whoever ends this ends the servers that it started too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=None)
 

@@ -24,7 +24,7 @@ here the processor time is told too: on a machine that does other things it says
     workloads  what is asked: conversations, and how large the context must be
     drive      sends the sessions, in a closed or an open loop
     measures   cold, burst, repeat, stall: workloads with a question of their own
-    servers    starts rekindle and llama-server
+    servers    starts rekindle and llama-server, on a leash: they end with us
     figures    from answers to percentiles and ratios
     run        the arms in turn
     show       table, JSON; plot: the PNG

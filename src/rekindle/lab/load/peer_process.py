@@ -2,8 +2,8 @@
 
     python -m rekindle.lab.load.peer_process '{"model": "m.gguf", "threads": 2, "context": 4096, "parallel": 4}'
 
-It prints one line of JSON with its URL and what its kernels were built for, and serves until its standard input ends: so
-it ends with whoever started it, however that happens. `options` sets further fields of llama.cpp's `common_params`.
+It prints one line of JSON with its URL and what its kernels were built for, and serves until SIGTERM. `options` sets
+further fields of llama.cpp's `common_params`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def params_of(wish: dict[str, Any]) -> CommonParams:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides when it ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     server = Server(params_of(json.loads(sys.argv[1])))
     about = {"url": server.listening_address, "build": f"xllamacpp {__version__}", "kernels": get_system_info()}
     print(json.dumps(about), flush=True)  # noqa: T201
-    sys.stdin.read()
-    del server  # stops it
+    while server:  # it stops when it is let go
+        signal.pause()
 
 
 if __name__ == "__main__":

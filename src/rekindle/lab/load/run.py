@@ -46,6 +46,8 @@ class Wish:
                 raise InvalidRequest(f"rate: expected more than 0 sessions per second, got {self.rate}", param="rate")
             if self.workload in MEASURES:
                 raise InvalidRequest(f"the workload {self.workload} has times of its own; leave rate out", param="rate")
+        if self.workload == "trace" and self.sizes.trace is None:
+            raise InvalidRequest("the workload trace needs a file: --trace FILE", param="trace")
         if self.answers not in ("own", "scripted"):
             raise InvalidRequest(f"answers: expected own or scripted, got {self.answers!r}", param="answers")
         if self.rounds < 1 or self.timeout_seconds <= 0:

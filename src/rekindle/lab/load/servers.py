@@ -33,6 +33,7 @@ PEER = "llama-server"
 _LISTENS = re.compile(r"listening on (http://\S+)\s")
 _ABOUT = re.compile(r'^(\{"url".*\})$', re.MULTILINE)
 _POLL_SECONDS = 0.05
+_LEASH = (sys.executable, "-m", "rekindle.lab.load.leash") if hasattr(os, "fork") else ()
 _KERNEL = re.compile(r"\b([A-Z][A-Z0-9_]+) = 1\b")
 
 
@@ -154,7 +155,7 @@ def _process(command: list[str], environment: Mapping[str, str]) -> Iterator[_St
     with (
         tempfile.TemporaryFile() as log,  # not a pipe, which would be full one day
         subprocess.Popen(
-            command,
+            [*_LEASH, *command],  # ends with us, even if we are killed
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
