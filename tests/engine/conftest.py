@@ -30,7 +30,12 @@ CELLS = 512
 ROUNDING = {"f16": (0.1, 0.1), "q8_0": (0.25, 1.0)}  # of logits that spread over +-10; see `Bench`
 TINY = ["tiny-llama", "tiny-qwen3", "tiny-gemma3"]
 TORCH_ROUNDING = {"float32": (1e-3, 5e-3), "bfloat16": (0.5, 1.0)}
-TORCH_KINDS = ["torch-ember-float32", "torch-qwen3-bfloat16", *(f"torch-{shape}-float32" for shape in TORCH_SHAPES)]
+TORCH_KINDS = [
+    "torch-ember-float32",
+    "torch-qwen3-bfloat16",
+    "torch-gemma3-bfloat16",
+    *(f"torch-{shape}-float32" for shape in TORCH_SHAPES),
+]
 NEEDS_CUDA = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 CUDA_KINDS = ["cuda-ember-float32", "cuda-gemma3-float32", "cuda-qwen3-bfloat16"]
 KINDS = [

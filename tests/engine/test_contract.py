@@ -120,6 +120,39 @@ def test_place_elsewhere_equals_computing_there_with_neighbours_hidden(bench: Be
     assert np.abs(logits - next_logits(bench, seeing)).max() > 2 * np.abs(logits - next_logits(bench, hidden)).max()
 
 
+def test_a_part_of_a_payload_is_placed_as_if_it_were_a_payload(bench: Bench) -> None:
+    """Of a payload longer than a sliding window too, which is kept in pieces."""
+    chunk, before = bench.random(12, 80), bench.random(13, 75)
+    alone = bench.read(chunk)
+    payload = bench.engine.export(alone, 0, 80)
+    for start, stop in [(0, 80), (7, 80), (0, 33), (35, 61), (79, 80), (20, 20)]:
+        expected = bench.engine.export(alone, start, stop)
+        part, same = bench.read(before), bench.read(before)
+        calls = bench.engine.num_calls
+        bench.engine.place(part, payload, 75, start=start, stop=stop)
+        bench.engine.place(same, expected, 75)
+        assert bench.engine.num_calls == calls
+        assert (bench.engine.tokens(part) == np.concatenate([before, chunk[start:stop]])).all()
+        assert bench.close(next_logits(bench, part), next_logits(bench, same))
+        bench.engine.close(part)
+        bench.engine.close(same)
+
+
+def test_parts_placed_with_gaps_computed_between_them(bench: Bench) -> None:
+    """Left to right: what is computed sees what was placed before it, as `recompute` behind it would."""
+    chunk, before = bench.random(12, 60), bench.random(13, 40)
+    payload = bench.engine.export(bench.read(chunk), 0, 60)
+    alternating, mended = bench.engine.open(), bench.read(before)
+    bench.engine.forward([Work(alternating, np.concatenate([before, chunk[:10]]))])
+    bench.engine.place(alternating, payload, 50, start=10, stop=30)
+    bench.engine.forward([Work(alternating, chunk[30:37])])
+    bench.engine.place(alternating, payload, 77, start=37)
+    bench.engine.place(mended, payload, 40)
+    bench.engine.recompute(mended, [(40, 50), (70, 77)])
+    assert (bench.engine.tokens(alternating) == bench.engine.tokens(mended)).all()
+    assert bench.close(next_logits(bench, alternating), next_logits(bench, mended), rotated=True)
+
+
 def test_recompute_of_everything_equals_a_full_prefill(bench: Bench) -> None:
     head, chunks = bench.random(14, 20), [bench.random(seed, 40) for seed in (15, 16)]
     payloads = [bench.engine.export(bench.read(chunk), 0, 40) for chunk in chunks]
@@ -194,6 +227,8 @@ REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], objec
     ("export beyond the end", BadRange, lambda b, s: b.engine.export(s, 0, 61)),
     ("place with a gap", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 70)),
     ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),
+    ("place a part beyond", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 60, start=3, stop=9)),
+    ("place a part backwards", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 60, start=5, stop=3)),
     ("recompute beyond the end", BadRange, lambda b, s: b.engine.recompute(s, [(50, 61)])),
     ("recompute overlapping", BadRange, lambda b, s: b.engine.recompute(s, [(10, 20), (15, 30)])),
     (

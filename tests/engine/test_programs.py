@@ -20,7 +20,7 @@ step = st.one_of(
     st.tuples(st.just("truncate"), index, index),
     st.tuples(st.just("drop"), index, index, index),
     st.tuples(st.just("export"), index, index, index),
-    st.tuples(st.just("place"), index, index),
+    st.tuples(st.just("place"), index, index, index, index),
     st.tuples(st.just("recompute"), index, index, index),
 )
 
@@ -67,11 +67,11 @@ class Program:
         assert payload.tokens.tolist() == self.lists[seq][start:stop]
         self.payloads.append(payload)
 
-    def do_place(self, seq: SequenceId, which: int) -> None:
+    def do_place(self, seq: SequenceId, which: int, start: int, stop: int) -> None:
         if self.payloads:
             payload = self.payloads[which % len(self.payloads)]
-            self.engine.place(seq, payload, len(self.lists[seq]))
-            self.lists[seq] += payload.tokens.tolist()
+            self.engine.place(seq, payload, len(self.lists[seq]), start=start, stop=stop)
+            self.lists[seq] += payload.tokens.tolist()[start:stop]
 
     def do_recompute(self, seq: SequenceId, start: int, stop: int) -> None:
         self.engine.recompute(seq, [(start, stop)])

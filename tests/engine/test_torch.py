@@ -64,6 +64,24 @@ def test_logits_are_those_of_transformers_within_rounding(name: str) -> None:
     assert found.same_tokens
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama"])
+def test_bfloat16_loses_no_more_than_transformers_does(name: str) -> None:
+    """Beside the same weights in float32; prompts long enough for plain products, in pieces."""
+    model = tiny_model(name, torch.bfloat16)
+    exact = tiny_model(name, torch.bfloat16).float()
+    engine = TorchEngine(model, num_cells=512)
+    ours, theirs = [], []
+    for seed in range(8):
+        tokens, seq = noise(seed, 300), engine.open()
+        engine.forward([Work(seq, tokens[:150])])
+        logits = engine.forward([Work(seq, tokens[150:])])[seq]
+        expected = own_logits(exact, tokens)
+        ours.append(np.linalg.norm(logits - expected))
+        theirs.append(np.linalg.norm(own_logits(model, tokens) - expected))
+        engine.close(seq)
+    assert np.mean(ours) < 1.3 * np.mean(theirs)
+
+
 def test_a_model_is_left_as_it_was() -> None:
     model = tiny_model("phi3")
     tokens = noise(1, 60)

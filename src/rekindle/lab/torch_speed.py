@@ -258,8 +258,8 @@ def print_report(report: TorchSpeedReport, console: Console) -> None:
     console.print(table)
     console.print(
         f"{work.streams} streams decode {report.streams_ratio:.2f} times as many tokens as one.\n"
-        f"{work.prompt_tokens} tokens of prompt, {work.decode_tokens} decoded, {work.rounds} rounds of the arms in turns on "
-        f"{report.machine.processor}; load {report.load[0]:.1f} before, {report.load[1]:.1f} after.\nEach token reads "
+        f"{work.prompt_tokens} tokens of prompt, {work.decode_tokens} decoded, {work.rounds} rounds of the arms in turns "
+        f"on {report.machine.processor}; load {report.load[0]:.1f} before, {report.load[1]:.1f} after.\nEach token reads "
         f"{report.weight_bytes / 1e6:.0f} MB of weights and {report.kv_bytes / 1e6:.1f} MB of KV; memory gives "
         f"{report.bandwidth / 1e9:.1f} GB/s, products {report.products / 1e9:.0f} GFLOP/s.\nThe engine starts in "
         f"{report.start_seconds:.2f} s on a loaded model; the digest of the weights takes {report.digest_seconds:.2f} s.",

@@ -141,14 +141,16 @@ class TorchEngine(BookKeeping):
         data = self._pool.save(self._cells(seq)[start:stop])
         return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint)
 
-    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
-        check_payload(self._table, seq, payload, position, self.spec)
-        self._check_length(position + len(payload))
+    def place(
+        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+    ) -> None:
+        start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
+        self._check_length(position + stop - start)
         self.layout.check(memoryview(payload.data), len(payload))
-        self._table.append(seq, payload.tokens)
+        self._table.append(seq, payload.tokens[start:stop])
         cells = self._cells(seq)[position:]
-        self._pool.load(memoryview(payload.data), cells)
-        self._turn(cells, position - payload.position)
+        self._pool.load(memoryview(payload.data), cells, len(payload), start)
+        self._turn(cells, position - (payload.position + start))
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)
@@ -165,7 +167,7 @@ class TorchEngine(BookKeeping):
         try:
             self._compute([Span(tokens[start:stop], start, cells[:stop]) for start, stop in ranges])
         except BaseException:
-            self._pool.load(kept, cells[chosen])  # cells that others shared stay the sequence's own
+            self._pool.load(kept, cells[chosen], len(chosen))  # cells that others shared stay the sequence's own
             raise
 
     # Looking into KV.

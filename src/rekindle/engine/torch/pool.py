@@ -41,12 +41,12 @@ class Pool:
             value.copy_(self.values[layer][index])
         return memoryview(data.numpy().data)
 
-    def load(self, data: memoryview, cells: Cells) -> None:
-        """What `save` gave, into these cells."""
-        index = self.index(cells)
-        for layer, (key, value) in enumerate(self.layout.split(self.layout.wrap(data, len(cells)), len(cells))):
-            self.keys[layer][index] = key.to(self.device)
-            self.values[layer][index] = value.to(self.device)
+    def load(self, data: memoryview, cells: Cells, count: int, start: int = 0) -> None:
+        """Into these cells, from a payload of `count` tokens, its tokens from `start` on."""
+        index, part = self.index(cells), slice(start, start + len(cells))
+        for layer, (key, value) in enumerate(self.layout.split(self.layout.wrap(data, count), count)):
+            self.keys[layer][index] = key[part].to(self.device)
+            self.values[layer][index] = value[part].to(self.device)
 
     def copy(self, source: Cells, target: Cells) -> None:
         """The KV of some cells into others, none of which is both."""
