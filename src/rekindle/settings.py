@@ -29,12 +29,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field("builtin", description="builtin, a path to a .gguf file, or hf:owner/repo[:file]")
-    engine: Literal["auto", "llama", "toy"] = Field("auto", description="what computes KV; toy is a test double")
+    model: str = Field(
+        "builtin",
+        description="builtin, the path of a .gguf file or of a folder of safetensors, or hf:owner/repo[:file]",
+    )
+    engine: Literal["auto", "llama", "torch", "toy"] = Field(
+        "auto", description="what computes KV; auto: llama for .gguf files, torch for safetensors; toy is a test double"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="where the torch engine computes; auto: on a GPU, if there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the torch engine's numbers, KV too; auto: the weights', but no float16 on a CPU"
+    )
     context: int | None = Field(None, ge=64, description="KV cells, shared by all sequences; default: by the model")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the machine's cores")
-    gpu_layers: int = Field(0, ge=-1, description="layers to offload to a GPU, -1 for all")
-    kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="type of the K and V cells")
+    gpu_layers: int = Field(0, ge=-1, description="layers that llama.cpp offloads to a GPU, -1 for all")
+    kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="type of llama.cpp's K and V cells")
     max_running: int = Field(16, ge=1, le=64, description="sequences that decode at the same time")
     max_residents: int = Field(32, ge=0, le=60, description="idle sequences kept in the engine for the next request")
     policy: Literal["fifo", "priority", "cache-aware"] = Field(

@@ -10,6 +10,7 @@ from typing import Any
 from rekindle.cli.client import Client, ServerError, first_key
 from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.catalog import Catalog
+from rekindle.model.hf_load import DTYPES
 from rekindle.serve.assembly import store_folder
 from rekindle.serve.listing import Decode
 from rekindle.settings import Settings
@@ -72,13 +73,13 @@ def decoder(catalog: Catalog, model: str | None) -> Iterator[Decode]:
 
 def _noted(label: dict[str, Any], stack: ExitStack) -> Any:
     """The tokenizer of the model that a note names, or None if its file is another one now."""
-    from rekindle.model.model import Model
+    from rekindle.model.model import Model, file_state
 
     with suppress(OSError, ModelError, KeyError, TypeError):
         noted = label["file"]
         path = Path(noted["path"])
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) == (noted["size"], noted["mtime_ns"]):
+        state = file_state(path)
+        if (state["size"], state["mtime_ns"]) == (noted["size"], noted["mtime_ns"]):
             model = Model.open(str(path), vocab_only=True)
             stack.callback(model.close)
             return model.tokenizer
@@ -87,15 +88,17 @@ def _noted(label: dict[str, Any], stack: ExitStack) -> Any:
 
 def _named(name: str, stack: ExitStack) -> dict[bytes, Any]:
     """The tokenizer of a model that a user names, by all fingerprints that its KV may have."""
-    from rekindle.engine.llama import KV_TYPES, LlamaEngine
+    from rekindle.engine.llama import KV_TYPES
     from rekindle.model.model import Model
+    from rekindle.serve.assembly import open_engine
 
     model = Model.open(name)
     stack.callback(model.close)
+    types = [{"dtype": dtype} for dtype in DTYPES] if model.gguf is None else [{"kv_type": kind} for kind in KV_TYPES]
     found = {}
-    for kv_type in KV_TYPES:
+    for chosen in types:
         with suppress(ModelError):  # not every model may have every type
-            engine = LlamaEngine(model.gguf, num_cells=256, threads=1, kv_type=kv_type)
+            engine = open_engine(Settings.load(None, {}, context=256, threads=1, **chosen), model)
             found[engine.spec.fingerprint] = model.tokenizer
             engine.shutdown()
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -17,7 +18,7 @@ from rekindle.engine.llama import KV_TYPES, LlamaEngine
 from rekindle.model.gguf import GgufModel
 from rekindle.model.model import Model
 
-_PROBE_CELLS = 256  # enough to ask the context what it can do
+PROBE_CELLS = 256  # enough to ask the context what it can do
 _ROPE_KINDS = {
     llama_cpp.LLAMA_ROPE_TYPE_NONE: "none",
     llama_cpp.LLAMA_ROPE_TYPE_NORM: "adjacent pairs",
@@ -79,7 +80,8 @@ class ModelInfo:
     sliding_window: int  # tokens; 0: every layer sees everything
     reuse: Reuse
     chat_template: bool
-    fingerprint: str | None  # with f16 KV; None if the model can't be served
+    fingerprint: str | None  # with KV of `kv_type`; None if the model can't be served
+    kv_type: str = "f16"
 
     def as_dict(self) -> dict[str, Any]:
         facts = asdict(self)
@@ -91,7 +93,12 @@ def read_info(name: str) -> ModelInfo:
     """Load a model and look. Raises ModelError."""
     model = Model.open(name)
     with closing(model):
+        if model.hf is not None:
+            from rekindle.cli.info_folder import describe_folder  # here, because it brings torch
+
+            return describe_folder(name, model, model.hf)
         gguf = model.gguf
+        assert gguf is not None
         reuse, fingerprint = _probe(gguf)
         return ModelInfo(
             model=name,
@@ -116,7 +123,7 @@ def read_info(name: str) -> ModelInfo:
 def _probe(gguf: GgufModel) -> tuple[Reuse, str | None]:
     if gguf.uncuttable is not None:
         return Reuse(can_cut=False, can_shift=False, obstacle=gguf.uncuttable), None
-    engine = LlamaEngine(gguf, num_cells=_PROBE_CELLS, threads=1)
+    engine = LlamaEngine(gguf, num_cells=PROBE_CELLS, threads=1)
     try:
         spec = engine.spec
     finally:
@@ -158,19 +165,19 @@ def _rows(info: ModelInfo) -> list[tuple[str, str]]:
     window = f"{info.sliding_window:,} tokens" if info.sliding_window else "none"
     return [
         ("model", info.name),
-        ("file", info.path),
+        ("folder" if Path(info.path).is_dir() else "file", info.path),
         ("architecture", f"{info.architecture}, {info.layers} layers, vocabulary of {info.vocabulary:,}"),
         ("parameters", f"{info.parameters:,}"),
         ("weights", f"{info.weight_bytes / 1e6:,.1f} MB, {info.quantisation}"),
         ("context", f"{info.context:,} tokens"),
-        ("KV per token", kv),
+        ("KV per token", kv or "unknown"),
         ("RoPE", _rope_text(info.rope)),
         ("sliding window", window),
         ("can be cut", "yes, at any token" if info.reuse.can_cut else f"no: {info.reuse.obstacle}"),
         ("can be shifted", "yes" if info.reuse.can_shift else f"no: {info.reuse.obstacle}"),
         ("reuse", ", ".join(info.reuse.kinds) or "none: Rekindle refuses to serve this model"),
         ("chat template", "yes" if info.chat_template else "no: completions only"),
-        ("fingerprint", f"{info.fingerprint} (f16 KV)" if info.fingerprint else "none"),
+        ("fingerprint", f"{info.fingerprint} ({info.kv_type} KV)" if info.fingerprint else "none"),
     ]
 
 

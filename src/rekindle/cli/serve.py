@@ -93,6 +93,6 @@ def describe(service: Service) -> str:
     share = " (a quarter of what was free)" if service.settings.store_memory is None else ""
     return (
         f"model {service.model_name}, engine {service.health()['engine']}, {service.num_cells} cells, "
-        f"{threads} {'thread' if threads == 1 else 'threads'}, {service.settings.kv_type} KV, "
+        f"{threads} {'thread' if threads == 1 else 'threads'}, {service.engine_spec.kv_type} KV, "
         f"{memory} of memory for stored KV{share}"
     )

@@ -334,6 +334,7 @@ def _spec(model: GgufModel, kv_type: str, can_shift: bool) -> ModelSpec:
         train_context=model.train_context,
         kv_bytes_per_token=model.kv_bytes_per_token(kv_type),
         window=model.window,
+        kv_type=kv_type,
         can_shift=can_shift and (rotated or not quantised),  # else llama.cpp's shift crashes (its issue 25636)
         fingerprint=fingerprint(facts),
     )

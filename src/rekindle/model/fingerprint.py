@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -34,7 +34,11 @@ def weights_digest(path: Path, folder: Path | None = None) -> bytes:
 
     Raises ModelError.
     """
-    files = [path.with_name(part) for part in parts(path.name)]
+    return files_digest([path.with_name(part) for part in parts(path.name)], folder)
+
+
+def files_digest(files: Sequence[Path], folder: Path | None = None) -> bytes:
+    """The same of any files that are a model's weights, in this order. Raises ModelError."""
     digests = [_file_digest(file, folder or cache_folder() / "digests") for file in files]
     return digests[0] if len(digests) == 1 else _digest(b"".join(digests))
 

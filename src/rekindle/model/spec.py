@@ -17,4 +17,5 @@ class ModelSpec:
     kv_bytes_per_token: int  # in the KV type chosen
     window: int  # sliding window in tokens, 0 if every layer sees everything
     can_shift: bool  # K can be rotated to another position: `drop`, and `place` elsewhere, work
+    kv_type: str = "f16"  # of the K and V cells, as the engine calls it
     fingerprint: bytes  # 16 bytes; equal fingerprints mean interchangeable KV

@@ -9,11 +9,14 @@ from typing import Any
 from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
+from rekindle.errors import InvalidRequest
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Store
 from rekindle.kv.tier import Tier
-from rekindle.model.fingerprint import cache_folder
-from rekindle.model.model import Model
+from rekindle.model.fingerprint import cache_folder, files_digest
+from rekindle.model.gguf import GgufModel
+from rekindle.model.hf import HfModel
+from rekindle.model.model import Model, file_state
 from rekindle.model.spec import ModelSpec
 from rekindle.serve.budget import free_bytes, memory_budget
 from rekindle.settings import Settings
@@ -23,8 +26,18 @@ NETWORK_TIMEOUT_SECONDS = 2.0  # of each operation of the network tier; decoding
 
 
 def open_engine(settings: Settings, model: Model) -> Engine:
-    """The engine that the settings name, for a model that was opened for it. Raises ModelError or EngineError."""
-    return _toy_engine(settings, model) if settings.engine == "toy" else _llama_engine(settings, model)
+    """The engine that the settings name, or that the model is for. Raises ModelError, EngineError or InvalidRequest."""
+    if settings.engine == "toy":
+        return _toy_engine(settings, model)
+    if model.hf is not None:
+        return _torch_engine(settings, model, model.hf)
+    assert model.gguf is not None
+    return _llama_engine(settings, model, model.gguf)
+
+
+def engine_name(settings: Settings, model: Model) -> str:
+    """For people: "llama.cpp", "torch" or "toy"."""
+    return "toy" if settings.engine == "toy" else "llama.cpp" if model.hf is None else "torch"
 
 
 def _num_threads(settings: Settings) -> int:
@@ -36,20 +49,51 @@ def _num_threads(settings: Settings) -> int:
 
 def _num_cells(settings: Settings, model: Model) -> int:
     """As asked, or room for a few conversations of the length that the model was trained for."""
-    return settings.context or min(DEFAULT_CELLS, 2 * model.gguf.train_context)
+    return settings.context or min(DEFAULT_CELLS, 2 * model.train_context)
 
 
 def _num_sequences(settings: Settings) -> int:
     return min(settings.max_running + settings.max_residents + 8, 127)
 
 
-def _llama_engine(settings: Settings, model: Model) -> Engine:
+def _llama_engine(settings: Settings, model: Model, gguf: GgufModel) -> Engine:
+    if settings.device not in ("auto", "cpu"):
+        raise InvalidRequest(
+            f"device {settings.device} is for the torch engine; llama.cpp takes gpu_layers", param="device"
+        )
+    if settings.dtype != "auto":
+        raise InvalidRequest("dtype is for the torch engine; a GGUF file has the types of its weights", param="dtype")
     return LlamaEngine(
-        model.gguf,
+        gguf,
         num_cells=_num_cells(settings, model),
         threads=_num_threads(settings),
         kv_type=settings.kv_type,
         max_sequences=_num_sequences(settings),
+    )
+
+
+def _torch_engine(settings: Settings, model: Model, folder: HfModel) -> Engine:
+    if settings.kv_type != "f16":
+        raise InvalidRequest(
+            f"kv_type {settings.kv_type} is for llama.cpp; the torch engine keeps KV in the type that it computes in, "
+            "which dtype chooses",
+            param="kv_type",
+        )
+    if settings.gpu_layers:
+        raise InvalidRequest("gpu_layers is for llama.cpp; the torch engine takes device", param="gpu_layers")
+    from rekindle.model.hf_load import load_weights
+
+    loaded = load_weights(folder, device=settings.device, dtype=settings.dtype, threads=_num_threads(settings))
+    from rekindle.engine.torch.engine import TorchEngine  # here, because importing torch takes seconds
+
+    num_cells = _num_cells(settings, model)
+    return TorchEngine(
+        loaded,
+        num_cells=num_cells,
+        max_sequences=_num_sequences(settings),
+        max_length=min(num_cells, model.train_context),
+        name=model.name,
+        weights=files_digest(folder.weight_files),
     )
 
 
@@ -73,7 +117,7 @@ def open_tiers(settings: Settings, model: Model, engine: Engine) -> list[Tier]:
     tiers: list[Tier] = []
     if _wants_disk(settings):
         folder = store_folder(settings)
-        label = _label(settings, model)
+        label = _label(settings, model, engine)
         disk = DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk, label=label)
         tiers.append(disk)
     if settings.store_url is not None:
@@ -86,11 +130,10 @@ def store_folder(settings: Settings) -> Path:
     return cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
 
 
-def _label(settings: Settings, model: Model) -> dict[str, Any]:
+def _label(settings: Settings, model: Model, engine: Engine) -> dict[str, Any]:
     """What a folder's reader needs to name the model and to show its tokens as text."""
-    status = model.path.stat()
-    file = {"path": str(model.path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    return {"name": model.name, "file": file, "kv_type": settings.kv_type, "block_tokens": settings.block_tokens}
+    file = file_state(model.path)
+    return {"name": model.name, "file": file, "kv_type": engine.spec.kv_type, "block_tokens": settings.block_tokens}
 
 
 def _wants_disk(settings: Settings) -> bool:

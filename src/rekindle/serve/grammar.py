@@ -14,6 +14,7 @@ import llguidance.numpy
 import numpy as np
 
 from rekindle.errors import InvalidRequest
+from rekindle.model.hf_tokenizer import HfTokenizer
 from rekindle.model.tokenizer import GgufTokenizer
 from rekindle.serve.sampling import Vector
 
@@ -23,7 +24,7 @@ _COMPACT = {"whitespace_flexible": False}  # else a small model may write spaces
 class Grammars:
     """Makes a `Grammar` per request; the tokenizer's tables are built once, at the first use."""
 
-    def __init__(self, tokenizer: GgufTokenizer) -> None:
+    def __init__(self, tokenizer: GgufTokenizer | HfTokenizer) -> None:
         self._tokenizer = tokenizer
         self._tables: Any = None
         self._lock = threading.Lock()
@@ -43,7 +44,10 @@ class Grammars:
         return Grammar(matcher, self._tokenizer.vocab_size)
 
 
-def _tables(tokenizer: GgufTokenizer) -> Any:
+def _tables(tokenizer: GgufTokenizer | HfTokenizer) -> Any:
+    if isinstance(tokenizer, HfTokenizer):
+        ends = tokenizer.ends or None
+        return llguidance.LLTokenizer(tokenizer.definition, n_vocab=tokenizer.vocab_size, eos_token=ends)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # llguidance calls llama.cpp by some old names
         return llguidance.llamacpp.lltokenizer_from_vocab(tokenizer.vocab)

@@ -15,7 +15,6 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from rekindle.engine.protocol import Engine
-from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
@@ -23,7 +22,7 @@ from rekindle.kv.store import Fetched
 from rekindle.kv.tier import TierStats
 from rekindle.model.model import Model
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.assembly import check_store_url, open_engine, open_store
+from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
 from rekindle.serve.metrics import Metrics
@@ -168,7 +167,7 @@ class Service:
         return {
             "model": self.model_name,
             "engine": str(self.health()["engine"]),
-            "kv_type": self.settings.kv_type,
+            "kv_type": self.engine_spec.kv_type,
             "fingerprint": self.engine_spec.fingerprint.hex(),
         }
 
@@ -180,7 +179,12 @@ class Service:
         """
         if settings.store_url is not None:
             check_store_url(settings.store_url)  # before a model is loaded in vain
-        model = Model.open(settings.model, gpu_layers=settings.gpu_layers, vocab_only=settings.engine == "toy")
+        model = Model.open(
+            settings.model,
+            engine=settings.engine,
+            gpu_layers=settings.gpu_layers,
+            vocab_only=settings.engine == "toy",
+        )
         try:
             return cls(settings, model, open_engine(settings, model), observers, policy)
         except BaseException:
@@ -454,6 +458,10 @@ class Service:
 
         self._worker.call(evict)
 
+    def let_go(self, holder: str) -> None:
+        """What `Generation.hold` keeps for this name leaves the engine like any other idle sequence."""
+        self._worker.post(lambda scheduler: scheduler.residents.let_go(holder))
+
     def run_on_engine(self, action: Callable[[Engine], object]) -> None:
         """Do something with the engine between two steps, on its thread; for experiments. Raises what it raises."""
         self._worker.call(lambda scheduler: action(self._engine))
@@ -486,7 +494,7 @@ class Service:
         return {
             **({"status": "ok"} if alarm is None else {"status": "failed", "reason": alarm}),
             "model": self.model_name,
-            "engine": "toy" if isinstance(self._engine, ToyEngine) else "llama.cpp",
+            "engine": engine_name(self.settings, self.model),
             "uptime_seconds": round(time.monotonic() - self._started, 1),
             "running": worker.running,
             "queued": worker.waiting,

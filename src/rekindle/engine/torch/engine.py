@@ -78,8 +78,8 @@ class TorchEngine(BookKeeping):
         except ModelError as error:
             raise ModelError(f"the torch engine can't serve {type(model).__name__}: {error}") from None
         self._layers = {module: index for index, module in enumerate(found.modules)}
-        self._rotations = [layer.rotation for layer in found.layers]
-        self._immovable = found.immovable
+        self.rotations = [layer.rotation for layer in found.layers]  # of each layer; None where keys can't be turned
+        self.immovable = found.immovable  # why its keys can't be turned to another position, if so
         self._max_length = found.max_length
         self.layout = PayloadLayout(tuple(layer.shape for layer in found.layers), found.dtype)
         self._pool = Pool(self.layout, num_cells, model.device)
@@ -95,6 +95,7 @@ class TorchEngine(BookKeeping):
             train_context=getattr(config, "max_position_embeddings", num_cells),
             kv_bytes_per_token=self.layout.bytes_per_token,
             window=max(layer.window for layer in found.layers),
+            kv_type=str(found.dtype).removeprefix("torch."),
             can_shift=found.immovable is None,
             fingerprint=identify(model, weights or weights_digest(model), found),
         )
@@ -266,15 +267,15 @@ class TorchEngine(BookKeeping):
             keys[index] = self._turned(layer, keys[index], by)
 
     def _turned(self, layer: int, keys: Tensor, by: int) -> Tensor:
-        rotation = self._rotations[layer]
+        rotation = self.rotations[layer]
         if not by:
             return keys
         assert rotation is not None
         return rotation.turn(keys, by)
 
     def _check_movable(self, consequence: str) -> None:
-        if self._immovable is not None:
-            raise EngineError(f"{self.spec.architecture} KV cannot be moved ({self._immovable}): {consequence}")
+        if self.immovable is not None:
+            raise EngineError(f"{self.spec.architecture} KV cannot be moved ({self.immovable}): {consequence}")
 
     def _check_length(self, length: int) -> None:
         if length > self._max_length:
