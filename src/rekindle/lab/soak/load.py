@@ -20,6 +20,7 @@ import httpx
 
 PATIENCE_SECONDS = 120.0
 BUSY = 429
+_BACK_OFF_SECONDS = 0.05  # less than the server asks for, so that the queue stays full
 _KEPT_FAULTS = 20
 _BEGINNINGS = 6
 _LOWEST_ID, _IDS = 300, 1500  # token ids that the built-in model's vocabulary has
@@ -177,6 +178,8 @@ async def _fulfil(client: httpx.AsyncClient, wish: Wish, tally: Tally, exact: bo
         tally.add("faulty", f"{wish.path}: {type(error).__name__} {error}")
         return
     _judge(wish, status, text, tally, exact)
+    if status == BUSY:
+        await asyncio.sleep(_BACK_OFF_SECONDS)
 
 
 async def _ask(client: httpx.AsyncClient, wish: Wish) -> tuple[int, str]:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,11 +27,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from rekindle.lab.load.servers import Setup, rekindle_server
+from rekindle.lab.load.client import ServerError
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
-from rekindle.model.source import locate
 
 MAX_GROWTH = 0.03
 WARM_UP = 0.25  # share of the time
@@ -42,6 +45,7 @@ SETTINGS = {  # caches that are full soon, and a queue that overflows now and th
     "REKINDLE_LOG_LEVEL": "error",
 }
 _RUNNING = 4
+_LISTENS = re.compile(r"listening on (http://\S+)\s")
 _SAMPLE_SECONDS = 1.0
 _STRIKE_SECONDS = 3.0
 _IDLE_SECONDS = 60.0
@@ -91,15 +95,13 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
     """Raises ServerError if the server does not start."""
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
-        setup = Setup(model=locate(model), threads=threads, context=CELLS, parallel=_RUNNING)
-        with rekindle_server(setup, **SETTINGS, REKINDLE_STORE=str(store)) as server:
-            assert server.pid is not None
-            watch = _Watch(server.pid, minutes * 60, progress)
+        with _server(model, threads, store) as (process, url):
+            watch = _Watch(process.pid, minutes * 60, progress)
             misfortune, tally = Misfortune(store, seed), Tally()
-            asyncio.run(_soak(server.url, Wishes(seed, CELLS), tally, watch, misfortune))
-            problems = tally.faults + left_over(server.url)
-            swaps = int(metric(server.url, "rekindle_swaps_total"))
-            problems += _end(server.pid)
+            asyncio.run(_soak(url, Wishes(seed, CELLS), tally, watch, misfortune))
+            problems = tally.faults + left_over(url)
+            swaps = int(metric(url, "rekindle_swaps_total"))
+            problems += _end(process)
     report = SoakReport(
         model=model,
         minutes=minutes,
@@ -113,6 +115,23 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
         problems=(),
     )
     return SoakReport(**{**vars(report), "problems": (*problems, *_leaks(report))})
+
+
+@contextmanager
+def _server(model: str, threads: int, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL. Raises ServerError if it does not start."""
+    command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0", "--model", model]
+    command += ["--threads", str(threads), "--context", str(CELLS), "--max-running", str(_RUNNING)]
+    environment = os.environ | SETTINGS | {"REKINDLE_STORE": str(store)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            announced = _LISTENS.search(process.stdout.readline())  # ends without a line if the process does
+            if announced is None:
+                raise ServerError(f"the server ended before it listened (exit code {process.wait()})")
+            yield process, announced[1]
+        finally:
+            process.kill()
 
 
 class _Watch:
@@ -175,17 +194,14 @@ def left_over(url: str) -> list[str]:
     return problems if health.status_code == 200 else [*problems, f"/health says {health.text}"]
 
 
-def _end(pid: int) -> list[str]:
+def _end(process: subprocess.Popen[str]) -> list[str]:
     """Ask the process to end, and see that it does."""
-    process = psutil.Process(pid)
     process.terminate()
-    with suppress(psutil.NoSuchProcess):
-        try:
-            code = process.wait(_IDLE_SECONDS)
-        except psutil.TimeoutExpired:
-            return [f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"]
-        return [f"the server ended with code {code}"] if code else []
-    return []
+    try:
+        code = process.wait(_IDLE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"]
+    return [f"the server ended with code {code}"] if code else []
 
 
 def _leaks(report: SoakReport) -> list[str]:
