@@ -104,6 +104,8 @@ class Admission:
     def _start(self, run: Run, victims: list[Run]) -> Outcome:
         """Plan a prompt and put what is reused into the engine."""
         started = time.perf_counter()
+        if (hold := run.generation.hold) is not None and hold.cut is not None:
+            self._state.residents.cut(hold.name, hold.cut, run.salt)
         residents, match = self._known(run)
         plan = make_plan(run.generation.prompt, residents, self._stored(run, match))
         if self._can_fetch_soon(run, plan) or self._begin_fetch(run, plan) or self._can_share_soon(run, plan):
@@ -126,7 +128,7 @@ class Admission:
             run.marks[plan.total] = logits
         self._state.enter(run)
         self._promise(run)
-        if run.generation.reuses and not run.generation.warm:
+        if run.generation.reuses and run.generation.answers:
             self._state.counts.add(plan)
         self._state.watching(run).admitted(run, plan)
         return Outcome.STARTED

@@ -57,6 +57,24 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name.partition("[")[0])
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A hole in a held sequence: its tokens [start, stop) go, what follows slides down. Beyond its end is no harm."""
+
+    salt: bytes  # under which the sequence is held before the cut; afterwards under its request's
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Whose sequence it is. It stays in the engine while it can, in the place of the one that was held before."""
+
+    name: str  # no two holders have the same
+    passing: bool = False  # about to change, so not worth writing to the store yet
+    cut: Cut | None = None  # to be made in the sequence held now, before reuse is looked for
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """One answer to generate."""
@@ -73,9 +91,16 @@ class Generation:
     use_prefix_cache: bool = True  # False: neither read nor write KV of other requests
     priority: int = 0  # lower goes earlier, where the policy asks for it
     warm: bool = False  # read the prompt when nobody else has work, store its KV, and answer nothing
+    feed: bool = False  # read the prompt before those of others, and answer nothing
+    hold: Hold | None = None  # keep the sequence for whoever goes on with it; such requests come before others
     pin_seconds: float | None = None  # keep the KV of prompt and answer for so long
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
     tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT
+
+    @property
+    def answers(self) -> bool:
+        """Whether anything is sampled."""
+        return not (self.warm or self.feed)
 
     @property
     def reuses(self) -> bool:
@@ -89,8 +114,10 @@ class Generation:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
         if any(not text for text in self.stop):
             raise InvalidRequest("a stop string must not be empty", param="stop")
-        if not self.reuses and (self.warm or self.pin_seconds is not None):
-            raise InvalidRequest("KV that is not kept cannot be pinned or warmed", param="use_prefix_cache")
+        if not self.reuses and (not self.answers or self.hold is not None or self.pin_seconds is not None):
+            raise InvalidRequest(
+                "KV that is not kept cannot be pinned or warmed, nor held or fed", param="use_prefix_cache"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ Own tokens are those that no other sequence in the engine holds: only these woul
 become free. The effort is 1 for one that is saved already, and 2 for one that still has to be saved on the spot. The age is
 the number of sequences that were used or came since it was used. Where cells are wanted it is the value per cell that
 counts, so that a large one is not spared for its size; one that would free no cell then stays until the last.
+
+A sequence may be held by somebody who goes on with it all the time, such as a live session. Each holder has one; the next
+takes its place. Those that are held leave after all others, and what follows a cut in one is private: its KV is not what
+reading its tokens would give, so it gets a salt that nobody else has.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from rekindle.errors import EngineError
 from rekindle.kv.store import Store
 from rekindle.reuse import plan
 from rekindle.serve.observe import Observer
+from rekindle.serve.request import Cut, Hold
 from rekindle.serve.sampling import Vector
 from rekindle.tokens import Tokens, common_length
 
@@ -43,6 +48,8 @@ class Resident:
     used: int  # when, in uses of any resident
     saved: bool = False  # all of it is in the store
     spare: bool = False  # worth nothing
+    holder: str | None = None  # who goes on with it
+    passing: bool = False  # about to change: saved only if it has to leave
 
 
 class Residents:
@@ -82,16 +89,30 @@ class Residents:
         self._uses += 1
         return self._uses
 
-    def add(self, seq: SequenceId, salt: bytes, marks: dict[int, Vector], *, spare: bool = False) -> None:
+    def add(
+        self,
+        seq: SequenceId,
+        salt: bytes,
+        marks: dict[int, Vector],
+        *,
+        spare: bool = False,
+        hold: Hold | None = None,
+    ) -> None:
         """Take over a sequence. Residents that are a beginning of it are ended, their logits kept.
 
-        A spare one is the first to leave the engine.
+        A spare one is the first to leave the engine. One that is held takes the place of the holder's last one; those
+        of other holders stay in any case.
         """
         new = Resident(seq, self._engine.tokens(seq), salt, dict(marks), self._use(), spare=spare)
-        for old in [r for r in self._all if r.salt == salt and _begins(r.tokens, new.tokens)]:
+        if hold is not None:
+            new.holder, new.passing = hold.name, hold.passing
+        mine = [r for r in self._all if r.holder is None or r.holder == new.holder]
+        for old in [r for r in mine if r.salt == salt and _begins(r.tokens, new.tokens)]:
             new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
             same = len(old.tokens) == len(new.tokens) and set(marks) <= set(old.marks)
             new.saved = new.saved or (old.saved and same)
+            self._end(old)
+        for old in [r for r in self._all if hold is not None and r.holder == hold.name]:
             self._end(old)
         for length in sorted(new.marks)[:-MAX_MARKS]:
             del new.marks[length]
@@ -105,6 +126,7 @@ class Residents:
         leaving = [resident for resident in self._all if resident.seq not in kept]
         if not leaving:
             return False
+        leaving = [resident for resident in leaving if resident.holder is None] or leaving
         victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
         self._end(victim)
@@ -128,10 +150,31 @@ class Residents:
 
     def save_one(self) -> bool:
         """Save one resident that is not in the store yet; it stays. False if there is none."""
-        unsaved = next((resident for resident in self._all if not resident.saved), None)
+        unsaved = next((each for each in self._all if not each.saved and not each.passing), None)
         if unsaved is not None:
             self._save_or_log(unsaved)
         return unsaved is not None
+
+    def cut(self, holder: str, cut: Cut, salt: bytes) -> None:
+        """Make a hole in what somebody holds, and let it go on under another salt; nothing if it is not here.
+
+        Where the engine can't, it stays as it is, and whoever looks for its KV under the new salt finds none.
+        """
+        for held in [each for each in self._all if each.holder == holder and each.salt == cut.salt]:
+            stop = min(cut.stop, len(held.tokens))
+            try:
+                if cut.start < stop:
+                    self._engine.drop(held.seq, cut.start, stop)
+            except EngineError as error:
+                _log.warning("a live sequence could not slide and is computed again: %s", error)
+                return
+            held.tokens, held.salt, held.saved = self._engine.tokens(held.seq), salt, False
+            held.marks = {length: logits for length, logits in held.marks.items() if length <= cut.start}
+
+    def let_go(self, holder: str) -> None:
+        """Nobody goes on with this for now: it is saved when there is time, and leaves like any other."""
+        for held in [each for each in self._all if each.holder == holder]:
+            held.holder, held.passing = None, False
 
     def clear(self) -> None:
         """End all without saving."""

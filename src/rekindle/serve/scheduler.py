@@ -209,7 +209,7 @@ class Scheduler:
     def _advance(self, run: Run, logits: Vector) -> FinishReason | None:
         """Sample one token; says why the answer is complete, if it is."""
         assert run.seq is not None
-        if run.generation.warm:
+        if not run.generation.answers:
             return "length"
         before = run.clock.last_token
         reason = run.advance(logits, self._tokenizer.piece, self._tokenizer.is_end)
@@ -256,8 +256,9 @@ class Scheduler:
         if seq is None:
             return
         generation = run.generation
-        if generation.reuses and self._engine.length(seq) >= self._state.least_tokens(run):
-            self.residents.add(seq, run.salt, run.marks, spare=generation.warm)
+        length = self._engine.length(seq)
+        if generation.reuses and (generation.hold or length >= self._state.least_tokens(run)) and length:
+            self.residents.add(seq, run.salt, run.marks, spare=generation.warm, hold=generation.hold)
             if generation.warm and run.marks:
                 self.residents.save(seq)
         else:

@@ -9,7 +9,7 @@ from rekindle.engine.protocol import Engine
 from rekindle.kv.store import Store
 from rekindle.reuse.plan import Plan
 from rekindle.serve.observe import Observer
-from rekindle.serve.policies import Policy, Rank
+from rekindle.serve.policies import MAX_PASSED, Policy, Rank
 from rekindle.serve.residents import Residents
 from rekindle.serve.run import Run
 
@@ -80,16 +80,22 @@ class State:
             self.waiting.remove(run)
 
     def rank(self, run: Run) -> Rank:
-        """The policy's, made different for any two requests; who only warms a prompt comes last."""
-        return (run.generation.warm, *self.policy.rank(run), run.number)
+        """The policy's, made different for any two requests.
+
+        Live sessions come first, with those that were passed too often; who only warms a prompt comes last.
+        """
+        generation = run.generation
+        is_urgent = generation.hold is not None or run.passed >= MAX_PASSED
+        group = 2 if generation.warm else 0 if is_urgent else 1
+        return (group, *self.policy.rank(run), run.number)
 
     def least_tokens(self, run: Run) -> int:
         """Fewer are not worth looking for or keeping; of what was asked to be warmed any number is."""
         return 1 if run.generation.warm else max(1, self.min_tokens)
 
     def watching(self, run: Run) -> Observer:
-        """Who is told of a run: of warming nobody, as it is no request that anybody waits for."""
-        return _NOBODY if run.generation.warm else self.observer
+        """Who is told of a run: of one without an answer nobody, as it is no request that anybody waits for."""
+        return self.observer if run.generation.answers else _NOBODY
 
     def check_integrity(self) -> None:
         """Raises AssertionError."""

@@ -96,6 +96,13 @@ class Worker:
         if errors:
             raise errors[0]
 
+    def post(self, action: Callable[[Scheduler], object]) -> None:
+        """Do something on the worker's thread, between two steps, without waiting for it; nothing if it has ended."""
+        self._inbox.put(lambda: self._do(action))
+
+    def _do(self, action: Callable[[Scheduler], object]) -> None:
+        action(self._scheduler)
+
     def wake(self) -> None:
         """Take another step: something that a waiting request needs has come."""
         self._inbox.put(_nothing)
