@@ -133,21 +133,28 @@ class LlamaEngine(BookKeeping):
         data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint)
 
-    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
-        check_payload(self._table, seq, payload, position, self.spec)
+    def place(
+        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+    ) -> None:
+        start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
+        by = position - (payload.position + start)
         pieces = _unpack(payload)
         try:
-            for start, count, data in pieces:
-                self._load(data, payload.position + start, count)
-                if position != payload.position:
-                    self._shift(SCRATCH, 0, position - payload.position)
-                self._share(SCRATCH, seq, position + start, position + start + count)
+            for offset, count, data in pieces:
+                first, end = max(start, offset), min(stop, offset + count)
+                if first >= end:
+                    continue
+                self._load(data, payload.position + offset, count)
+                self._trim(SCRATCH, payload.position + first, payload.position + end)
+                if by:
+                    self._shift(SCRATCH, 0, by)
+                self._share(SCRATCH, seq, payload.position + first + by, payload.position + end + by)
                 self._remove(SCRATCH, 0)
         except EngineError:
             self._remove(SCRATCH, 0)
             self._remove(seq, position)
             raise
-        self._table.append(seq, payload.tokens)
+        self._table.append(seq, payload.tokens[start:stop])
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)
@@ -243,6 +250,12 @@ class LlamaEngine(BookKeeping):
         for each in (seq, seq + GUARD) if self._window else (seq,):
             if not llama_cpp.llama_memory_seq_rm(self._memory, each, start, stop):
                 raise EngineError(f"llama.cpp cannot remove positions from {start} on from sequence {each}")
+
+    def _trim(self, seq: int, start: int, stop: int) -> None:
+        """Leave the positions [start, stop) and no others."""
+        if start:
+            self._remove(seq, 0, start)
+        self._remove(seq, stop)
 
     def _shift(self, seq: int, start: int, by: int) -> None:
         llama_cpp.llama_memory_seq_add(self._memory, seq, start, -1, by)

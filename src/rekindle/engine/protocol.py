@@ -74,10 +74,13 @@ class Engine(Protocol):
     def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
         """The KV of [start, stop) as bytes. Changes nothing. Raises BadRange."""
 
-    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
+    def place(
+        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+    ) -> None:
         """Put stored KV at the end of a sequence (`position` = its length), re-rotated if it was computed elsewhere.
 
-        Raises BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
+        Of the payload's tokens only [start, stop) are put there; as many cells as it has in all must be free. Raises
+        BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
         """
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:

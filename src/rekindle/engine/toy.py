@@ -67,14 +67,16 @@ class ToyEngine(BookKeeping):
         states = self._states[np.array(self._table.cells(seq)[start:stop], dtype=np.intp)]
         return Payload(self._table.tokens(seq)[start:stop], start, memoryview(states.tobytes()), self.spec.fingerprint)
 
-    def place(self, seq: SequenceId, payload: Payload, position: int) -> None:
-        check_payload(self._table, seq, payload, position, self.spec)
+    def place(
+        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+    ) -> None:
+        start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
         if len(payload.data) != 8 * len(payload):
             raise ForeignPayload(
                 f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}"
             )
         states = np.frombuffer(payload.data, dtype=np.uint64)
-        self._states[self._table.append(seq, payload.tokens)] = states
+        self._states[self._table.append(seq, payload.tokens[start:stop])] = states[start:stop]
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rekindle.engine.protocol import Payload, SequenceId, Work
+from rekindle.engine.protocol import Payload, Range, SequenceId, Work
 from rekindle.engine.sequences import SequenceTable
 from rekindle.errors import BadRange, EngineError, ForeignPayload
 from rekindle.model.spec import ModelSpec
@@ -26,15 +26,30 @@ def check_work(table: SequenceTable, work: Sequence[Work], vocab_size: int) -> N
     table.check_room(sum(len(item.tokens) for item in work))
 
 
-def check_payload(table: SequenceTable, seq: SequenceId, payload: Payload, position: int, spec: ModelSpec) -> None:
-    """Raises UnknownSequence, BadRange, ForeignPayload, EngineError, ContextFull."""
+def check_payload(
+    table: SequenceTable,
+    seq: SequenceId,
+    payload: Payload,
+    position: int,
+    part: tuple[int, int | None],
+    spec: ModelSpec,
+) -> Range:
+    """The part of the payload to place, as [start, stop) of its tokens.
+
+    Raises UnknownSequence, BadRange, ForeignPayload, EngineError, ContextFull.
+    """
     length = table.length(seq)
     if position != length:
         raise BadRange(f"a payload goes at the end of its sequence: position {length} expected, got {position}")
+    start, stop = part[0], len(payload) if part[1] is None else part[1]
+    if not 0 <= start <= stop <= len(payload):
+        raise BadRange(f"[{start}, {stop}) is not a part of a payload of {len(payload)} tokens")
     check_fingerprint(payload, spec)
-    if position != payload.position and not spec.can_shift:
-        raise EngineError(f"{spec.architecture} KV cannot be moved from position {payload.position} to {position}")
+    source = payload.position + start
+    if position != source and start < stop and not spec.can_shift:
+        raise EngineError(f"{spec.architecture} KV cannot be moved from position {source} to {position}")
     table.check_room(len(payload))
+    return start, stop
 
 
 def check_fingerprint(payload: Payload, spec: ModelSpec) -> None:
