@@ -62,16 +62,6 @@ class Tier:
         self.stored.remove(key)
         assert not any(each[: len(key)] == key for each in self.stored), "a block lost its predecessor"
 
-    def lose(self, path: Sequence[int]) -> None:
-        """The last block of a chain is lost."""
-        key = tuple(path)
-        expected = {each for each in self.stored if each[: len(key)] == key}
-        lost = self.policy.forget(chain_of(path))
-        assert set(lost) == expected and len(lost) == len(expected)
-        for each in lost:
-            self.stored.remove(each)
-            assert not any(other[: len(each)] == each for other in self.stored), "not tails first"
-
     def check(self) -> None:
         self.policy.check_integrity()
         assert len(self.policy) == len(self.stored)
@@ -87,7 +77,6 @@ steps = st.lists(
         st.tuples(st.just("request"), paths),
         st.tuples(st.just("pin"), paths),
         st.tuples(st.just("unpin"), st.just([0])),
-        st.tuples(st.just("lose"), paths),
     ),
     max_size=120,
 )
@@ -107,10 +96,6 @@ class TestEveryPolicy:
                 tier.pinned.add(tuple(path))
             elif action == "unpin":
                 tier.pinned.clear()
-            elif action == "lose":
-                tier.pinned = {key for key in tier.pinned if key[: len(path)] != tuple(path)}
-                tier.lose(path)
-                tier.check()
 
     def test_nothing_to_evict(self, name: str) -> None:
         assert make_policy(name, 10).evict() is None
@@ -130,16 +115,6 @@ class TestEveryPolicy:
             policy.insert([number], [1], [1.0])
         assert policy.evict(set(range(20))) is None
         assert {policy.evict() for _ in range(20)} == set(range(20))
-
-    def test_a_lost_block_takes_what_needs_it(self, name: str) -> None:
-        policy = make_policy(name, 10)
-        policy.insert("abcd", [1] * 4, [1.0] * 4)
-        policy.insert("abx", [1] * 3, [1.0] * 3)
-        lost = policy.forget("ab")
-        assert sorted(lost) == ["b", "c", "d", "x"] and lost[-1] == "b"
-        assert len(policy) == 1
-        assert policy.forget("ab") == []
-        policy.check_integrity()
 
     def test_everything_evicted_comes_back(self, name: str) -> None:
         """Ghosts that are stored again are blocks like others."""

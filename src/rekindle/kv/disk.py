@@ -9,6 +9,12 @@ each further writer can exceed it by about as much as it writes between two walk
 Eviction is by last use. A use of a chain marks its head as used last, its tail a little earlier, so chains die from the
 tail. A victim is looked at once more before it goes: if anyone has used it since the walk, it stays.
 
+Of the policies that memory knows the disk has none, but the order of last use, which needs no memory, is the same for all
+processes and models and is known after a restart. On a trace of conversations (12,031 requests, 512-token blocks) with a
+memory of a quarter of the disk under `prospect` before it, blocks found in either, with last use / `prospect` on disk:
+.119/.161 for 4,000 blocks, .225/.239 for 10,000, .291/.304 for 20,000, .326/.336 for 30,000. A disk that is worth having
+holds more than a few thousand blocks, and there 3 to 6 % more hits don't pay for an index in every process.
+
 A pinned block is marked as used at the time when its pin ends, which is yet to come. So it is younger than all that could
 displace it, for every process and after every restart, and ages like any other from then on. If such blocks take more than
 half of the budget, which one process's pins seldom do, those that end first go like others.

@@ -55,9 +55,5 @@ class Policy(ABC, Generic[K]):
         """The next victim, which counts as gone from here on; None if there is none but pinned ones and their heads."""
 
     @abstractmethod
-    def forget(self, chain: Sequence[K]) -> list[K]:
-        """The last block of this chain was lost. Returns it and all stored blocks that need it, tails first: all gone."""
-
-    @abstractmethod
     def check_integrity(self) -> None:
         """Recount from scratch. Raises AssertionError."""

@@ -65,12 +65,6 @@ class GDSF(Policy[K]):
             self._offer([key])
         return victim
 
-    def forget(self, chain: Sequence[K]) -> list[K]:
-        lost = self._tree.after(chain[-1])
-        for key in lost:
-            self._remove(key)
-        return lost
-
     def check_integrity(self) -> None:
         self._tree.check_integrity(self._value.keys())
         offered = {key for value, key in self._heap if self._value.get(key) == value}

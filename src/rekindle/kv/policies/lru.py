@@ -47,12 +47,6 @@ class LRU(Policy[K]):
             self._order.move_to_end(key)  # pinned, or before a pinned block: counts as used when its turn comes
         return None
 
-    def forget(self, chain: Sequence[K]) -> list[K]:
-        lost = self._tree.after(chain[-1])
-        for key in lost:
-            self._remove(key)
-        return lost
-
     def check_integrity(self) -> None:
         self._tree.check_integrity(self._order.keys())
 

@@ -103,21 +103,6 @@ class Prospect(Policy[K]):
             victim = self._least(pinned)
         return None if victim is None else self._shorten(victim)
 
-    def forget(self, chain: Sequence[K]) -> list[K]:
-        path, length = self._walk(list(chain))
-        if length < len(chain) or not path[-1].stored:
-            return []
-        head = path[-1]
-        start = len(head.keys) - 1
-        lost: list[K] = []
-        doomed = [head]
-        for segment in doomed:
-            doomed.extend(each for each in segment.following.values() if each.stored)
-        for segment in reversed(doomed):
-            while segment.stored > (start if segment is head else 0):
-                lost.append(self._shorten(segment))
-        return lost
-
     # -- the tree -----------------------------------------------------------------------------------------------------
 
     def _walk(self, chain: list[K]) -> tuple[list[Segment[K]], int]:

@@ -44,15 +44,6 @@ class Successors(Generic[K]):
         """Whether nothing follows it."""
         return key not in self._next
 
-    def after(self, key: K) -> list[K]:
-        """The block and all that need it, tails first."""
-        if key not in self._parent:
-            return []
-        found = [key]
-        for each in found:
-            found.extend(self._next.get(each, ()))
-        return found[::-1]
-
     def check_integrity(self, stored: AbstractSet[K]) -> None:
         """These and no others are in the tree, and each one's predecessor too. Raises AssertionError."""
         assert self._parent.keys() == stored
