@@ -1,13 +1,19 @@
-"""The store's memory, when nobody says: a share of what is free, in this container and on this machine."""
+"""The store as set, and its memory when nobody says: a share of what is free, in this container and on this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 
+import rekindle
+from rekindle.cli.serve import describe
+from rekindle.errors import InvalidRequest
+from rekindle.kv.policies import DEFAULT, POLICIES
 from rekindle.serve.budget import LEAST_BYTES, MOST_BYTES, free_bytes, memory_budget
+from rekindle.settings import Settings
 
 GIB = 1 << 30
 
@@ -61,3 +67,25 @@ def test_what_is_no_group_file_is_passed_over(tmp_path: Path) -> None:
     own.write_text("0::/\n")
     group(tmp_path / "groups", memory__max="?", memory__current="?", memory__stat="x")
     assert free_bytes(tmp_path / "groups", own) > 0
+
+
+def test_the_settings_know_all_policies() -> None:
+    assert set(get_args(Settings.model_fields["store_policy"].annotation)) == set(POLICIES)
+    assert Settings.load(None, {}).store_policy == DEFAULT
+    with pytest.raises(InvalidRequest, match=r"store_policy: .*'prospect', 'gdsf' or 'lru', got 'lfu'"):
+        Settings.load(None, {}, store_policy="lfu")
+
+
+def test_the_store_is_as_set() -> None:
+    settings = {"store_memory": "100MiB", "store_policy": "lru", "store_pinned": 0.25, "store_quota": 0.5}
+    with rekindle.load(engine="toy", store="none", **settings) as llm:
+        stats = llm.service._store.stats()
+        assert (stats.max_bytes, stats.policy, stats.max_pinned_bytes) == (100 << 20, "lru", 25 << 20)
+        assert llm.service._store._memory._shares.max_share_bytes == 50 << 20
+        assert describe(llm.service).endswith("100.0MiB of memory for stored KV")
+
+
+def test_unless_set_its_memory_is_a_share_of_what_is_free_and_the_start_says_so() -> None:
+    with rekindle.load(engine="toy", store="none") as llm:
+        assert llm.stats().max_bytes == pytest.approx(memory_budget(free_bytes()), rel=0.5)
+        assert describe(llm.service).endswith(" of memory for stored KV (a quarter of what was free)")
