@@ -25,6 +25,7 @@ FLOORS = {
     "serve": 4,
     "api": 5,
     "lab": 5,
+    "torch": 5,
     "page": 6,
     "cli": 6,
 }

@@ -8,6 +8,7 @@ print(llm.generate("…"))
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rekindle.errors import (
@@ -61,4 +62,6 @@ def __getattr__(name: str) -> Any:
         from rekindle.kv.simple import SimpleKVCache
 
         return SimpleKVCache
+    if name == "torch":
+        return import_module("rekindle.torch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

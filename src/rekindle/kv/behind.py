@@ -93,12 +93,24 @@ class Behind:
                 if not self._queue:
                     return
                 job = self._queue.popleft()
-            try:
-                job.run()
-            finally:
-                with self._changed:
-                    self._num_bytes -= job.num_bytes
-                    self._changed.notify_all()
+            self._do(job)
+
+    def drain(self) -> None:
+        """Do what is queued now, on the caller's own thread; for those who have none to give to `run`."""
+        while True:
+            with self._changed:
+                if not self._queue:
+                    return
+                job = self._queue.popleft()
+            self._do(job)
+
+    def _do(self, job: _Job) -> None:
+        try:
+            job.run()
+        finally:
+            with self._changed:
+                self._num_bytes -= job.num_bytes
+                self._changed.notify_all()
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything offered so far is written; False if it took too long."""
