@@ -33,8 +33,12 @@ _IRRELEVANT = {
 def weights_digest(model: nn.Module) -> bytes:
     """Digest of a model's parameters and buffers, 16 bytes. Reads them all: about a second per gigabyte."""
     digest = hashlib.blake2b(digest_size=16)
+    seen: dict[tuple[int, torch.Size], str] = {}  # tied weights are read once
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        first = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
+        digest.update(f"{name} {first} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if first != name:
+            continue
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
