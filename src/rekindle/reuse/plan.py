@@ -14,7 +14,7 @@ hand too: then the plan computes nothing, and the first token costs no model cal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rekindle.reuse.prompt import Prompt
@@ -33,11 +33,13 @@ class Fork:
 
 @dataclass(frozen=True)
 class Place:
-    """Put stored KV back at the position where it was computed."""
+    """Put stored KV at the sequence's end: back where it was computed, or a part of a chunk wherever it stands now."""
 
     start: int
     stop: int
     reason: str
+    source: int | None = None  # of a chunk's part: its position in the prompt [head, chunk]
+    chunk: int | None = None  # index among the prompt's chunks
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,27 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class ChunkPlan:
+    """What becomes of one chunk. What is none of exact, placed and recomputed is computed because it is not at hand."""
+
+    index: int
+    start: int
+    stop: int
+    exact: int  # tokens within the prompt's exactly reused beginning
+    placed: int
+    recomputed: int  # could have been placed, but are computed anew
+    moved: int | None  # tokens, to the right; None if nothing of it is placed
+    why: str | None  # why those are recomputed
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is done for one prompt, and why. Reused <= total; nothing is both reused and computed."""
 
     steps: tuple[Step, ...]
     total: int  # tokens in the prompt
     miss: str | None  # why reuse ended where it did; None if nothing was missing
+    chunks: tuple[ChunkPlan, ...] = ()
 
     def __post_init__(self) -> None:
         position = 0
@@ -95,14 +112,27 @@ class Plan:
     def reused(self) -> int:
         return self.total - self.computed
 
+    @property
+    def ready(self) -> int:
+        """Tokens that are in the engine before anything is computed."""
+        return next((step.start for step in self.steps if isinstance(step, Compute)), self.total)
+
+    @property
+    def exact(self) -> int:
+        """Tokens whose KV is what a prefill of the prompt gives: all before the first chunk that is placed."""
+        places = (step.start for step in self.steps if isinstance(step, Place) and step.chunk is not None)
+        return next(places, self.total)
+
     def as_dict(self) -> dict[str, Any]:
-        """For the wire: steps with their kind, span and reason."""
+        """For the wire: steps with their kind, span and reason; and chunks, if there are any."""
         kinds: dict[type, Literal["fork", "place", "compute"]] = {Fork: "fork", Place: "place", Compute: "compute"}
-        steps = [
+        steps: list[dict[str, Any]] = [
             {"kind": kinds[type(step)], "start": step.start, "stop": step.stop, "reason": step.reason}
+            | ({"chunk": step.chunk, "from": step.source} if isinstance(step, Place) and step.chunk is not None else {})
             for step in self.steps
         ]
-        return {
+        chunks = {"chunks": [asdict(chunk) for chunk in self.chunks]} if self.chunks else {}
+        return chunks | {
             "steps": steps,
             "total": self.total,
             "reused": self.reused,

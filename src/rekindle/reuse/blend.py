@@ -1,0 +1,182 @@
+"""A plan that reuses chunks wherever they stand.
+
+A chunk *on its own* is the prompt [head, chunk], read for nobody and kept under the ordinary prefix keys; the head is the
+model's BOS, or what a user configured. So look-up, tiers, pins and eviction need nothing new. Its KV lacks what stands
+before the chunk now, and it stands elsewhere. The engine mends the second exactly, by rotation. The first is mended by
+computing some of its tokens anew, which `blend_select` chooses.
+
+A plan is carried out from left to right, and every step goes on at the sequence's end:
+
+    0      exact      gap + first   placed        gap + first  placed          question   length
+    |=================|------------|=============|-----------|================|------------|
+      fork, place       compute      place         compute     place            compute
+
+So what is computed sees all that stands before it and nothing else: the causal mask follows from the order, a chosen
+range costs no model call of its own where it continues what is computed anyway, and the work can be batched with other
+requests'. The exact beginning comes first, a chunk that is missing is computed like any other text, and the last token
+is always computed for its logits.
+
+What stands behind the first placed chunk is not what a prefill gives: `Plan.exact` says how far a sequence may be kept,
+stored and shared as exact KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rekindle.engine.protocol import Range
+from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
+from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
+from rekindle.reuse.prompt import Chunk, Prompt
+
+SHORTEST = 8  # tokens; what could be placed between two computed ranges is computed with them if it is shorter
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How placed chunks are mended."""
+
+    select: Select = "auto"
+    ratio: float = 0.15  # of the tokens that could be placed, to be computed all the same
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.ratio <= 1
+
+
+@dataclass(frozen=True, eq=False)
+class OnItsOwn:
+    """What is at hand of a chunk that was computed on its own."""
+
+    head: int  # tokens before it there: the position of its first token
+    length: int  # tokens of the chunk, from its first, whose KV is at hand
+    scores: Floats | None = None  # [tokens of the chunk] how far each one's KV once differed from that in place
+
+
+def make_blend_plan(prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None], blend: Blend) -> Plan:
+    """The exact plan with chunks placed in what it computes. `known` has an entry for each of the prompt's chunks."""
+    assert len(known) == len(prompt.chunks)
+    begin, last = exact.reused, exact.total - 1
+    placeable = {
+        index: (max(chunk.start, begin), min(chunk.start + own.length, chunk.stop, last))
+        for index, (chunk, own) in enumerate(zip(prompt.chunks, known, strict=True))
+        if own is not None
+    }
+    placeable = {index: span for index, span in placeable.items() if span[0] < span[1]}
+    choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio)
+    placed = {index: list(_rest(span, choices)) for index, span in placeable.items()}
+    steps = [
+        *exact.steps[: len(exact.steps) - bool(exact.computed)],
+        *_walk(begin, exact, prompt, known, placed, choices),
+    ]
+    chunks = tuple(
+        _report(index, chunk, begin, known[index], placed.get(index, []), placeable.get(index), choices)
+        for index, chunk in enumerate(prompt.chunks)
+    )
+    return Plan(tuple(steps), exact.total, exact.miss, chunks)
+
+
+def _spans(prompt: Prompt, known: Sequence[OnItsOwn | None], placeable: dict[int, Range], begin: int) -> Iterator[Span]:
+    stops = {stop for _, stop in placeable.values()}
+    for index, (start, stop) in placeable.items():
+        own, offset = known[index], prompt.chunks[index].start
+        scores = None if own is None or own.scores is None else own.scores[start - offset : stop - offset]
+        yield Span(start, stop, is_begin=start > begin and start not in stops, scores=scores)
+
+
+def _rest(span: Range, choices: Sequence[Choice]) -> Iterator[Range]:
+    """What of a span is placed: all but what was chosen, and what would be too short."""
+    chosen = [choice for choice in choices if span[0] <= choice.start < span[1]]
+    edges = [span[0], *(edge for choice in chosen for edge in (choice.start, choice.stop)), span[1]]
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        is_between = start > span[0] and stop < span[1]
+        if stop - start >= (SHORTEST if is_between else 1):
+            yield start, stop
+
+
+def _walk(
+    begin: int,
+    exact: Plan,
+    prompt: Prompt,
+    known: Sequence[OnItsOwn | None],
+    placed: dict[int, list[Range]],
+    choices: Sequence[Choice],
+) -> Iterator[Step]:
+    """Place and compute in turn, from `begin` to the prompt's end."""
+    position = begin
+    for index, ranges in sorted(placed.items()):
+        own, chunk = known[index], prompt.chunks[index]
+        assert own is not None
+        for start, stop in ranges:
+            if position < start:
+                yield Compute(position, start, _why(position, start, choices, begin))
+            source = own.head + start - chunk.start
+            reason = f"chunk {index} was computed on its own; moved by {start - source:+}"
+            yield Place(start, stop, reason, source=source, chunk=index)
+            position = stop
+    if position < exact.total:
+        reasons = [step.reason for step in exact.steps if isinstance(step, Compute) and position == begin]
+        yield Compute(position, exact.total, reasons[0] if reasons else _why(position, exact.total, choices, begin))
+
+
+def _why(start: int, stop: int, choices: Sequence[Choice], begin: int) -> str:
+    chosen = [choice for choice in choices if start <= choice.start < stop]
+    count = sum(choice.stop - choice.start for choice in chosen)
+    reasons = (
+        [f"{count} tokens of chunks: {', '.join(dict.fromkeys(choice.reason for choice in chosen))}"] if count else []
+    )
+    if count < stop - start:
+        reasons.insert(0, "not read before" if start == begin == 0 else "not read before after this beginning")
+    return "; ".join(reasons)
+
+
+def _report(
+    index: int,
+    chunk: Chunk,
+    begin: int,
+    own: OnItsOwn | None,
+    placed: Sequence[Range],
+    placeable: Range | None,
+    choices: Sequence[Choice],
+) -> ChunkPlan:
+    num_placed = sum(stop - start for start, stop in placed)
+    num_exact = min(len(chunk), max(0, begin - chunk.start))
+    chosen = [choice for choice in choices if placeable is not None and placeable[0] <= choice.start < placeable[1]]
+    recomputed = 0 if placeable is None else placeable[1] - placeable[0] - num_placed
+    return ChunkPlan(
+        index=index,
+        start=chunk.start,
+        stop=chunk.stop,
+        exact=num_exact,
+        placed=num_placed,
+        recomputed=recomputed,
+        moved=None if own is None or not num_placed else chunk.start - own.head,
+        why=", ".join(dict.fromkeys(choice.reason for choice in chosen)) or None,
+    )
+
+
+class Memory:
+    """What is remembered of chunks: each token's difference between in place and on its own, averaged over meetings.
+
+    Keeps the most recently met `max_chunks`, under any key that names a chunk's tokens. Not thread-safe.
+    """
+
+    def __init__(self, max_chunks: int = 10_000) -> None:
+        self._max_chunks = max_chunks
+        self._scores: dict[bytes, tuple[int, Floats]] = {}
+
+    def add(self, key: bytes, scores: Floats) -> None:
+        """One more meeting."""
+        count, mean = self._scores.pop(key, (0, np.zeros_like(scores)))
+        self._scores[key] = (count + 1, mean + (scores - mean) / np.float32(count + 1))
+        if len(self._scores) > self._max_chunks:
+            del self._scores[next(iter(self._scores))]
+
+    def get(self, key: bytes) -> Floats | None:
+        found = self._scores.get(key)
+        return None if found is None else found[1]
+
+    def __len__(self) -> int:
+        return len(self._scores)
