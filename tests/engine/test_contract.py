@@ -206,6 +206,24 @@ def test_export_after_a_shift_saves_rotated_keys(bench: Bench) -> None:
     assert bench.close(next_logits(bench, again), next_logits(bench, bench.read(chunk)), rotated=True)
 
 
+def test_compare_tells_which_tokens_depend_on_what_stood_before(bench: Bench) -> None:
+    chunk, before = bench.random(12, 60), bench.random(13, 40)
+    alone, moved = bench.read(chunk), bench.read(before)
+    own = bench.engine.export(alone, 0, 60)
+    in_place = bench.engine.export(bench.read(np.concatenate([before, chunk])), 40, 100)
+    bench.engine.place(moved, own, 40)
+    placed = bench.engine.export(moved, 40, 100)
+    differences = bench.engine.compare(in_place, own)
+    assert differences.shape == (60,) and (differences > 0).all()
+    assert bench.engine.compare(own, own).max() == 0
+    assert bench.engine.compare(placed, own).max() == 0, "placing moves K alone"
+    bench.engine.recompute(moved, [(50, 60)])
+    mended = bench.engine.compare(bench.engine.export(moved, 40, 100), own)
+    assert (mended[:10] == 0).all() and (mended[10:20] > 0).all() and (mended[20:] == 0).all()
+    with pytest.raises(BadRange):
+        bench.engine.compare(own, bench.engine.export(alone, 0, 59))
+
+
 REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], object]]] = [
     (
         "prompt larger than the cache",

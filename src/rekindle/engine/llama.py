@@ -24,11 +24,13 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from rekindle.engine.batch import Batch, Span, split
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.saved import distances, saved_values
 from rekindle.engine.sequences import BookKeeping, SequenceTable
-from rekindle.engine.verify import check_payload, check_work
+from rekindle.engine.verify import check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.model import llama_log
 from rekindle.model.fingerprint import fingerprint, weights_digest
@@ -180,6 +182,14 @@ class LlamaEngine(BookKeeping):
         for start, stop in ranges:
             self._table.renew(seq, start, stop)
 
+    # Looking into KV.
+
+    def compare(self, one: Payload, other: Payload) -> npt.NDArray[np.float32]:
+        check_same(one, other, self.spec)
+        if not len(one):
+            return np.zeros(0, dtype=np.float32)
+        return distances(_values(one), _values(other))
+
     # Book-keeping.
 
     def close(self, seq: SequenceId) -> None:
@@ -291,6 +301,12 @@ class LlamaEngine(BookKeeping):
                 f"llama.cpp took {read} of {len(data)} bytes for positions [{position}, {position + count}); "
                 f"{llama_log.take_errors() or 'the payload is torn'}"
             )
+
+
+def _values(payload: Payload) -> list[npt.NDArray[np.float32]]:
+    """V of each layer, [tokens, width]."""
+    pieces = [saved_values(data) for _, _, data in _unpack(payload)]
+    return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
 
 def _unpack(payload: Payload) -> list[tuple[int, int, memoryview]]:

@@ -90,6 +90,16 @@ class Engine(Protocol):
         back. Raises BadRange, ContextFull.
         """
 
+    # Looking into KV.
+
+    def compare(self, one: Payload, other: Payload) -> npt.NDArray[np.float32]:
+        """[count] how far the KV of the same tokens lies apart, token by token: |V - V'| beside V's usual size, on average
+        over the layers.
+
+        V is not rotated, so it does not matter where the payloads were computed, only after what. Raises BadRange if the
+        tokens differ, ForeignPayload.
+        """
+
     # Book-keeping.
 
     def open(self) -> SequenceId:

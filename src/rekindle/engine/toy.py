@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.sequences import BookKeeping, SequenceTable
-from rekindle.engine.verify import check_payload, check_work
+from rekindle.engine.verify import check_payload, check_same, check_work
 from rekindle.errors import ForeignPayload
 from rekindle.model.spec import ModelSpec
 
@@ -86,6 +86,12 @@ class ToyEngine(BookKeeping):
             self._states[self._table.renew(seq, start, stop)] = self._states[old]
             self._compute(seq, start, stop)
             self.num_calls += stop > start
+
+    def compare(self, one: Payload, other: Payload) -> npt.NDArray[np.float32]:
+        """1 where states differ."""
+        check_same(one, other, self.spec)
+        states = (np.frombuffer(payload.data, dtype=np.uint64) for payload in (one, other))
+        return np.not_equal(*states).astype(np.float32)
 
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from rekindle.engine.protocol import Payload, Range, SequenceId, Work
 from rekindle.engine.sequences import SequenceTable
 from rekindle.errors import BadRange, EngineError, ForeignPayload
@@ -50,6 +52,14 @@ def check_payload(
         raise EngineError(f"{spec.architecture} KV cannot be moved from position {source} to {position}")
     table.check_room(len(payload))
     return start, stop
+
+
+def check_same(one: Payload, other: Payload, spec: ModelSpec) -> None:
+    """Raises BadRange, ForeignPayload."""
+    if not np.array_equal(one.tokens, other.tokens):
+        raise BadRange(f"payloads of the same tokens expected, got {len(one)} and {len(other)} that are not the same")
+    for payload in (one, other):
+        check_fingerprint(payload, spec)
 
 
 def check_fingerprint(payload: Payload, spec: ModelSpec) -> None:

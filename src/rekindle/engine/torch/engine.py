@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.saved import distances
 from rekindle.engine.sequences import BookKeeping, SequenceTable
 from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
@@ -35,7 +37,7 @@ from rekindle.engine.torch.payload import PayloadLayout
 from rekindle.engine.torch.pool import Cells, Pool
 from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
-from rekindle.engine.verify import check_fingerprint, check_payload, check_work
+from rekindle.engine.verify import check_fingerprint, check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ModelError
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
@@ -172,6 +174,14 @@ class TorchEngine(BookKeeping):
             raise
 
     # Looking into KV.
+
+    def compare(self, one: Payload, other: Payload) -> npt.NDArray[np.float32]:
+        check_same(one, other, self.spec)
+        pairs = zip(self.look(one), self.look(other), strict=True)
+        layers = [[each.value.float().transpose(0, 1).flatten(1).numpy() for each in pair] for pair in pairs]
+        if not len(one):
+            return np.zeros(0, dtype=np.float32)
+        return distances([mine for mine, _ in layers], [yours for _, yours in layers])
 
     def compute_blind(self, seq: SequenceId, tokens: Tokens) -> None:
         """Append tokens that see only each other, where they stand: what `place` of a chunk gives, computed.
