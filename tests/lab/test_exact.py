@@ -22,6 +22,13 @@ def test_reuse_differs_by_rounding_only(kv_type: str) -> None:
     assert json.loads(out.getvalue().splitlines()[-1])["prompts"] == 4
 
 
+def test_reuse_differs_by_rounding_only_on_torch_too() -> None:
+    report = run_exact("builtin", prompts=4, answer_tokens=8, engine="torch", threads=1)
+    assert (report.engine, report.kv_type) == ("torch", "float32")
+    assert set(report.same_text.values()) == {4}
+    assert max(report.forked, report.placed) < 0.001
+
+
 def test_no_prompts_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         run_exact("builtin", prompts=0)

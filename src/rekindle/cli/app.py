@@ -181,14 +181,39 @@ def lab_exact(
     model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
     prompts: Annotated[int, typer.Option(help="random prompts", min=1)] = 200,
     answer_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 32,
-    kv_type: Annotated[str, typer.Option(help="f16, q8_0 or q4_0")] = "f16",
+    kv_type: Annotated[str, typer.Option(help="f16, q8_0 or q4_0; of llama.cpp")] = "f16",
+    engine: Annotated[str, typer.Option(help="auto, llama or torch")] = "auto",
     threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
     seed: Annotated[int, typer.Option(help="the same seed asks the same prompts")] = 0,
 ) -> None:
     """Is reuse exact? Answers and logits with and without it, beside what rounding alone does."""
     from rekindle.lab.exact import print_report, run_exact
 
-    report = run_exact(model, prompts=prompts, answer_tokens=answer_tokens, kv_type=kv_type, threads=threads, seed=seed)
+    report = run_exact(
+        model,
+        prompts=prompts,
+        answer_tokens=answer_tokens,
+        kv_type=kv_type,
+        engine=engine,
+        threads=threads,
+        seed=seed,
+    )
+    print_report(report, Console())
+
+
+@lab.command("engines")
+@guarded
+def lab_engines(
+    prompts: Annotated[int, typer.Option(help="random prompts", min=1)] = 200,
+    answer_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 32,
+    dtype: Annotated[str, typer.Option(help="the torch engine's: float32, bfloat16 or float16")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same prompts")] = 0,
+) -> None:
+    """Do llama.cpp and torch give the same answers with the built-in model?"""
+    from rekindle.lab.engines import print_report, run_engines
+
+    report = run_engines(prompts=prompts, answer_tokens=answer_tokens, dtype=dtype, threads=threads, seed=seed)
     print_report(report, Console())
 
 

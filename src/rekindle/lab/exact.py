@@ -46,6 +46,7 @@ class ExactReport:
     """What was found over all prompts."""
 
     model: str
+    engine: str
     kv_type: str
     prompts: int
     answer_tokens: int  # at most, per answer
@@ -65,22 +66,26 @@ def run_exact(
     prompts: int = 200,
     answer_tokens: int = 32,
     kv_type: str = "f16",
+    engine: str = "auto",
     threads: int | None = None,
     seed: int = 0,
 ) -> ExactReport:
     """The whole experiment on a model. Raises ModelError or InvalidRequest."""
     if min(prompts, answer_tokens) < 1:
         raise InvalidRequest("prompts and answer tokens must be 1 or more")
-    settings = Settings.load(model=model, kv_type=kv_type, threads=threads or usable_cores(), store="none")
+    settings = Settings.load(
+        model=model, engine=engine, kv_type=kv_type, threads=threads or usable_cores(), store="none"
+    )
     with Service.open(settings) as service:
         random = np.random.default_rng(seed)
-        random_prompt = _random_question if model == BUILTIN else _random_tokens
-        asked = [random_prompt(random, service) for _ in range(prompts)]
+        random_prompt = random_question if model == BUILTIN else _random_tokens
+        asked = [random_prompt(random, service).tokens for _ in range(prompts)]
         differences: list[dict[str, float]] = []
         service.run_on_engine(lambda engine: differences.extend(_compare(engine, tokens, random) for tokens in asked))
         return ExactReport(
             model=service.model_name,
-            kv_type=kv_type,
+            engine=str(service.health()["engine"]),
+            kv_type=service.engine_spec.kv_type,
             prompts=prompts,
             answer_tokens=answer_tokens,
             seed=seed,
@@ -89,19 +94,19 @@ def run_exact(
         )
 
 
-def _random_question(random: np.random.Generator, service: Service) -> Tokens:
+def random_question(random: np.random.Generator, service: Service) -> Prompt:
     """A held-out document of ember's language and a question about it, as a chat."""
     seed = int(random.integers(1 << 30))
     document = generate_document(seed, num_people=int(random.integers(2, 15)))
     question = generate_questions(document, seed)[int(random.integers(3))]
     content = "\n".join([*document.passages, question.text])
-    return service.chat_prompt([{"role": "user", "content": content}]).tokens
+    return service.chat_prompt([{"role": "user", "content": content}])
 
 
-def _random_tokens(random: np.random.Generator, service: Service) -> Tokens:
+def _random_tokens(random: np.random.Generator, service: Service) -> Prompt:
     """40 to 600 tokens of the vocabulary's first half."""
     length = int(random.integers(40, 600))
-    return random.integers(8, service.engine_spec.vocab_size // 2, length).astype(np.int32)
+    return Prompt(random.integers(8, service.engine_spec.vocab_size // 2, length).astype(np.int32))
 
 
 def _compare(engine: Engine, tokens: Tokens, random: np.random.Generator) -> dict[str, float]:
@@ -135,24 +140,27 @@ def _same_texts(service: Service, asked: Sequence[Tokens], length: int, random: 
     """How many answers with reuse equal the one without, by kind of reuse; every kind must really have reused."""
     same = {CONTROL: 0, "shared beginning": 0, "exact repeat": 0, "from the store": 0}
     for tokens in asked:
-        plain = _answer(service, tokens, length, reuse=False)
+        plain = answer_greedily(service, tokens, length, reuse=False)
         service.clear_cache()
         shared = int(random.integers(30, len(tokens)))
-        _answer(service, np.concatenate([tokens[:shared], tokens[:5]]), 1)
+        answer_greedily(service, np.concatenate([tokens[:shared], tokens[:5]]), 1)
         answers = {
-            "shared beginning": _answer(service, tokens, length),
-            "exact repeat": _answer(service, tokens, length),
+            "shared beginning": answer_greedily(service, tokens, length),
+            "exact repeat": answer_greedily(service, tokens, length),
         }
         service.evict_residents()
-        answers["from the store"] = _answer(service, tokens, length)
-        same[CONTROL] += _answer(service, tokens, length, reuse=False, kv_cache=False).tokens == plain.tokens
+        answers["from the store"] = answer_greedily(service, tokens, length)
+        same[CONTROL] += answer_greedily(service, tokens, length, reuse=False, kv_cache=False).tokens == plain.tokens
         for kind, done in answers.items():
             assert done.usage.cached_tokens > 0, kind
             same[kind] += done.tokens == plain.tokens
     return same
 
 
-def _answer(service: Service, tokens: Tokens, length: int, *, reuse: bool = True, kv_cache: bool = True) -> Done:
+def answer_greedily(
+    service: Service, tokens: Tokens, length: int, *, reuse: bool = True, kv_cache: bool = True
+) -> Done:
+    """The answer of up to so many tokens to a prompt, and how it came about."""
     generation = Generation(
         prompt=Prompt(tokens),
         max_tokens=length,
@@ -168,7 +176,8 @@ def _answer(service: Service, tokens: Tokens, length: int, *, reuse: bool = True
 def print_report(report: ExactReport, console: Console) -> None:
     """Two tables for people, then one line of JSON."""
     logits = Table(
-        title=f"Logits after {report.prompts} prompts, {report.model}, {report.kv_type} KV", title_justify="left"
+        title=f"Logits after {report.prompts} prompts, {report.model}, {report.engine}, {report.kv_type} KV",
+        title_justify="left",
     )
     logits.add_column("against one uncached run")
     logits.add_column("largest difference", justify="right")
