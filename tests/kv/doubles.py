@@ -18,6 +18,7 @@ class DictTier:
         self.name = name
         self.blocks: dict[Key, Block] = {}
         self.failing = False
+        self.num_good: int | None = None  # blocks that can still be read before it fails
         self.num_read = 0
         self.touched: list[list[Key]] = []
         self.kept: dict[Key, float] = {}
@@ -29,6 +30,7 @@ class DictTier:
 
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
         for place in places:
+            self.failing = self.failing or self.num_read == self.num_good
             self._check()
             self.num_read += 1
             yield self.blocks.get(place.key)

@@ -174,6 +174,16 @@ def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Benc
     assert 15 <= refusals <= 19
 
 
+def test_a_fetch_that_failed_on_the_way_says_nothing_of_the_tiers_speed(bench: Bench) -> None:
+    bench.put(PROMPT)
+    assert bench.store.behind.flush(10)
+    store = bench.restart()
+    disk = bench.tiers[0]
+    disk.num_good = disk.num_read + 2
+    assert sum(store.fetch(PROMPT).tokens.values()) > 0
+    assert store.speeds["disk"].seconds_per_token is None
+
+
 def test_slower_tiers_hear_of_what_memory_serves_once_a_minute(bench: Bench) -> None:
     bench.put(PROMPT)
     disk, network = bench.tiers

@@ -248,20 +248,17 @@ class Store:
             if reason is not None:
                 refused = refused or self._refusal(tier, places[known:], reason)
                 continue
-            started = self._clock()
             blocks = self._read(tier, tokens, places, known, root)
             self._take_in(root, written, known, blocks)
             if blocks:
-                count = sum(len(block.tokens) for block in blocks)
-                self.speeds[tier.name].add(count, self._clock() - started)
-                brought[tier.name] = count
+                brought[tier.name] = sum(len(block.tokens) for block in blocks)
                 self._promote(tier, blocks)
         return Fetched(brought, refused)
 
     def _read(self, tier: Tier, tokens: Tokens, places: list[Place], known: int, root: Key) -> list[Block]:
-        """The blocks and tail of a tier that go on where `known` blocks end."""
+        """The blocks and tail of a tier that go on where `known` blocks end; how long that took counts unless it failed."""
         blocks: list[Block] = []
-        size = self.block_tokens
+        size, started = self.block_tokens, self._clock()
         try:
             for block in tier.get(places[known:]) if places[known:] else ():
                 start = (known + len(blocks)) * size
@@ -276,6 +273,7 @@ class Store:
         except TierUnavailable as error:
             self._outages.failed(tier.name, error)  # what came before is good
         else:
+            self.speeds[tier.name].add(sum(len(block.tokens) for block in blocks), self._clock() - started)
             if places[known:]:  # or else it was asked for nothing
                 self._outages.worked(tier.name)
         return blocks
