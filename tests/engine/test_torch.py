@@ -346,6 +346,8 @@ def test_the_same_weights_have_the_same_fingerprint_whoever_holds_them() -> None
     assert one.spec.fingerprint == other.spec.fingerprint
     told = TorchEngine(tiny_model("llama"), num_cells=128, weights=b"digest of the file")
     assert told.spec.fingerprint != one.spec.fingerprint
+    coarse = TorchEngine(tiny_model("llama", torch.bfloat16), num_cells=128, weights=b"digest of the file")
+    assert coarse.spec.fingerprint != told.spec.fingerprint  # the same file, read into another type
 
 
 def test_looking_into_a_payload() -> None:
