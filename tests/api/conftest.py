@@ -40,10 +40,11 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def ember_url() -> Iterator[str]:
-    """The built-in model on the real engine."""
-    with Service.open(Settings(model="builtin", store="none")) as service, running(service) as url:
+@pytest.fixture(scope="session", params=["llama", "torch"])
+def ember_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The built-in model on each of the real engines."""
+    settings = Settings(model="builtin", engine=request.param, store="none")
+    with Service.open(settings) as service, running(service) as url:
         yield url
 
 

@@ -24,13 +24,26 @@ def toy() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def real() -> Iterator[Service]:
+def llama() -> Iterator[Service]:
     with Service.open(Settings(threads=1, store="none")) as service:
         yield service
         service.check_integrity()
 
 
-@pytest.fixture(params=["toy", "real"])
+@pytest.fixture(scope="module")
+def torch() -> Iterator[Service]:
+    with Service.open(Settings(engine="torch", threads=1, store="none")) as service:
+        yield service
+        service.check_integrity()
+
+
+@pytest.fixture(params=["llama", "torch"])
+def real(request: pytest.FixtureRequest) -> Service:
+    service: Service = request.getfixturevalue(request.param)
+    return service
+
+
+@pytest.fixture(params=["toy", "llama", "torch"])
 def service(request: pytest.FixtureRequest) -> Service:
     service: Service = request.getfixturevalue(request.param)
     service.clear_cache()
