@@ -149,6 +149,11 @@ class Scheduler:
         self.residents.clear()
         self._store.clear_memory()
 
+    def let_go(self, holder: str) -> None:
+        """Nobody goes on with what this name holds, nor with what it has just given up."""
+        self._end_cancelled()
+        self.residents.let_go(holder)
+
     def check_integrity(self) -> None:
         """Recount engine and store, and every sequence's owner. Raises AssertionError."""
         self._engine.check_integrity()

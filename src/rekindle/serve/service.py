@@ -460,7 +460,7 @@ class Service:
 
     def let_go(self, holder: str) -> None:
         """What `Generation.hold` keeps for this name leaves the engine like any other idle sequence."""
-        self._worker.post(lambda scheduler: scheduler.residents.let_go(holder))
+        self._worker.post(lambda scheduler: scheduler.let_go(holder))
 
     def run_on_engine(self, action: Callable[[Engine], object]) -> None:
         """Do something with the engine between two steps, on its thread; for experiments. Raises what it raises."""

@@ -1,0 +1,171 @@
+"""What was said in one context of a session, as the tokens it was read and generated in.
+
+    head | turn | turn | ... | open turn | draft
+
+The head never goes. A turn is a user's words, the beginning of an answer, the answer's own tokens and its end. The open
+turn has a user's words and waits for its answer or is being answered. The draft is what is just being said. Nothing of this
+is tokenised again but the draft, which has to be: the tokens of a word depend on its end, and the draft has none yet.
+
+When the window is full, whole turns go, oldest first, and so many of them that it will be a while until the next time: down
+to `retention` of the window. The KV of those that follow slides down with them. It is then no longer what reading the
+remaining tokens would give, for they were read with the others before them, so it goes on under a salt of its own. A token
+slides at most about 1 / (1 - retention) times until it goes itself, which bounds the drift of repeated rotation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from rekindle.serve.request import Cut
+from rekindle.serve.sessions.script import Message, Script
+from rekindle.tokens import Tokens, as_tokens
+
+_PRIVATE_BYTES = 16
+
+
+@dataclass(eq=False)
+class Turn:
+    """One user message and its answer."""
+
+    number: int  # from 1; stays the same when earlier ones go
+    user: str
+    said: Tokens  # the user's words and the beginning of the answer
+    text: str = ""  # of the answer
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "user": self.user,
+            "said": self.said.tolist(),
+            "text": self.text,
+            "answer": self.answer,
+        }
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        return cls(**given | {"said": as_tokens(given["said"])})
+
+
+@dataclass(eq=False)
+class Context:
+    """A head and what was said after it."""
+
+    name: str
+    head: tuple[Message, ...]
+    script: Script
+    base_salt: bytes  # of its owner
+    salt: bytes  # of its KV: the owner's, until the window has slid
+    turns: list[Turn] = field(default_factory=list)
+    open: Turn | None = None
+    draft: str = ""
+    forgotten: int = 0  # turns that the window has lost
+    cut: Cut | None = None  # to be made in the held sequence before it is used
+
+    @classmethod
+    def new(cls, name: str, head: tuple[Message, ...], script: Script, salt: bytes) -> Self:
+        return cls(name, head, script, salt, salt)
+
+    # As tokens.
+
+    def turn_tokens(self, turn: Turn) -> Tokens:
+        return np.concatenate([turn.said, as_tokens(turn.answer), self.script.closing])
+
+    @property
+    def tokens(self) -> Tokens:
+        """All but the draft."""
+        opened = [] if self.open is None else [self.open.said, as_tokens(self.open.answer)]
+        return np.concatenate([self.script.opening, *map(self.turn_tokens, self.turns), *opened])
+
+    @property
+    def draft_tokens(self) -> Tokens:
+        return self.script.draft(self.draft, is_first=self._is_first)
+
+    def _num_tokens(self, turn: Turn) -> int:
+        return len(turn.said) + len(turn.answer) + len(self.script.closing)
+
+    @property
+    def num_tokens(self) -> int:
+        opened = 0 if self.open is None else len(self.open.said) + len(self.open.answer)
+        return len(self.script.opening) + sum(map(self._num_tokens, self.turns)) + opened
+
+    @property
+    def _is_first(self) -> bool:
+        return not self.turns and not self.forgotten
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as chat messages, without head and draft."""
+
+        def pair(turn: Turn) -> Iterator[dict[str, str]]:
+            yield {"role": "user", "content": turn.user}
+            yield {"role": "assistant", "content": turn.text}
+
+        said = [message for turn in self.turns for message in pair(turn)]
+        return said if self.open is None else [*said, {"role": "user", "content": self.open.user}]
+
+    # What is said.
+
+    def said(self, words: str) -> Tokens:
+        """The tokens of a user's whole words, at this place. Raises InvalidRequest."""
+        return self.script.said(words, is_first=self._is_first)
+
+    def begin(self, words: str, said: Tokens) -> Turn:
+        """Open a turn; the draft is over."""
+        number = self.forgotten + len(self.turns) + 1
+        self.open, self.draft = Turn(number, words, said), ""
+        return self.open
+
+    def end(self) -> None:
+        """The open turn is answered."""
+        assert self.open is not None
+        self.turns.append(self.open)
+        self.open = None
+
+    # What goes.
+
+    def oldest(self, num_tokens: int) -> list[Turn]:
+        """As few whole turns from the beginning as have so many tokens; all, if that is too few."""
+        found, have = [], 0
+        for turn in self.turns:
+            if have >= num_tokens:
+                break
+            found.append(turn)
+            have += self._num_tokens(turn)
+        return found
+
+    def length_of(self, turns: list[Turn]) -> int:
+        return sum(map(self._num_tokens, turns))
+
+    def forget(self, turns: list[Turn], *, slide: bool) -> None:
+        """Lose these turns, the oldest; what follows slides, or is read again."""
+        assert turns == self.turns[: len(turns)]
+        start, count = len(self.script.opening), self.length_of(turns)
+        self.turns = self.turns[len(turns) :]
+        self.forgotten += len(turns)
+        if slide:
+            self._cut(start, count, self.base_salt + os.urandom(_PRIVATE_BYTES))
+        else:
+            self.salt, self.cut = self.base_salt, None
+
+    def clear(self) -> None:
+        """Go back to the head, whose KV is what reading it gives, however often the rest has slid."""
+        last = len(self.script.opening) + (1 << 30)
+        self.turns, self.open, self.draft, self.forgotten = [], None, "", 0
+        if self.salt != self.base_salt:
+            self._cut(len(self.script.opening), last, self.base_salt)
+
+    def _cut(self, start: int, count: int, salt: bytes) -> None:
+        """Before the held sequence is used it is cut; a cut that was not made yet becomes a longer one."""
+        before = self.cut
+        if before is None:
+            self.cut = Cut(self.salt, start, start + count)
+        else:
+            self.cut = Cut(before.salt, start, before.stop + count)
+        self.salt = salt

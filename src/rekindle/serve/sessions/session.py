@@ -1,0 +1,418 @@
+"""One live session: what it is doing, and what can be done to it.
+
+    idle --commit--> committed --answer--> answering --its end, interrupt--> idle
+     draft may grow    all is read           draft may grow, unread
+
+A draft grows and changes while a user types or speaks; what of it is new is read at once. Commit makes it the user's
+message, and answer has it answered: both compute only what has not been read yet. Whatever comes while an answer is
+generated waits as a draft; interrupt ends the answer and keeps what the user has heard of it.
+
+The window is made to fit before something is read, and after each answer for the next turn, when nobody waits for it.
+
+All methods belong to the sessions' thread; none of them waits for the worker.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from rekindle.errors import InvalidRequest, SessionError
+from rekindle.reuse.prompt import Prompt
+from rekindle.serve.request import Done, Event, Failed, Piece, Sampling
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.context import Context, Turn
+from rekindle.serve.sessions.line import Line, Post
+from rekindle.serve.sessions.news import End, Failure, News, System, Token, UserInput
+from rekindle.serve.sessions.script import Message, Script
+
+MAIN = "main"  # the context that a session begins with
+MAX_CONTEXTS = 16
+REMEMBERED_NEWS = 2048  # for listeners that come back
+MAX_RETENTION = 0.95
+_UNSLIDABLE = ("q4_0",)  # K cells whose rotation loses too much: 0.14 at the largest after one shift
+
+WindowPolicy = Literal["slide", "rebuild", "refuse"]
+Listener = Callable[[int, News], None]  # with the news' number, from 1; must not block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How much of the past a session keeps, and how it answers."""
+
+    policy: WindowPolicy = "slide"
+    window: int | None = None  # tokens in all; default: the model's context
+    answer_tokens: int | None = None  # kept free for an answer; default: an eighth of the window, at most 512
+    retention: float = 0.8  # how much of the window is left when the oldest turns go
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("slide", "rebuild", "refuse"):
+            raise InvalidRequest(f"policy: expected slide, rebuild or refuse, got {self.policy!r}", param="policy")
+        if not 0 < self.retention <= MAX_RETENTION:
+            raise InvalidRequest(
+                f"retention: expected more than 0 and at most {MAX_RETENTION}, got {self.retention}", param="retention"
+            )
+        for name in ("window", "answer_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name}: expected at least 1, got {value}", param=name)
+
+
+class Session:
+    """See the module's docstring. Raises SessionError for what its state does not allow."""
+
+    def __init__(self, service: Service, post: Post, *, key: str, name: str, salt: bytes, options: Options) -> None:
+        """`key` names it to the scheduler and in files: no two sessions have the same, and nobody can guess it."""
+        self.key, self.name, self.salt = key, name, salt
+        self.window = min(options.window or service.max_tokens, service.max_tokens - 1)
+        self.answer_tokens = options.answer_tokens or max(1, min(512, self.window // 8))
+        self.options = options
+        self.contexts: dict[str, Context] = {}
+        self.pinned_until = 0.0  # on the sessions' clock
+        self.is_hot = True  # not hibernating
+        self._service = service
+        self._post = post
+        self._lines: dict[str, Line] = {}
+        self._listeners: list[Listener] = []
+        self._news: deque[tuple[int, News]] = deque(maxlen=REMEMBERED_NEWS)
+        self._num_news = 0
+        self._answering = False
+        self.active = MAIN
+        self.changed: Callable[[], None] = lambda: None  # called when there is something new to be kept in a file
+
+    # What it is.
+
+    @property
+    def state(self) -> str:
+        """idle, committed or answering."""
+        return "answering" if self._answering else "idle" if self.context.open is None else "committed"
+
+    @property
+    def context(self) -> Context:
+        return self.contexts[self.active]
+
+    @property
+    def policy(self) -> WindowPolicy:
+        """As asked, or what this model allows."""
+        spec, kv_type = self._service.engine_spec, self._service.settings.kv_type
+        if self.options.policy == "slide" and (not spec.can_shift or kv_type in _UNSLIDABLE):
+            return "rebuild"
+        return self.options.policy
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """For people and programs that look in."""
+        context, works = self.context, [line.work for line in self._lines.values()]
+        return {
+            "session": self.name,
+            "state": self.state,
+            "hot": self.is_hot,
+            "context": self.active,
+            "contexts": list(self.contexts),
+            "turns": len(context.turns),
+            "forgotten_turns": context.forgotten,
+            "tokens": context.num_tokens,
+            "window": self.window,
+            "policy": self.policy,
+            "draft": context.draft,
+            "computed_tokens": sum(work.computed for work in works),
+            "reused_tokens": sum(work.reused for work in works),
+            "generated_tokens": sum(work.generated for work in works),
+            "listeners": len(self._listeners),
+            "last_event": self._num_news,
+        }
+
+    # Listening.
+
+    def listen(self, listener: Listener, *, after: int | None = None) -> None:
+        """Be told what happens from now on, or after the news of this number, as far as they are remembered."""
+        if after is not None:
+            for number, news in self._news:
+                if number > after:
+                    listener(number, news)
+        self._listeners.append(listener)
+
+    def leave(self, listener: Listener) -> None:
+        """Be told nothing more."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+
+    @property
+    def num_listeners(self) -> int:
+        return len(self._listeners)
+
+    def _tell(self, news: News) -> None:
+        self._num_news += 1
+        self._news.append((self._num_news, news))
+        for listener in list(self._listeners):
+            listener(self._num_news, news)
+
+    # Contexts.
+
+    def add_context(self, name: str, head: Sequence[Message]) -> None:
+        """A context of this name with this head, in place of one that there may be; its head is read at once."""
+        if name not in self.contexts and len(self.contexts) >= MAX_CONTEXTS:
+            raise SessionError(f"a session has at most {MAX_CONTEXTS} contexts, and all are used")
+        template = self._service.model.template
+        if template is None:
+            raise SessionError(f"{self._service.model_name} has no chat template, so there are no turns to be had")
+        script = Script(template, self._service.model.tokenizer, head)
+        room = self.window - self.answer_tokens
+        if len(script.opening) >= room:
+            raise SessionError(
+                f"the head has {len(script.opening)} tokens; expected fewer than {room}, so that there is room for turns"
+            )
+        if name == self.active and self._answering:
+            self.interrupt()
+        if name in self._lines:
+            self._lines.pop(name).let_go()
+        self.adopt(Context.new(name, tuple(dict(message) for message in head), script, self.salt))
+        if not script.is_faithful:
+            self._warn("the model's template would write earlier turns differently; they are kept as they were read")
+        self._read(self.contexts[name])
+
+    def adopt(self, context: Context) -> None:
+        """Take a context over as it is."""
+        self.contexts[context.name] = context
+        self._lines[context.name] = Line(self._service, self._post, f"{self.key}/{context.name}")
+
+    def swap(self, name: str) -> None:
+        """Go on in another context; the draft comes along. An answer under way is interrupted."""
+        if name not in self.contexts:
+            raise SessionError(f"there is no context {name!r}; known: {', '.join(sorted(self.contexts))}")
+        if self._answering:
+            self.interrupt()
+        draft, self.context.draft = self.context.draft, ""
+        self.active = name
+        self.context.draft = draft or self.context.draft
+        self._read(self.context)
+        self._tell(System("swapped", f"the context is {name}", {"context": name}))
+        self.changed()
+
+    # Input.
+
+    def append(self, text: str) -> None:
+        """The draft goes on."""
+        self.replace(self.context.draft + text)
+
+    def replace(self, text: str) -> None:
+        """The draft is this now. What it begins with as before is not read again."""
+        if len(text) > self._most_characters:
+            raise SessionError(f"the draft has {len(text)} characters; expected at most {self._most_characters}")
+        self.context.draft = text
+        self._read(self.context)
+
+    @property
+    def _most_characters(self) -> int:
+        return 64 * self.window  # no text of so many fits, and tokenising more would keep others waiting
+
+    def commit(self, text: str | None = None) -> Turn:
+        """The draft, or this text in its place, is the user's message. A message that was not answered yet grows."""
+        if self._answering:
+            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        context, words = self.context, self.context.draft if text is None else text
+        if len(words) > self._most_characters:
+            raise SessionError(f"the message has {len(words)} characters; expected at most {self._most_characters}")
+        pending = context.open
+        if pending is not None:
+            words = f"{pending.user}\n{words}"
+            context.open = None
+        try:
+            said = context.said(words)
+            self._fit(context, len(said) + self.answer_tokens)
+        except (InvalidRequest, SessionError):
+            context.open = pending
+            raise
+        turn = context.begin(words, said)
+        self._tell(UserInput(turn.number, words))
+        self._read(context)
+        return turn
+
+    # Answers.
+
+    def answer(self, *, max_tokens: int | None = None, sampling: Sampling | None = None) -> int:
+        """Have the message answered, the draft if none is committed; returns the turn's number. Listeners hear it."""
+        if self._answering:
+            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        turn = self.context.open or self.commit()
+        context = self.context
+        room = self.window - context.num_tokens
+        line = self._lines[self.active]
+        self.is_hot = True
+        line.ask(
+            context, min(max_tokens or room, room), sampling or self.options.sampling, lambda event: self._hear(event)
+        )
+        self._answering = True
+        return turn.number
+
+    def _hear(self, event: Event) -> None:
+        turn = self.context.open
+        assert turn is not None and self._answering
+        if isinstance(event, Piece):
+            turn.answer += [token.id for token in event.tokens]
+            turn.text += event.text
+            self._tell(Token(turn.number, event.text, tuple(token.id for token in event.tokens)))
+        elif isinstance(event, Done):
+            turn.answer, turn.text = list(event.tokens), event.text
+            self._settle(turn, event.reason, event)
+        elif isinstance(event, Failed):
+            self._answering = False
+            turn.answer, turn.text = [], ""
+            self._tell(Failure(turn.number, event.error))
+
+    def interrupt(self, *, characters: int | None = None, tokens: int | None = None) -> str:
+        """End the answer, or cut the last one, to what was heard of it: so many characters or tokens, or what came.
+
+        Whole tokens are kept, so the rest may be shorter by a part of a word; it is returned.
+        """
+        for name, value in (("characters", characters), ("tokens", tokens)):
+            if value is not None and value < 0:
+                raise InvalidRequest(f"{name}: expected 0 or more, got {value}", param=name)
+        turn = self.context.open if self._answering else self.context.turns[-1] if self.context.turns else None
+        if turn is None or (not self._answering and self.context.open is not None):
+            raise SessionError("there is no answer to interrupt")
+        self._keep(turn, len(turn.text) if characters is None else characters, tokens)
+        if self._answering:
+            self._lines[self.active].hang_up()
+            self._settle(turn, "interrupted", None)
+        else:
+            self._tell(System("truncated", "the answer was cut", {"turn": turn.number, "text": turn.text}))
+            self._read(self.context)
+            self.changed()
+        return turn.text
+
+    def _keep(self, turn: Turn, characters: int, tokens: int | None) -> None:
+        piece, utf8 = self._service.model.tokenizer.piece, codecs.getincrementaldecoder("utf-8")("replace")
+        text, kept, kept_text = "", 0, ""
+        for number, token in enumerate(turn.answer[:tokens], 1):
+            text += utf8.decode(piece(token))
+            if len(text) > characters:
+                break
+            if not utf8.getstate()[0]:  # no character is torn
+                kept, kept_text = number, text
+        turn.answer, turn.text = turn.answer[:kept], kept_text
+
+    def _settle(self, turn: Turn, reason: str, done: Done | None) -> None:
+        """The answer is over: its end is read, and room is made for the next turn."""
+        self._answering = False
+        self.context.end()
+        self._tell(End(turn.number, reason, turn.text, done))
+        if self.policy != "refuse":
+            with suppress(SessionError):  # what can't be made to fit now may be a shorter message
+                self._fit(self.context, 2 * self.answer_tokens)
+        self._read(self.context)
+        self.changed()
+
+    # Going back.
+
+    def rewind(self, turn: int) -> None:
+        """Go back to the end of this turn, 0 for the beginning; later ones, an answer and the draft are dropped."""
+        context = self.context
+        last = context.forgotten + len(context.turns)
+        if not context.forgotten <= turn <= last:
+            raise SessionError(f"turn: expected {context.forgotten} to {last}, which are remembered, got {turn}")
+        self._drop_answer()
+        context.turns, context.open, context.draft = context.turns[: turn - context.forgotten], None, ""
+        self._read(context)
+        self._tell(System("rewound", f"back at turn {turn}", {"turn": turn}))
+        self.changed()
+
+    def reset(self) -> None:
+        """Forget all turns of the context; its head stays."""
+        self._drop_answer()
+        self.context.clear()
+        self._read(self.context)
+        self._tell(System("reset", "the conversation begins anew"))
+        self.changed()
+
+    def _drop_answer(self) -> None:
+        if self._answering:
+            self._answering = False
+            self._lines[self.active].hang_up()
+
+    # Elsewhere, and later.
+
+    def copy_to(self, other: Session) -> None:
+        """Let another session go on from here; it computes nothing, and an answer under way is this one's alone."""
+        for context in self.contexts.values():
+            turns = [replace(turn, answer=list(turn.answer)) for turn in context.turns]
+            opened = context.open
+            if opened is not None:
+                opened = replace(opened, answer=[], text="")
+            other.adopt(replace(context, turns=turns, open=opened, cut=None))
+        other.active = self.active
+        other.wake()
+
+    def wake(self) -> None:
+        """Have the active context read, from wherever its KV is."""
+        self.is_hot = True
+        self._read(self.context)
+
+    def hibernate(self) -> None:
+        """Let the engine have the room; KV goes to the store, and whatever is done next brings it back."""
+        if self._answering:
+            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        if self.is_hot:
+            for context, line in ((self.contexts[name], line) for name, line in self._lines.items()):
+                line.let_go()
+                if context.cut is not None:  # never made, and what would be cut leaves: it is computed where needed
+                    context.cut = None
+            self.is_hot = False
+            self._tell(System("hibernated", "the session sleeps; anything wakes it"))
+
+    def close(self) -> None:
+        """Nobody goes on with it."""
+        self._drop_answer()
+        for line in self._lines.values():
+            line.let_go()
+        self._listeners.clear()
+
+    def prompt(self) -> Prompt:
+        """All that the active context has read, or will have: for pins and comparisons."""
+        return Prompt(self.context.tokens, salt=self.context.salt)
+
+    # Reading ahead.
+
+    def _read(self, context: Context) -> None:
+        """Have all that is known read, unless an answer is under way: then it is read at its end."""
+        if self._answering and context is self.context:
+            return
+        self.is_hot = True
+        draft = context.draft_tokens if context.open is None else None
+        tokens = context.tokens
+        if draft is not None and len(draft):
+            tokens = np.concatenate([tokens, draft])
+        if len(tokens) > self.window:  # too long for now: commit makes room, or says why there is none
+            return
+        self._lines[context.name].feed(context, tokens, passing=draft is None or len(draft) > 0)
+
+    def _fit(self, context: Context, extra: int) -> None:
+        """Make room for so many more tokens. Raises SessionError."""
+        length = context.num_tokens
+        if length + extra <= self.window:
+            return
+        if self.policy == "refuse":
+            raise SessionError(
+                f"the window of {self.window} tokens is full: {length} are used and {extra} needed; rewind or reset"
+            )
+        gone = context.oldest(length + extra - int(self.options.retention * self.window))
+        if length - context.length_of(gone) + extra > self.window:
+            raise SessionError(
+                f"head and message need {length - context.length_of(gone) + extra} tokens with room for an answer; "
+                f"the window has {self.window}"
+            )
+        first, last, count = gone[0].number, gone[-1].number, context.length_of(gone)
+        context.forget(gone, slide=self.policy == "slide")
+        how = "what follows slid down" if self.policy == "slide" else "what follows is read again"
+        detail = {"first_turn": first, "last_turn": last, "tokens": count, "policy": self.policy}
+        self._tell(System("forgotten", f"turns {first} to {last} are forgotten; {how}", detail))
+
+    def _warn(self, message: str) -> None:
+        self._tell(System("warning", message))

@@ -1,0 +1,296 @@
+"""All live sessions of a service, and the one thread on which everything happens to them.
+
+Whatever is done to a session is a command in this thread's inbox, the worker's events among them, so sessions need no
+locks, and the worker never waits for one. `call` gives a future; async callers wrap it, others ask for its result.
+
+    idle for `idle_seconds`         the session hibernates: its KV may leave the engine for the store
+    more than `max_sessions`        the one that was idle longest is closed; its handle brings it back if it is in a file
+    after each turn, and at the end it is written to its file, from which `resume` takes it
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from rekindle.errors import Overloaded, RekindleError, SessionError, Stopping
+from rekindle.serve.request import Sampling
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.context import Context, Turn
+from rekindle.serve.sessions.saved import SavedSessions
+from rekindle.serve.sessions.script import Message, Script
+from rekindle.serve.sessions.session import MAIN, Options, Session
+
+T = TypeVar("T")
+MAX_SESSIONS = 256
+IDLE_SECONDS = 300.0
+TICK_SECONDS = 1.0
+_KEY_BYTES = 16
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session and when it was last of use."""
+
+    session: Session
+    used: float
+
+
+class Sessions:
+    """See the module's docstring. `call` and `close` may be called from any thread, all else on the sessions' own."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        max_sessions: int = MAX_SESSIONS,
+        idle_seconds: float = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._max = max_sessions
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        folder = service.folder
+        self._saved = SavedSessions(None if folder is None else folder / "sessions", service.engine_spec.fingerprint)
+        self._entries: dict[tuple[bytes, str], _Entry] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended = False
+        self._thread = threading.Thread(target=self._main, name="rekindle-sessions", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def call(self, action: Callable[[], T]) -> Future[T]:
+        """Do something with sessions. The future fails with what it raises, or with Stopping after the end."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(action())
+                except Exception as error:
+                    future.set_exception(error)
+
+        with self._lock:
+            if self._ended:
+                future.set_exception(Stopping("the server is being stopped"))
+            else:
+                self._inbox.put(command)
+        return future
+
+    def close(self) -> None:
+        """Write all sessions to their files and end them. The service must still be open."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    # On the thread.
+
+    def open(
+        self,
+        name: str,
+        *,
+        salt: bytes = b"",
+        head: Sequence[Message] = (),
+        contexts: dict[str, Sequence[Message]] | None = None,
+        options: Options | None = None,
+    ) -> Session:
+        """The session of this name and owner, whose salt it is; a new one if there is none.
+
+        `head` and further named contexts are those of a new one. Raises Overloaded if there are too many sessions.
+        """
+        entry = self._entries.get((salt, name))
+        if entry is not None:
+            return self._use(entry)
+        session = self._make(name, salt, secrets.token_hex(_KEY_BYTES), options or Options())
+        for each, messages in {MAIN: head, **(contexts or {})}.items():
+            session.add_context(each, messages)
+        return self._enter(session)
+
+    def get(self, name: str, *, salt: bytes = b"") -> Session:
+        """Raises SessionError if there is none of this name."""
+        entry = self._entries.get((salt, name))
+        if entry is None:
+            raise SessionError(f"there is no session {name!r}")
+        return self._use(entry)
+
+    def all(self, *, salt: bytes = b"") -> list[Session]:
+        """Of one owner."""
+        return [entry.session for (owner, _), entry in self._entries.items() if owner == salt]
+
+    def fork(self, session: Session, name: str) -> Session:
+        """A session of this name that goes on from here by itself. Raises SessionError if there is one."""
+        self._check_new(session.salt, name)
+        new = self._make(name, session.salt, secrets.token_hex(_KEY_BYTES), session.options)
+        session.copy_to(new)
+        return self._enter(new)
+
+    def pin(self, session: Session, seconds: float) -> None:
+        """Keep its KV for so long, and don't let it hibernate meanwhile. Raises InvalidRequest."""
+        self._service.pin(session.prompt(), seconds, name=f"session {session.name}")
+        session.pinned_until = self._clock() + seconds
+
+    def hibernate(self, session: Session) -> str | None:
+        """Let its KV leave the engine; returns the handle to resume it by, None if nothing outlives this process."""
+        session.hibernate()
+        self._write(session)
+        return self.handle(session)
+
+    def handle(self, session: Session) -> str | None:
+        """What brings it back after a restart; None where there is no folder to keep it in."""
+        return session.key if self._saved.is_kept else None
+
+    def resume(self, handle: str, *, salt: bytes = b"", name: str | None = None) -> Session:
+        """A session by its handle: the live one, or as it was written last. Raises SessionError."""
+        for (owner, _), entry in self._entries.items():
+            if owner == salt and entry.session.key == handle:
+                return self._use(entry)
+        content = self._saved.read(handle)
+        if bytes.fromhex(content["salt"]) != salt:
+            raise SessionError("there is no session of this handle; it may have been on another server")
+        name = name or content["name"]
+        self._check_new(salt, name)
+        session = self._make(name, salt, handle, _options(content["options"]))
+        for each in content["contexts"]:
+            session.adopt(self._context(each, salt))
+        session.active = content["active"]
+        session.wake()
+        return self._enter(session)
+
+    def end(self, session: Session) -> None:
+        """Close it and forget its file; what the store has of it goes when its turn comes."""
+        session.close()
+        self._entries.pop((session.salt, session.name), None)
+        self._saved.delete(session.key)
+
+    def tick(self) -> None:
+        """Let those hibernate that nobody has used for a while."""
+        now = self._clock()
+        for entry in self._entries.values():
+            session = entry.session
+            if session.state == "answering":
+                entry.used = now
+            elif session.is_hot and now - entry.used >= self._idle_seconds and now >= session.pinned_until:
+                self.hibernate(session)
+
+    # Underneath.
+
+    def _use(self, entry: _Entry) -> Session:
+        entry.used = self._clock()
+        return entry.session
+
+    def _make(self, name: str, salt: bytes, key: str, options: Options) -> Session:
+        return Session(self._service, self._inbox.put, key=key, name=name, salt=salt, options=options)
+
+    def _check_new(self, salt: bytes, name: str) -> None:
+        if (salt, name) in self._entries:
+            raise SessionError(f"there is a session {name!r} already")
+
+    def _enter(self, session: Session) -> Session:
+        if len(self._entries) >= self._max:
+            self._close_idlest()
+        self._entries[session.salt, session.name] = _Entry(session, self._clock())
+        session.changed = lambda: self._write(session)
+        self._write(session)
+        return session
+
+    def _close_idlest(self) -> None:
+        idle = [(key, each) for key, each in self._entries.items() if not each.session.num_listeners]
+        if not idle:
+            raise Overloaded(f"there are {len(self._entries)} sessions, the limit is {self._max}; try again later")
+        key, entry = min(idle, key=lambda pair: pair[1].used)
+        self._write(entry.session)
+        entry.session.close()
+        del self._entries[key]
+
+    def _write(self, session: Session) -> None:
+        """A session that can't be written goes on, and is lost with the process."""
+        content: dict[str, Any] = {
+            "name": session.name,
+            "salt": session.salt.hex(),
+            "options": asdict(session.options),
+            "active": session.active,
+            "contexts": [_as_dict(context) for context in session.contexts.values()],
+        }
+        try:
+            self._saved.write(session.key, content)
+        except OSError as error:
+            _log.warning("session %s could not be written: %s", session.name, error)
+
+    def _context(self, content: dict[str, Any], salt: bytes) -> Context:
+        model, head = self._service.model, tuple(content["head"])
+        assert model.template is not None
+        context = Context.new(content["name"], head, Script(model.template, model.tokenizer, head), salt)
+        context.salt = salt + bytes.fromhex(content["private_salt"])
+        context.turns = [Turn.of(turn) for turn in content["turns"]]
+        context.open = None if content["open"] is None else Turn.of(content["open"])
+        context.draft, context.forgotten = content["draft"], content["forgotten"]
+        return context
+
+    def _main(self) -> None:
+        due = time.monotonic() + TICK_SECONDS
+        while True:
+            try:
+                command = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                command, due = self.tick, time.monotonic() + TICK_SECONDS
+            if command is None:
+                break
+            self._do(command)
+        self._end()
+
+    def _do(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except RekindleError as error:  # of what happens by itself; commands tell their caller
+            _log.warning("a session could not go on: %s", error)
+        except Exception:
+            _log.exception("something went wrong in a session")
+
+    def _end(self) -> None:
+        for entry in self._entries.values():
+            entry.session.close()
+            self._write(entry.session)
+        self._entries.clear()
+        with self._lock:
+            self._ended = True
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if command is not None:
+                self._do(command)
+
+
+def _options(content: dict[str, Any]) -> Options:
+    sampling = content["sampling"]
+    bias = {int(token): value for token, value in sampling["logit_bias"].items()}
+    return Options(**content | {"sampling": Sampling(**sampling | {"logit_bias": bias})})
+
+
+def _as_dict(context: Context) -> dict[str, Any]:
+    """An answer under way is not written: its message is, and may be answered again."""
+    opened = None if context.open is None else context.open.as_dict | {"answer": [], "text": ""}
+    return {
+        "name": context.name,
+        "head": list(context.head),
+        "private_salt": context.salt[len(context.base_salt) :].hex(),
+        "turns": [turn.as_dict for turn in context.turns],
+        "open": opened,
+        "draft": context.draft,
+        "forgotten": context.forgotten,
+    }

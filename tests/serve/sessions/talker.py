@@ -1,0 +1,91 @@
+"""A session as a test talks to it: every call waits, and answers are waited for."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from rekindle.serve.request import Done, Generation, Sampling
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.news import End, Failure, News, Token
+from rekindle.serve.sessions.script import Message
+from rekindle.serve.sessions.session import Options, Session
+from rekindle.serve.sessions.sessions import Sessions
+
+T = TypeVar("T")
+GREEDY = Sampling(temperature=0)
+WAIT_SECONDS = 60
+
+
+class Talker:
+    """One session and all that its listeners are told."""
+
+    def __init__(
+        self, sessions: Sessions, name: str = "one", *, session: Session | None = None, salt: bytes = b"", **how: Any
+    ) -> None:
+        options = Options(sampling=GREEDY, **how.pop("options", {}))
+        self.sessions = sessions
+        self.session = session or self.call(lambda: sessions.open(name, salt=salt, options=options, **how))
+        self.inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self.news: list[News] = []
+        self.call(lambda: self.session.listen(lambda number, news: self.inbox.put(news)))
+
+    def call(self, action: Callable[[], T]) -> T:
+        return self.sessions.call(action).result(WAIT_SECONDS)
+
+    def do(self, operation: str, /, *arguments: Any, **options: Any) -> Any:
+        return self.call(lambda: getattr(self.session, operation)(*arguments, **options))
+
+    def until(self, wanted: Callable[[News], bool]) -> News:
+        """The next news that is wanted."""
+        while True:
+            news = self.inbox.get(timeout=WAIT_SECONDS)
+            self.news.append(news)
+            if isinstance(news, Failure):
+                raise news.error
+            if wanted(news):
+                return news
+
+    def ask(self, text: str | None = None, max_tokens: int | None = 8) -> End:
+        """Say something, or what is in the draft, and wait for the whole answer."""
+        if text is not None:
+            self.do("commit", text)
+        self.do("answer", max_tokens=max_tokens)
+        end = self.until(lambda news: isinstance(news, End))
+        assert isinstance(end, End)
+        return end
+
+    def first_token(self) -> None:
+        self.until(lambda news: isinstance(news, Token) and bool(news.text))
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return self.call(lambda: self.session.context.messages)
+
+    def tokens(self) -> list[int]:
+        return self.call(lambda: self.session.context.tokens.tolist())
+
+
+def read_anew(service: Service, tokens: Sequence[int], max_tokens: int) -> Done:
+    """The greedy answer to these tokens, all of them computed."""
+    generation = Generation(
+        prompt=service.token_prompt(tokens), max_tokens=max_tokens, sampling=GREEDY, use_prefix_cache=False
+    )
+    *_, done = service.events(generation)
+    assert isinstance(done, Done)
+    return done
+
+
+def head(text: str) -> list[Message]:
+    return [{"role": "system", "content": text}]
+
+
+def settled(service: Service, talker: Talker) -> int:
+    """Tokens computed, once everything that was asked to be read has been."""
+    talker.call(lambda: None)
+    busy = [True]
+    while busy[-1]:
+        service._worker.call(lambda scheduler: busy.append(bool(scheduler.waiting or scheduler.running)))
+    talker.call(lambda: None)
+    return service.num_computed

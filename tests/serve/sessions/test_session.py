@@ -1,0 +1,211 @@
+"""What can be done to one session, and what each of it computes."""
+
+from __future__ import annotations
+
+import pytest
+from tests.serve.sessions.talker import Talker, head, read_anew, settled
+
+from rekindle.errors import InvalidRequest, RekindleError, SessionError
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.news import End, System, Token, UserInput
+from rekindle.serve.sessions.sessions import Sessions
+
+LONG = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton."
+
+
+def test_tokens_are_those_of_the_whole_conversation(real: Service, real_sessions: Sessions) -> None:
+    talker = Talker(real_sessions, head=head("Answer briefly."))
+    for text in ("Hello.", "  Who are you?\n And why? ", "Thank you."):
+        talker.ask(text, None)
+    whole = real.chat_prompt([*head("Answer briefly."), *talker.messages, {"role": "user", "content": "Goodbye."}])
+    talker.do("commit", "Goodbye.")
+    assert talker.tokens() == whole.tokens.tolist()
+
+
+def test_nothing_said_is_computed_twice(toy: Service, sessions: Sessions) -> None:
+    before = toy.num_computed
+    talker = Talker(sessions, head=head(LONG))
+    for number in range(5):
+        talker.ask(f"{LONG} {number}", 8)
+    used = len(talker.tokens())
+    assert settled(toy, talker) - before == used
+
+
+def test_after_increments_the_first_token_needs_no_model_call(real: Service, real_sessions: Sessions) -> None:
+    talker = Talker(real_sessions, head=head(LONG))
+    for word in ["Who", "paints", "in", "orange?"]:
+        talker.do("append", f"{word} ")
+    talker.do("commit")
+    settled(real, talker)
+    end = talker.ask(None, None)
+    assert end.done is not None
+    assert (end.text.strip(), end.done.timings.prefill_calls, end.done.usage.computed_tokens) == (
+        "Vodris paints in orange.",
+        0,
+        0,
+    )
+
+
+def test_a_revised_draft_computes_what_differs(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.do("replace", f"{LONG} The man")
+    before = settled(toy, talker)
+    talker.do("replace", f"{LONG} The woman")
+    assert 1 <= settled(toy, talker) - before <= 3
+
+
+def test_interrupting_keeps_what_was_said(sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.do("commit", LONG)
+    talker.do("answer", max_tokens=2000)
+    talker.first_token()
+    kept = talker.do("interrupt")
+    heard = "".join(news.text for news in talker.news if isinstance(news, Token))
+    assert kept.startswith(heard) or heard.startswith(kept)
+    end = talker.until(lambda news: isinstance(news, End))
+    assert isinstance(end, End) and (end.reason, end.text) == ("interrupted", kept)
+    shorter = talker.do("interrupt", characters=2)
+    assert len(shorter) <= 2 and kept.startswith(shorter)
+    assert talker.messages[-1] == {"role": "assistant", "content": shorter}
+    assert talker.do("interrupt", tokens=0) == ""
+
+
+def test_what_follows_an_interrupt_is_what_a_reader_of_the_same_would_say(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.ask(LONG, 20)
+    talker.do("interrupt", tokens=7)
+    talker.do("commit", "Go on.")
+    tokens = talker.tokens()
+    assert list(talker.ask(None, 8).done.tokens) == list(read_anew(toy, tokens, 8).tokens)  # type: ignore[union-attr]
+
+
+def test_going_back_switching_and_copying_compute_nothing(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions, head=head(LONG), contexts={"other": head("Answer briefly.")})
+    for text in ("One.", "Two.", "Three."):
+        talker.ask(text)
+    before = settled(toy, talker)
+    talker.do("rewind", 2)
+    talker.do("swap", "other")
+    talker.do("swap", "main")
+    fork = Talker(sessions, session=talker.call(lambda: sessions.fork(talker.session, "copy")))
+    talker.do("reset")
+    # where no logits were kept, the last token is computed again for them
+    assert settled(toy, talker) - before <= 5
+    assert len(fork.messages) == 4 and not talker.messages
+    fork.ask("Four.")
+    assert len(fork.messages) == 6 and not talker.messages
+
+
+def test_the_draft_goes_along_into_another_context(sessions: Sessions) -> None:
+    talker = Talker(sessions, contexts={"other": head("Answer briefly.")})
+    talker.do("append", "What is")
+    talker.do("swap", "other")
+    assert talker.session.status["draft"] == "What is"
+    talker.do("swap", "main")
+    assert talker.session.status["draft"] == "What is"
+
+
+def test_a_draft_grows_while_an_answer_comes(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.do("commit", LONG)
+    talker.do("answer", max_tokens=40)
+    talker.do("append", "And then?")
+    talker.until(lambda news: isinstance(news, End))
+    assert talker.session.status["draft"] == "And then?"
+    end = talker.ask()
+    assert end.turn == 2 and talker.messages[2]["content"] == "And then?"
+
+
+def test_a_message_that_was_not_answered_grows(sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.do("commit", "One.")
+    talker.do("commit", "Two.")
+    assert talker.messages == [{"role": "user", "content": "One.\nTwo."}]
+
+
+def test_a_hibernating_session_is_woken_by_whatever_is_done(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.ask(LONG)
+    assert talker.call(lambda: sessions.hibernate(talker.session)) is None  # no folder to keep it in
+    assert not talker.session.is_hot
+    toy.settle()
+    toy.evict_residents()
+    end = talker.ask("Go on.")
+    assert talker.session.is_hot and end.done is not None
+    assert end.done.usage.computed_tokens < 20  # the message, what the store has not got of the last, and the logits
+
+
+def test_news_are_numbered_and_can_be_heard_again(sessions: Sessions) -> None:
+    talker = Talker(sessions)
+    talker.ask("One.")
+    numbered: list[tuple[int, object]] = []
+    talker.do("listen", lambda number, news: numbered.append((number, news)), after=0)
+    assert [number for number, _ in numbered] == list(range(1, len(numbered) + 1))
+    assert isinstance(numbered[0][1], UserInput) and isinstance(numbered[-1][1], End)
+
+
+def state_of(talker: Talker) -> dict[str, object]:
+    """Its status, but for counts of what is just being read."""
+    return {name: value for name, value in talker.session.status.items() if not name.endswith("d_tokens")}
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "says"),
+    [
+        ("interrupt", {}, "no answer"),
+        ("interrupt", {"characters": -1}, "0 or more"),
+        ("rewind", {"turn": 3}, "expected 0 to 0"),
+        ("swap", {"name": "nowhere"}, "known: main"),
+        ("commit", {"text": " "}, "empty"),
+        ("answer", {}, "empty"),
+        ("replace", {"text": "x" * 1_000_000}, "at most"),
+        ("add_context", {"name": "big", "head": head("word " * 5000)}, "so that there is room"),
+    ],
+)
+def test_what_the_state_does_not_allow_is_refused_and_changes_nothing(
+    sessions: Sessions, operation: str, arguments: dict[str, object], says: str
+) -> None:
+    talker = Talker(sessions)
+    before = state_of(talker)
+    with pytest.raises(RekindleError, match=says):
+        talker.do(operation, **arguments)
+    assert state_of(talker) == before
+    talker.ask("Hello.")
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "forget"}, {"retention": 1.0}, {"retention": 0.0}, {"window": 0}, {"answer_tokens": 0}]
+)
+def test_options_that_make_no_sense_are_refused(sessions: Sessions, options: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest):
+        Talker(sessions, "new", options=options)
+
+
+def test_idle_sessions_hibernate_and_pinned_ones_do_not(toy: Service) -> None:
+    now = [0.0]
+    with Sessions(toy, idle_seconds=10, clock=lambda: now[0]) as sessions:
+        one, two = Talker(sessions, "one"), Talker(sessions, "two")
+        two.ask("Hello.")
+        two.call(lambda: sessions.pin(two.session, 100))
+        now[0] = 11.0
+        one.call(sessions.tick)
+        assert (one.session.is_hot, two.session.is_hot) == (False, True)
+        assert any(isinstance(news, System) and news.kind == "hibernated" for news in [one.inbox.get(timeout=10)])
+
+
+def test_the_idlest_makes_way_when_there_are_too_many(toy: Service) -> None:
+    with Sessions(toy, max_sessions=2) as sessions:
+        first = sessions.call(lambda: sessions.open("first")).result(60)
+        Talker(sessions, "second")
+        sessions.call(lambda: sessions.open("third")).result(60)
+        names = sessions.call(lambda: [session.name for session in sessions.all()]).result(60)
+        assert names == ["second", "third"] and first.name == "first"
+
+
+def test_owners_do_not_see_each_other(sessions: Sessions) -> None:
+    mine, theirs = Talker(sessions, salt=b"a"), Talker(sessions, salt=b"b")
+    mine.ask("One.")
+    assert mine.messages and not theirs.messages
+    assert mine.call(lambda: len(sessions.all(salt=b"a"))) == 1
+    with pytest.raises(SessionError):
+        mine.call(lambda: sessions.get("one", salt=b"c"))
