@@ -60,7 +60,8 @@ class Admission:
         for run in sorted(self._candidates(), key=state.rank):
             victims = [other for other in state.running if state.policy.preempts(run, other)]
             victims.sort(key=state.rank, reverse=True)
-            if len(state.running) - len(victims) >= state.max_running or run.blocked_at == state.departures:
+            is_blocked = bool(state.running) and run.blocked_at == state.departures
+            if is_blocked or len(state.running) - len(victims) >= state.max_running:
                 return None
             try:
                 outcome = self._start(run, victims) if run.swapped is None else self._resume(run, victims)
