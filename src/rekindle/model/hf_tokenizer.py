@@ -50,9 +50,7 @@ class HfTokenizer:
         if backend is None:
             raise ModelError(f"{type(tokenizer).__name__} has no backend of the tokenizers library (a fast tokenizer)")
         copy = type(backend).from_str(backend.to_str())  # padding and truncation of the original stay as they are
-        self._wrap(
-            copy, {"add_bos_token": getattr(tokenizer, "add_bos_token", None)}, vocab_size, tokenizer.name_or_path
-        )
+        self._wrap(copy, {}, vocab_size, tokenizer.name_or_path)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._ends = frozenset(ends) | ({self.eos} if self.eos is not None else set())
         return self
