@@ -33,6 +33,13 @@ REPOS = {
     "many/half": ["sub/m-f16.gguf", "m-q5_0.gguf"],
     "many/odd": ["m-q5_0.gguf", "m-q6_k.gguf"],
     "no/gguf": ["README.md", "model.safetensors"],
+    "safe/model": ["README.md", "config.json", "model.safetensors", "tokenizer.json", "modeling_own.py", "x.bin"],
+    "both/kinds": [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "m-q5_0.gguf",
+    ],
     "split/model": ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"],
 }
 _LOCATE = """
@@ -40,8 +47,9 @@ import sys
 from rekindle.errors import ModelError
 from rekindle.model.source import locate
 for name in sys.argv[1:]:
+    name, _, engine = name.partition("@")
     try:
-        print(locate(name))
+        print(locate(name, engine or "auto"))
     except ModelError as error:
         print("ModelError:", error)
 """
@@ -206,6 +214,26 @@ def test_a_split_model_is_downloaded_whole(user: User) -> None:
     assert user.locate("hf:split/model:big-00002-of-00002.gguf", HF_HUB_OFFLINE="1") == str(first)
 
 
+def test_a_safetensors_model_is_downloaded_whole_and_nothing_else(user: User) -> None:
+    folder = Path(user.locate("hf:safe/model"))
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    asked = len(user.hub.requests)
+    assert user.locate("hf:safe/model@torch", HF_HUB_OFFLINE="1") == str(folder)
+    assert len(user.hub.requests) == asked
+
+
+def test_of_both_kinds_the_engine_decides_and_without_one_the_file(user: User) -> None:
+    plain, llama, torch = user.locate_all(["hf:both/kinds", "hf:both/kinds@llama", "hf:both/kinds@torch"])
+    assert plain == llama and plain.endswith("/m-q5_0.gguf")
+    assert sorted(file.name for file in Path(torch).glob("*.safetensors")) == REPOS["both/kinds"][1:3]
+
+
+def test_a_repository_that_has_nothing_for_an_engine_says_what_it_lacks(user: User) -> None:
+    no_file, no_folder = user.locate_all(["hf:safe/model@llama", "hf:one/model@torch"])
+    assert "has no .gguf file; Rekindle needs a model in that format" in no_file
+    assert "has no config.json with model.safetensors for the torch engine" in no_folder
+
+
 def test_what_the_hub_does_not_have_is_named(user: User) -> None:
     names = ["hf:no/where", "hf:no/where:x.gguf", "hf:many/odd:m-q5_1.gguf", "hf:no/gguf"]
     no_repository, no_repository_either, no_file, no_model = user.locate_all(names)
@@ -246,7 +274,8 @@ def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("~/a.gguf") == tmp_path / "a.gguf"
     assert locate("models/b.gguf") == Path("models/b.gguf")
-    assert locate("builtin") == ember.weights_path()
+    assert locate("builtin") == locate("builtin", "llama") == ember.weights_path()
+    assert locate("builtin", "torch") == ember.hf_path()
 
 
 def test_parts_of_a_split_model_are_named_as_llama_cpp_does() -> None:
