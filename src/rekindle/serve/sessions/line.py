@@ -42,6 +42,11 @@ class Line:
         self._number = 0  # of the latest request; events of others are of no interest
         self._fed: Prompt | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being read or answered."""
+        return self._ticket is not None
+
     def feed(self, context: Context, tokens: Tokens, *, passing: bool) -> None:
         """Have these tokens read; what was being read before is given up where it differs.
 
@@ -78,6 +83,8 @@ class Line:
             if number == self._number:
                 if isinstance(event, Failed):
                     self._fed = None
+                if isinstance(event, Done | Failed):
+                    self._ticket = None
                 listener(event)
 
         self._ticket = self._service.submit(generation, lambda event: self._post(lambda: hear(event)))

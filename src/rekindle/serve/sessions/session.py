@@ -114,6 +114,7 @@ class Session:
             "session": self.name,
             "state": self.state,
             "hot": self.is_hot,
+            "reading": any(line.is_busy for line in self._lines.values()),
             "context": self.active,
             "contexts": list(self.contexts),
             "turns": len(context.turns),

@@ -1,0 +1,157 @@
+"""When the window is full: whole old turns go, what follows slides, is read again, or the message is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
+
+from rekindle.errors import SessionError
+from rekindle.lab.live import Question, long_talk
+from rekindle.serve.request import Done, Generation
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.news import System
+from rekindle.serve.sessions.sessions import Sessions
+from rekindle.settings import Settings
+
+WINDOW = 200
+TEXT = "Vodris paints in orange. This one works as a farmer."
+
+
+def talker_of(sessions: Sessions, policy: str) -> Talker:
+    options = {"policy": policy, "window": WINDOW, "answer_tokens": 20}
+    return Talker(sessions, policy, head=head("Read."), options=options)
+
+
+def forgotten(talker: Talker) -> list[System]:
+    return [news for news in talker.news if isinstance(news, System) and news.kind == "forgotten"]
+
+
+def test_a_sliding_window_computes_only_what_is_new(toy: Service, sessions: Sessions) -> None:
+    before = toy.num_computed
+    talker = talker_of(sessions, "slide")
+    new = len(talker.tokens())
+    for number in range(60):
+        end = talker.ask(f"{number} {TEXT}", 20)
+        context = talker.session.context
+        turn = context.turns[-1]
+        new += len(turn.said) + len(turn.answer) + len(context.script.closing)
+        assert end.turn == number + 1 and context.num_tokens <= WINDOW
+    assert len(forgotten(talker)) >= 3
+    assert settled(toy, talker) - before == new
+    assert talker.session.status["forgotten_turns"] == forgotten(talker)[-1].detail["last_turn"]
+
+
+def test_a_slide_goes_down_to_the_retention_so_that_the_next_is_far(sessions: Sessions) -> None:
+    talker = talker_of(sessions, "slide")
+    while len(forgotten(talker)) < 3:
+        talker.ask(TEXT, 20)
+    assert all(each.detail["tokens"] > 0.2 * WINDOW for each in forgotten(talker))
+    context = talker.call(lambda: talker.session.context)
+    assert context.tokens[: len(context.script.opening)].tolist() == context.script.opening.tolist()
+
+
+def test_a_window_that_is_read_again_is_exact(toy: Service, sessions: Sessions) -> None:
+    talker = talker_of(sessions, "rebuild")
+    while len(forgotten(talker)) < 3:
+        talker.do("commit", TEXT)
+        tokens = talker.tokens()
+        end = talker.ask(None, 20)
+        assert end.done is not None and end.done.tokens == read_anew(toy, tokens, 20).tokens
+
+
+def test_what_slid_is_shared_with_nobody(toy: Service, sessions: Sessions) -> None:
+    talker = talker_of(sessions, "slide")
+    while not forgotten(talker):
+        talker.ask(TEXT, 20)
+    settled(toy, talker)
+    prompt = talker.call(talker.session.prompt)
+    assert prompt.salt
+    context = talker.session.context
+    exactly_known = len(context.script.opening) + len(context.turns[0].said)  # as others were before the first slide
+    exact = read_anew(toy, prompt.tokens.tolist(), 4)
+    asking = Generation(prompt=replace(prompt, salt=b""), max_tokens=4, sampling=GREEDY)
+    *_, shared = toy.events(asking)
+    assert isinstance(shared, Done)
+    assert shared.usage.cached_tokens <= exactly_known and shared.tokens == exact.tokens
+
+
+def test_after_a_reset_everything_is_exact_again_and_the_head_is_not_read_again(
+    toy: Service, sessions: Sessions
+) -> None:
+    talker = talker_of(sessions, "slide")
+    while not forgotten(talker):
+        talker.ask(TEXT, 20)
+    before = settled(toy, talker)
+    talker.do("reset")
+    assert settled(toy, talker) - before <= 1  # for its logits
+    assert talker.session.context.salt == b""
+    talker.do("commit", TEXT)
+    tokens = talker.tokens()
+    assert talker.ask(None, 8).done.tokens == read_anew(toy, tokens, 8).tokens  # type: ignore[union-attr]
+
+
+def test_a_slid_session_can_leave_the_engine_and_come_back(toy: Service, sessions: Sessions) -> None:
+    talker = talker_of(sessions, "slide")
+    while not forgotten(talker):
+        talker.ask(TEXT, 20)
+    settled(toy, talker)
+    talker.call(lambda: sessions.hibernate(talker.session))
+    toy.settle()
+    toy.evict_residents()
+    before = toy.num_computed
+    talker.do("commit", TEXT)
+    said = len(talker.call(lambda: talker.session.context.open).said)
+    assert settled(toy, talker) - before <= said + 1
+
+
+def test_a_fork_of_a_slid_session_slides_on_by_itself(toy: Service, sessions: Sessions) -> None:
+    talker = talker_of(sessions, "slide")
+    while not forgotten(talker):
+        talker.ask(TEXT, 20)
+    fork = Talker(sessions, session=talker.call(lambda: sessions.fork(talker.session, "fork")))
+    for each in (talker, fork):
+        seen = len(forgotten(each))
+        while len(forgotten(each)) == seen:
+            each.ask(TEXT, 20)
+    assert talker.session.context.salt != fork.session.context.salt
+
+
+def test_a_window_may_refuse(sessions: Sessions) -> None:
+    talker = talker_of(sessions, "refuse")
+    with pytest.raises(SessionError, match="rewind or reset"):
+        for _ in range(60):
+            talker.ask(TEXT, 20)
+    before = len(talker.messages)
+    assert before > 4
+    talker.do("rewind", 1)
+    talker.ask(TEXT, 20)
+
+
+def test_a_message_that_never_fits_is_refused_and_nothing_is_forgotten(sessions: Sessions) -> None:
+    talker = talker_of(sessions, "slide")
+    talker.ask(TEXT, 20)
+    with pytest.raises(SessionError, match="with room for an answer"):
+        talker.do("commit", TEXT * 20)
+    assert len(talker.messages) == 2 and not forgotten(talker)
+
+
+@pytest.fixture(scope="module")
+def quantised() -> Iterator[Service]:
+    with Service.open(Settings(threads=1, store="none", kv_type="q4_0", context=1024)) as service:
+        yield service
+
+
+def test_cells_that_lose_too_much_when_shifted_are_read_again(quantised: Service) -> None:
+    with Sessions(quantised) as sessions:
+        assert talker_of(sessions, "slide").session.status["policy"] == "rebuild"
+
+
+def test_the_head_is_known_and_little_is_computed_however_long_the_talk(real: Service) -> None:
+    facts = "Vodris paints in orange. Nouraix is based in Viniton."
+    questions = [Question("Who paints in orange?", "Vodris paints in orange.")]
+    talk = long_talk(real, facts, questions, turns=40, judged=40)
+    assert talk.num_right == talk.num_right_alone == 40
+    assert talk.computed_tokens == talk.new_tokens
