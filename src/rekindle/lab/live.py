@@ -14,6 +14,7 @@ import queue
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from rekindle.errors import RekindleError
 from rekindle.serve.request import Done, Generation, Sampling
@@ -96,8 +97,9 @@ def long_talk(
     turns: int,
     judged: int,
     policy: WindowPolicy = "slide",
+    seed: int = 0,
 ) -> Talk:
-    """Ask so many questions, in turn, and judge the last of them. Raises RekindleError if nothing can be asked."""
+    """Ask so many questions, drawn at random, and judge the last of them. Raises RekindleError if nothing can be asked."""
     if not questions or not 0 < judged <= turns:
         raise RekindleError(f"expected questions, and 1 to {turns} turns to judge; got {len(questions)} and {judged}")
     service.clear_cache()  # or the head might have been read before
