@@ -65,9 +65,10 @@ class Opened:
         store.used(match)
         return Found(match, make_plan(prompt, [], stored))
 
-    def payloads(self, found: Found) -> list[Payload]:
-        """Of the tokens that the plan places, in order."""
+    def payloads(self, found: Found, most: int | None = None) -> list[Payload]:
+        """Of the tokens that the plan places, or so many of them at most, in order."""
         stop = next((step.stop for step in found.plan.steps if isinstance(step, Place)), 0)
+        stop = stop if most is None else min(stop, most)
         blocks = [block for block in found.match.blocks if block.position < stop]
         whole = (Payload(b.tokens, b.position, b.payload, self.engine.spec.fingerprint) for b in blocks)
         return [self._first(each, stop - each.position) for each in whole]
@@ -142,7 +143,7 @@ class Cache:
     def past(self, model: Any, tokenizer: Any, tokens: Sequence[int] | Tokens, *, salt: bytes = b"") -> Past:
         """What is kept of the beginning of these tokens, as `past_key_values` for the model's own `generate`."""
         opened, ids = self.open(model, tokenizer), as_tokens(tokens)
-        payloads = opened.payloads(opened.look_up(ids[:-1], salt)) if len(ids) > 1 else []
+        payloads = opened.payloads(opened.look_up(ids, salt), len(ids) - 1) if len(ids) else []
         return Past(cache_of(opened.engine, payloads), sum(map(len, payloads)))
 
     def keep(

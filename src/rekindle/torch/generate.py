@@ -198,7 +198,11 @@ def tokenize(engine: AttachedEngine, prompt: Input) -> Tokens:
         if engine.template is None:
             raise InvalidRequest("the tokenizer has no chat template; give the prompt as text", param="prompt")
         return engine.tokenizer.encode(engine.template.render(messages))
-    return as_tokens(prompt)
+    tokens = as_tokens(prompt)
+    size = engine.spec.vocab_size
+    if bad := [int(token) for token in tokens if not 0 <= token < size][:1]:
+        raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {bad[0]}", param="prompt")
+    return tokens
 
 
 class _Clock:
