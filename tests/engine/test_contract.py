@@ -206,6 +206,31 @@ def test_export_after_a_shift_saves_rotated_keys(bench: Bench) -> None:
     assert bench.close(next_logits(bench, again), next_logits(bench, bench.read(chunk)), rotated=True)
 
 
+def test_what_was_moved_before_is_placed_without_a_shift(bench: Bench) -> None:
+    """Many chunks, placed with computing in between: they are turned by one model call at most."""
+    before, gap = bench.random(13, 30), bench.random(14, 3)
+    chunks = [bench.random(seed, 50) for seed in (15, 16, 17)]
+    alone = [bench.read(chunk) for chunk in chunks]
+    payloads = [bench.engine.export(seq, 0, 50) for seq in alone]
+    for seq in alone:
+        bench.engine.close(seq)
+    positions = [136, 30, 83]
+    calls, free = bench.engine.num_calls, bench.engine.num_free_cells
+    moved = bench.engine.move(payloads, positions)
+    assert bench.engine.num_calls <= calls + 1 and bench.engine.num_free_cells == free
+    bench.engine.check_integrity()
+    assert [(payload.position, len(payload)) for payload in moved] == [(position, 50) for position in positions]
+    one, other = bench.read(before), bench.read(before)
+    for index in (1, 2, 0):
+        for seq, payload in ((one, moved[index]), (other, payloads[index])):
+            bench.engine.place(seq, payload, positions[index])
+            bench.engine.forward([Work(seq, gap)])
+    assert (bench.engine.tokens(one) == bench.engine.tokens(other)).all()
+    assert bench.close(next_logits(bench, one), next_logits(bench, other), rotated=True)
+    with pytest.raises(BadRange):
+        bench.engine.move(payloads, [0, 49, 200])
+
+
 def test_compare_tells_which_tokens_depend_on_what_stood_before(bench: Bench) -> None:
     chunk, before = bench.random(12, 60), bench.random(13, 40)
     alone, moved = bench.read(chunk), bench.read(before)

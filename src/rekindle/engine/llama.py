@@ -20,6 +20,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -30,7 +31,7 @@ from rekindle.engine.batch import Batch, Span, split
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.saved import distances, saved_values
 from rekindle.engine.sequences import BookKeeping, SequenceTable
-from rekindle.engine.verify import check_payload, check_same, check_work
+from rekindle.engine.verify import check_moves, check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.model import llama_log
 from rekindle.model.fingerprint import fingerprint, weights_digest
@@ -131,32 +132,36 @@ class LlamaEngine(BookKeeping):
     def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
         self._table.check_range(seq, start, stop)
         self._settle()
-        pieces = [self._save(seq, *piece) for piece in self._pieces(start, stop)]
-        data = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        data = self._save_all(seq, start, stop)
         return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint)
 
     def place(
         self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
     ) -> None:
         start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
-        by = position - (payload.position + start)
-        pieces = _unpack(payload)
         try:
-            for offset, count, data in pieces:
-                first, end = max(start, offset), min(stop, offset + count)
-                if first >= end:
-                    continue
-                self._load(data, payload.position + offset, count)
-                self._trim(SCRATCH, payload.position + first, payload.position + end)
-                if by:
-                    self._shift(SCRATCH, 0, by)
-                self._share(SCRATCH, seq, payload.position + first + by, payload.position + end + by)
-                self._remove(SCRATCH, 0)
+            self._put(seq, payload, position, start, stop)
         except EngineError:
-            self._remove(SCRATCH, 0)
             self._remove(seq, position)
             raise
         self._table.append(seq, payload.tokens[start:stop])
+
+    def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
+        check_moves(self._table, payloads, positions, self.spec)
+        moved = list(payloads)
+        moves = [index for index, payload in enumerate(payloads) if positions[index] != payload.position]
+        holding = self._table.open()  # none of its cells are the table's: it is gone before anybody else may ask
+        try:
+            for index in sorted(moves, key=lambda index: positions[index]):
+                self._put(holding, payloads[index], positions[index], 0, len(payloads[index]))
+            self._settle()
+            for index in moves:
+                start, stop = positions[index], positions[index] + len(payloads[index])
+                moved[index] = replace(payloads[index], position=start, data=self._save_all(holding, start, stop))
+        finally:
+            self._remove(holding, 0)
+            self._table.close(holding)
+        return moved
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)
@@ -270,6 +275,29 @@ class LlamaEngine(BookKeeping):
     def _shift(self, seq: int, start: int, by: int) -> None:
         llama_cpp.llama_memory_seq_add(self._memory, seq, start, -1, by)
         self._shift_pending = True
+
+    def _put(self, seq: int, payload: Payload, position: int, start: int, stop: int) -> None:
+        """Tokens [start, stop) of a payload into a sequence, from `position` on. What was put before a failure stays."""
+        by = position - (payload.position + start)
+        try:
+            for offset, count, data in _unpack(payload):
+                first, end = max(start, offset), min(stop, offset + count)
+                if first >= end:
+                    continue
+                self._load(data, payload.position + offset, count)
+                self._trim(SCRATCH, payload.position + first, payload.position + end)
+                if by:
+                    self._shift(SCRATCH, 0, by)
+                self._share(SCRATCH, seq, payload.position + first + by, payload.position + end + by)
+                self._remove(SCRATCH, 0)
+        except EngineError:
+            self._remove(SCRATCH, 0)
+            raise
+
+    def _save_all(self, seq: int, start: int, stop: int) -> memoryview:
+        """The content of a payload; no shift may be pending."""
+        pieces = [self._save(seq, *piece) for piece in self._pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def _pieces(self, start: int, stop: int) -> list[Range]:
         """A range cut so that no piece is longer than the sliding window."""

@@ -83,6 +83,14 @@ class Engine(Protocol):
         BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
         """
 
+    def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
+        """The same KV re-rotated to where it will be placed, all at once; no sequence changes.
+
+        For many that will be placed with computing in between: an engine whose rotation goes over all its cells (llama.cpp)
+        then does it once instead of once for each. Needs as many free cells as the payloads have tokens, and a free
+        sequence. Raises BadRange (positions overlap), ContextFull, ForeignPayload; EngineError if the model can't shift.
+        """
+
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         """Compute the KV of these ranges anew, in place, in order, each token seeing all before it.
 

@@ -8,13 +8,14 @@ is the same, a chunk computed with other neighbours is not, and `recompute` mend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.sequences import BookKeeping, SequenceTable
-from rekindle.engine.verify import check_payload, check_same, check_work
+from rekindle.engine.verify import check_moves, check_payload, check_same, check_work
 from rekindle.errors import ForeignPayload
 from rekindle.model.spec import ModelSpec
 
@@ -77,6 +78,10 @@ class ToyEngine(BookKeeping):
             )
         states = np.frombuffer(payload.data, dtype=np.uint64)
         self._states[self._table.append(seq, payload.tokens[start:stop])] = states[start:stop]
+
+    def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
+        check_moves(self._table, payloads, positions, self.spec)
+        return [replace(payload, position=position) for payload, position in zip(payloads, positions, strict=True)]
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)

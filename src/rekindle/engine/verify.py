@@ -54,6 +54,19 @@ def check_payload(
     return start, stop
 
 
+def check_moves(table: SequenceTable, payloads: Sequence[Payload], positions: Sequence[int], spec: ModelSpec) -> None:
+    """Raises BadRange, ForeignPayload, EngineError, ContextFull."""
+    end = 0
+    for position, payload in sorted(zip(positions, payloads, strict=True), key=lambda pair: pair[0]):
+        if position < end:
+            raise BadRange(f"payloads must not overlap: one would end at {end}, another begin at {position}")
+        end = position + len(payload)
+        check_fingerprint(payload, spec)
+        if position != payload.position and not spec.can_shift:
+            raise EngineError(f"{spec.architecture} KV cannot be moved from position {payload.position} to {position}")
+    table.check_room(sum(map(len, payloads)))
+
+
 def check_same(one: Payload, other: Payload, spec: ModelSpec) -> None:
     """Raises BadRange, ForeignPayload."""
     if not np.array_equal(one.tokens, other.tokens):

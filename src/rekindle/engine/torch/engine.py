@@ -17,7 +17,7 @@ take as many windows of tokens as the model has such layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from rekindle.engine.torch.payload import PayloadLayout
 from rekindle.engine.torch.pool import Cells, Pool
 from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
-from rekindle.engine.verify import check_fingerprint, check_payload, check_same, check_work
+from rekindle.engine.verify import check_fingerprint, check_moves, check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ModelError
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
@@ -154,6 +154,16 @@ class TorchEngine(BookKeeping):
         cells = self._cells(seq)[position:]
         self._pool.load(memoryview(payload.data), cells, len(payload), start)
         self._turn(cells, position - (payload.position + start))
+
+    def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
+        check_moves(self._table, payloads, positions, self.spec)
+        return [self._moved(payload, position) for payload, position in zip(payloads, positions, strict=True)]
+
+    def _moved(self, payload: Payload, position: int) -> Payload:
+        if position == payload.position or not len(payload):
+            return replace(payload, position=position)
+        layers = [(layer.key.transpose(0, 1), layer.value.transpose(0, 1)) for layer in self.look(payload, position)]
+        return replace(payload, position=position, data=self.layout.join(layers))
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
         self._table.check_ranges(seq, ranges)
