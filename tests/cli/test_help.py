@@ -26,6 +26,7 @@ COMMANDS = [
     ["lab"],
     ["lab", "model"],
     ["lab", "decode"],
+    ["lab", "engines"],
 ]
 
 

@@ -89,7 +89,48 @@ def test_a_cache_that_is_too_small_costs_time_but_no_answer() -> None:
     assert report["equal_answers"] >= 3
 
 
-@pytest.mark.parametrize("name", ["comparison", "multilayer"])
+CACHE = ("--tokens", "300", "--max-new-tokens", "4")
+
+
+@needs_torch
+@pytest.mark.slow
+def test_transformers_cache_in_two_processes(tmp_path: Path) -> None:
+    one, two = (run("transformers_cache", *CACHE, "--kv", str(tmp_path)) for _ in range(2))
+    first, second = report_of(one)["requests"], report_of(two)["requests"]
+    assert [each["kind"] for each in first] == ["cold", "hit", "hit with suffix"]
+    assert [each["kind"] for each in second] == ["hit", "hit", "hit"]  # of what the first process has kept
+    assert all(each["equal"] for each in (*first, *second))
+    cold, hit, suffix = first
+    assert (cold["computed"], hit["computed"]) == (cold["prompt_tokens"], 0) and 0 < suffix["computed"] < 20
+    assert [each["model_calls_before_the_first_token"] for each in first] == [1, 0, 1]
+    for step in ("1 tokenise", "2 look up", "3 split", "4 load", "5 prefill", "6 decode", "7 return", "8 timings"):
+        assert one.stdout.count(step) == 3
+    assert "skipped: the logits are at hand" in one.stdout and "place + " in one.stdout
+
+
+@needs_torch
+@pytest.mark.slow
+def test_transformers_cache_with_another_model(tmp_path: Path) -> None:
+    """A Gemma 3 with sliding windows and random weights, saved as anybody would, without a chat template."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from rekindle.lab.torch_models import TINY, random_model
+    from rekindle.model import ember
+
+    config = TINY["gemma3"]()
+    config.vocab_size = 2302
+    random_model(config, torch.float32).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(ember.hf_path())
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    report = report_of(run("transformers_cache", *CACHE, "--model", str(tmp_path), "--dtype", "bfloat16"))
+    assert report["dtype"] == "torch.bfloat16"
+    assert [each["kind"] for each in report["requests"]] == ["cold", "hit", "hit with suffix"]
+    assert report["requests"][1]["equal"]
+
+
+@pytest.mark.parametrize("name", ["comparison", "multilayer", "transformers_cache"])
 def test_without_torch_the_examples_say_what_to_install(name: str, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     result = run(name, env={"PYTHONPATH": str(tmp_path)})
