@@ -361,3 +361,40 @@ def lab_load(
     )
     if not was_answered:
         raise typer.Exit(FAILED)
+
+
+@lab.command("blend")
+@guarded
+def lab_blend(
+    model: Annotated[
+        str,
+        typer.Argument(help="builtin, a path to a .gguf file or a folder of safetensors, or hf:owner/repo\\[:file]"),
+    ] = "builtin",
+    engine: Annotated[str, typer.Option(help="auto, llama or torch")] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="examples in CacheBlend's or LongBench's format; default: ember's documents")
+    ] = None,
+    documents: Annotated[int, typer.Option(help="that are asked about", min=1)] = 40,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="share of placed tokens computed anew, repeatable; default: 5 to 30 %", min=0, max=1),
+    ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(help="fail if no cheap arm keeps so much of full prefill's exact match", min=0, max=1),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="measure time alone, on any GGUF model")] = False,
+    chunks: Annotated[int, typer.Option(help="with --speed", min=2)] = 8,
+    chunk_tokens: Annotated[int, typer.Option(help="with --speed", min=16)] = 512,
+    rounds: Annotated[int, typer.Option(help="with --speed: of all arms", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="compute threads", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="the same seed makes the same documents", min=0)] = 0,
+) -> None:
+    """Chunks reused where they have moved to: what it costs in quality, and what it saves before the first token."""
+    from rekindle.cli.blend import measure_quality, measure_time
+
+    if speed:
+        measure_time(model, chunks, chunk_tokens, ratio[0] if ratio else 0.15, threads, rounds)
+    elif not measure_quality(model, engine, data, documents, ratio, threads, seed, plot, gate):
+        raise typer.Exit(FAILED)

@@ -1,0 +1,94 @@
+"""A blend report for people: a table, a plot of quality against time to first token, one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rekindle.errors import InvalidRequest
+from rekindle.lab.blend import BlendReport, by_select
+from rekindle.lab.blend_speed import SpeedArm
+
+
+def print_report(report: BlendReport, console: Console) -> None:
+    """The table, what ratio 1 gives, and one line of JSON."""
+    kinds = list(report.arms[0].by_kind)
+    table = Table(
+        title=f"{report.questions} questions that cross chunks, {report.documents} documents of {report.chunks:.0f} chunks "
+        f"and {report.prompt_tokens:,.0f} tokens; {report.model}, {report.engine}",
+        title_justify="left",
+    )
+    table.add_column("")
+    for heading in ("ratio", "right", "of full", "95 %", *kinds, "F1", "KL", "TTFT of full", "budget"):
+        table.add_column(heading, justify="right")
+    for arm in report.arms:
+        table.add_row(
+            arm.select,
+            "" if arm.select in ("full", "prefix", "none") else f"{arm.ratio:.0%}",
+            f"{arm.exact_match:.3f}",
+            f"{arm.exact_match_of_full:.3f}",
+            f"{arm.interval[0]:.3f} to {arm.interval[1]:.3f}",
+            *(f"{arm.by_kind.get(kind, 0):.3f}" for kind in kinds),
+            f"{arm.f1:.3f}",
+            f"{arm.kl:.4f}",
+            f"{arm.ttft_of_full:.2f}",
+            f"{arm.budget:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"At ratio 1 the largest logits difference from full prefill is {report.largest_difference:.6f}; "
+        f"their standard deviation is {report.spread:.2f}.",
+        highlight=False,
+    )
+    console.print(report.as_json(), soft_wrap=True, markup=False, highlight=False)
+
+
+def print_speed(model: str, arms: Sequence[SpeedArm], console: Console) -> None:
+    """A table for people, then one line of JSON."""
+    table = Table(title=f"Time to the first token, {model}, chunks in another order", title_justify="left")
+    table.add_column("")
+    for heading in ("ratio", "seconds", "of full", "budget: the floor", "model calls"):
+        table.add_column(heading, justify="right")
+    for arm in arms:
+        table.add_row(
+            arm.name,
+            f"{arm.ratio:.0%}",
+            f"{arm.ttft_seconds:.2f}",
+            f"{arm.ttft_of_full:.3f}",
+            f"{arm.budget:.3f}",
+            str(arm.calls),
+        )
+    console.print(table)
+    summary = {"experiment": "blend speed", "model": model, "arms": [asdict(arm) for arm in arms]}
+    console.print(json.dumps(summary), soft_wrap=True, markup=False, highlight=False)
+
+
+def plot_report(report: BlendReport, out: Path) -> None:
+    """Quality against time to first token, a line per choice. Raises InvalidRequest without matplotlib, or if it can't."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InvalidRequest("plots need matplotlib: pip install 'rekindle[lab]'", param="plot") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="time to first token, of full prefill",
+        ylabel="exact match, of full prefill",
+        title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
+    )
+    for select, arms in by_select(report):
+        points = [(arm.ttft_of_full, arm.exact_match_of_full) for _, arm in sorted(arms.items())]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=select)
+        for (x, y), ratio in zip(points, sorted(arms), strict=True):
+            if len(arms) > 1:
+                axes.annotate(f"{ratio:.0%}", (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{out} can't be written: {error}", param="plot") from None

@@ -1,0 +1,206 @@
+"""The blend experiment on the built-in model: its tasks cross chunks, its arms do what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rekindle.engine.llama import LlamaEngine
+from rekindle.engine.protocol import Engine, Work
+from rekindle.errors import InvalidRequest
+from rekindle.lab.blend import run_blend
+from rekindle.lab.blend_run import ChunkKV, met_before, read_after, read_blended, read_fully
+from rekindle.lab.blend_show import plot_report, print_report
+from rekindle.lab.blend_speed import measure_speed
+from rekindle.lab.blend_tasks import BlendTask, ember_tasks, file_tasks
+from rekindle.model import ember
+from rekindle.model.gguf import GgufModel
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.plan import Place
+from rekindle.reuse.prompt import Prompt, join
+from rekindle.tokens import Tokens, as_tokens
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    model = GgufModel(ember.weights_path())
+    engine = LlamaEngine(model, num_cells=8192, threads=1, max_sequences=16)
+    yield engine
+    engine.check_integrity()
+    engine.shutdown()
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def task() -> BlendTask:
+    return min(islice(ember_tasks(1), 4), key=lambda task: len(task.prompt))
+
+
+def logits_after(engine: Engine, seq: int, tokens: Tokens) -> np.ndarray:
+    logits = engine.forward([Work(seq, tokens)])[seq].copy()
+    engine.close(seq)
+    return logits
+
+
+def test_tasks_have_chunks_in_another_order_and_questions_that_cross_them() -> None:
+    for task in islice(ember_tasks(0), 5):
+        assert len(task.chunks) >= 3 and sorted(task.met) == list(range(len(task.chunks)))
+        assert task.asked and {asked.kind for asked in task.asked} <= {"coreference", "two-hop"}
+        assert len(task.prompt) == len(task.met_prompt) < 4000
+        assert [len(chunk) for chunk in task.prompt.chunks] == [len(chunk) for chunk in task.chunks]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
+def test_what_is_computed_is_what_the_plan_says(engine: Engine, task: BlendTask, ratio: float) -> None:
+    kv = ChunkKV(engine, task.before[:1])
+    for chunk in task.chunks:
+        kv.warm(chunk)
+    reading = read_blended(engine, task.prompt, kv, Blend("first", ratio))
+    assert reading.computed == reading.plan.computed
+    assert engine.length(reading.seq) == len(task.prompt)
+    assert (engine.tokens(reading.seq) == task.prompt.tokens).all()
+    full = logits_after(engine, read_fully(engine, task.prompt).seq, task.asked[0].tokens)
+    blended = logits_after(engine, reading.seq, task.asked[0].tokens)
+    difference = float(np.abs(full - blended).max())
+    Console().print(f"ratio {ratio}: largest difference of logits {difference:.6f}, their deviation {full.std():.2f}")
+    assert (difference < 0.1) == (ratio == 1)
+
+
+def test_turning_at_once_and_one_by_one_give_the_same(engine: Engine, task: BlendTask) -> None:
+    kv = ChunkKV(engine, task.before[:1])
+    for chunk in task.chunks:
+        kv.warm(chunk)
+    calls, results = [], []
+    for at_once in (True, False):
+        reading = read_blended(engine, task.prompt, kv, Blend("first", 0.15), at_once=at_once)
+        calls.append(reading.calls)
+        results.append(logits_after(engine, reading.seq, task.asked[0].tokens))
+    assert calls[0] == calls[1] == len(task.chunks) + 1, "a gap and the first tokens behind it are one call"
+    assert np.abs(results[0] - results[1]).max() < 0.1
+
+
+def test_remembered_scores_find_the_reference_that_crosses(engine: Engine, task: BlendTask) -> None:
+    kv = ChunkKV(engine, task.before[:1])
+    engine.close(met_before(engine, task, kv))
+    assert len(kv.memory) == len(task.chunks)
+    full = logits_after(engine, read_fully(engine, task.prompt).seq, task.asked[0].tokens)
+    errors = {}
+    for select, ratio in (("none", 0.0), ("remembered", 0.15)):
+        reading = read_blended(engine, task.prompt, kv, Blend(select, ratio))  # type: ignore[arg-type]
+        errors[select] = float(np.abs(logits_after(engine, reading.seq, task.asked[0].tokens) - full).max())
+    assert errors["remembered"] < errors["none"] / 2
+
+
+def test_same_chunk_twice_empty_missing_and_only_hits(engine: Engine, task: BlendTask) -> None:
+    kv, chunk, gap = ChunkKV(engine, task.before[:1]), task.chunks[0], task.mark
+    kv.warm(chunk)
+    unknown = task.chunks[1]
+    empty = as_tokens([])
+    twice = join([(task.before, False), (chunk, True), (empty, True), (chunk, True), (unknown, True), (chunk, True)])
+    for prompt in (twice, join([(chunk, True)]), join([(task.before, False), (empty, True), (gap, False)])):
+        for ratio in (0.0, 0.15, 1.0):
+            reading = read_blended(engine, prompt, kv, Blend("first", ratio))
+            assert (engine.tokens(reading.seq) == prompt.tokens).all()
+            engine.close(reading.seq)
+    plan = read(engine, kv, twice)
+    assert [step.chunk for step in plan if isinstance(step, Place)] == [0, 2, 4], "a missing chunk stops nothing"
+
+
+def read(engine: Engine, kv: ChunkKV, prompt: Prompt) -> tuple[object, ...]:
+    reading = read_blended(engine, prompt, kv, Blend("none", 0.0))
+    engine.close(reading.seq)
+    Console().print(json.dumps(reading.plan.as_dict(), indent=1))
+    return reading.plan.steps
+
+
+def test_prefix_arm_shares_what_was_met_before(engine: Engine, task: BlendTask) -> None:
+    met = read_fully(engine, task.met_prompt).seq
+    again = read_after(engine, task.met_prompt, met)
+    assert again.computed == 1
+    for seq in (met, again.seq):
+        engine.close(seq)
+
+
+def test_the_report_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_blend(engine="llama", documents=2, ratios=(0.15,))
+    arms = {(arm.select, arm.ratio): arm for arm in report.arms}
+    assert set(arms) == {("full", 1.0), ("prefix", 0.0), ("none", 0.0)} | {
+        (s, 0.15) for s in ("first", "remembered", "auto")
+    }
+    assert arms["full", 1.0].exact_match_of_full == arms["full", 1.0].ttft_of_full == arms["full", 1.0].budget == 1
+    assert arms["none", 0.0].exact_match < arms["full", 1.0].exact_match
+    assert arms["none", 0.0].kl > arms["remembered", 0.15].kl >= -1e-9
+    assert arms["prefix", 0.0].exact_match == arms["full", 1.0].exact_match
+    assert report.best.ratio <= 0.2 and report.largest_difference < 0.1
+    print_report(report, Console(width=200))
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {
+        "select",
+        "ratio",
+        "exact_match",
+        "exact_match_of_full",
+        "f1",
+        "kl",
+        "ttft_of_full",
+        "budget",
+        "interval",
+    } <= set(told["arms"][0])
+    plot_report(report, tmp_path / "blend.png")
+    assert (tmp_path / "blend.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_counts_the_same_work_in_both_ways_of_turning(engine: Engine) -> None:
+    full, none, at_once, one_by_one = measure_speed(engine, num_chunks=3, chunk_tokens=64, rounds=1)
+    assert full.budget == full.ttft_of_full == 1
+    assert none.budget < at_once.budget == one_by_one.budget < 0.4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "ctxs": [{"title": "A", "text": "one"}, {"title": "B", "text": "two"}],
+            "question": "Which?",
+            "answers": ["one"],
+        },
+        {"context": "Passage 1:\nfirst text\nPassage 2:\nsecond text", "input": "Which?", "answers": ["first"]},
+    ],
+    ids=["cacheblend", "longbench"],
+)
+def test_files_of_examples(tmp_path: Path, row: dict[str, object]) -> None:
+    whole, lines = tmp_path / "rows.json", tmp_path / "rows.jsonl"
+    whole.write_text(json.dumps([row]))
+    lines.write_text(json.dumps(row) + "\n" + json.dumps(row))
+    for path, count in ((whole, 1), (lines, 2)):
+        tasks = list(file_tasks(path, lambda text: as_tokens(list(text.encode())), 1))
+        assert len(tasks) == count and len(tasks[0].chunks) == 2
+        assert tasks[0].asked[0].answers == tuple(row["answers"])  # type: ignore[arg-type]
+
+
+def test_paragraphs_are_chunks_where_there_are_no_marks(tmp_path: Path) -> None:
+    path, text = tmp_path / "rows.jsonl", "\n".join("x" * 700 for _ in range(9))
+    path.write_text(json.dumps({"context": text, "input": "Which?", "answers": ["x"]}))
+    (task,) = file_tasks(path, lambda text: as_tokens(list(text.encode())), None)
+    assert len(task.chunks) == 4
+    assert b"\n".join(bytes(chunk.astype(np.uint8)) for chunk in task.chunks) == text.encode()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '[{"question": "Which?"}]', "[1]"])
+def test_bad_files_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(InvalidRequest, match=r"rows\.json"):
+        list(file_tasks(path, lambda text: as_tokens([1]), 1))
+    with pytest.raises(InvalidRequest):
+        list(file_tasks(tmp_path / "nothing.json", lambda text: as_tokens([1]), 1))
+
+
+def test_other_models_need_examples() -> None:
+    with pytest.raises(InvalidRequest, match="--data"):
+        run_blend("some.gguf", documents=1)
