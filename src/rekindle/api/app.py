@@ -19,6 +19,7 @@ from rekindle.api.load import Load
 from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
 from rekindle.api.requests import Requests
+from rekindle.api.sockets import LiveSessions, sockets_router
 from rekindle.api.status import status_router
 from rekindle.api.traces import telemetry
 from rekindle.serve.service import Service
@@ -28,6 +29,7 @@ def create_app(service: Service) -> FastAPI:
     """The HTTP API of an open service. Who opened the service closes it. Raises InvalidRequest for a bad key file.
 
     `app.state.runner` ends what still runs, `app.state.load` knows what is under way and lets nothing new in.
+    `app.state.live` has the live sessions, to be closed when nothing more comes.
 
     The schema is at /openapi.json. FastAPI's pages for it are left out: they load scripts from the network.
     """
@@ -53,6 +55,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Requests, metrics=service.metrics)
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
+    live = app.state.live = LiveSessions(service)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
     for router in [
         *routers,
@@ -60,6 +63,7 @@ def create_app(service: Service) -> FastAPI:
         folder_router(service),
         status_router(service, load),
         metrics_router(service),
+        sockets_router(service, live, load),
     ]:
         app.include_router(router)
     return app

@@ -26,6 +26,7 @@ from rekindle.settings import Settings
 
 _CALLER = "rekindle.caller"
 _SALT_BYTES = 16
+_KEY_PROTOCOLS = ("rekindle.key.", "openai-insecure-api-key.")  # browsers can't give a socket other headers
 
 
 class Unauthorized(RekindleError):
@@ -91,7 +92,7 @@ class Keys:
         return bool(self._callers)
 
     def check(self, headers: Headers) -> Caller:
-        """Whose key the headers hold (`Authorization: Bearer` or `x-api-key`). Raises Unauthorized."""
+        """Whose key the headers hold (`Authorization: Bearer`, `x-api-key`, a protocol). Raises Unauthorized."""
         if not self._callers:
             return ANYBODY
         given = _given(headers)
@@ -116,7 +117,11 @@ def _given(headers: Headers) -> str | None:
     scheme, _, key = headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
-    return headers.get("x-api-key", "").strip() or None
+    if key := headers.get("x-api-key", "").strip():
+        return key
+    offered = (each.strip() for each in headers.get("sec-websocket-protocol", "").split(","))
+    keys = (each.removeprefix(prefix) for each in offered for prefix in _KEY_PROTOCOLS if each.startswith(prefix))
+    return next(keys, None) or None
 
 
 def _read(file: Path) -> list[tuple[str, str]]:

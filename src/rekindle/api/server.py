@@ -28,6 +28,7 @@ import uvicorn
 from rekindle.api.answers import Runner
 from rekindle.api.app import create_app
 from rekindle.api.load import Load
+from rekindle.api.sockets import LiveSessions
 from rekindle.errors import EngineError, InvalidRequest, RekindleError
 from rekindle.serve.service import Service
 
@@ -50,6 +51,8 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                ws="websockets-sansio",
+                ws_max_size=service.settings.max_body_bytes,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_CUT_SECONDS,
             )
@@ -58,6 +61,7 @@ class _Server(uvicorn.Server):
         self._ready = ready
         self._load: Load = app.state.load
         self._runner: Runner = app.state.runner
+        self._live: LiveSessions = app.state.live
         self._failed_at: float | None = None
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
@@ -88,6 +92,7 @@ class _Server(uvicorn.Server):
         self._load.drain()
         self._runner.stop()
         await super().shutdown(sockets)
+        self._live.close()
 
 
 def serve(

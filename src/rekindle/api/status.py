@@ -26,6 +26,7 @@ _ROUTES = {
     "cache_warm": "/cache/warm",
     "cache_verify": "/cache/verify",
     "cache_prune": "/cache/prune",
+    "live_status": "/status",
     "health": "/health",
     "ready": "/ready",
     "metrics": "/metrics",

@@ -1,0 +1,175 @@
+"""The simple sockets' messages: JSON objects with a `type`, in and out.
+
+in   message      the user's message; without `data`, the draft as it is. It is answered; an answer under way ends
+     partial      the draft as it is now, or with "append": true what it goes on with
+     interrupt    the answer ends; `characters` or `tokens` say how much of it was heard
+     context      a named context with these instructions, in place of one that there may be
+     swap         go on in another context
+     rewind       go back to the end of this turn
+     reset        forget all turns
+
+out  user_input, token, end (with reason, usage and timings), system (with its kind), error
+     Each has the number of its event, by which a client that comes back says what it has got.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from rekindle.api.refusals import refusal_of
+from rekindle.api.wire import Wire
+from rekindle.errors import InvalidRequest
+from rekindle.serve.request import Sampling
+from rekindle.serve.sessions.news import End, Failure, News, System, Token, UserInput
+from rekindle.serve.sessions.session import Session
+
+
+class MessageIn(Wire):
+    """The user's message."""
+
+    type: Literal["message"]
+    data: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+
+    def apply(self, session: Session) -> None:
+        """Say it, and have it answered."""
+        if session.state == "answering":
+            session.interrupt()
+        session.commit(self.data)
+        sampling = None if self.temperature is None else Sampling(temperature=self.temperature)
+        session.answer(max_tokens=self.max_tokens, sampling=sampling)
+
+
+class PartialIn(Wire):
+    """What is just being typed or spoken."""
+
+    type: Literal["partial"]
+    data: str
+    append: bool = False
+
+    def apply(self, session: Session) -> None:
+        """Have it read."""
+        if self.append:
+            session.append(self.data)
+        else:
+            session.replace(self.data)
+
+
+class InterruptIn(Wire):
+    """The user has heard enough."""
+
+    type: Literal["interrupt"]
+    characters: int | None = Field(None, ge=0)
+    tokens: int | None = Field(None, ge=0)
+
+    def apply(self, session: Session) -> None:
+        """End or cut the answer."""
+        session.interrupt(characters=self.characters, tokens=self.tokens)
+
+
+class ContextIn(Wire):
+    """A context of its own."""
+
+    type: Literal["context"]
+    context: str = Field(min_length=1, max_length=64)
+    instructions: str
+
+    def apply(self, session: Session) -> None:
+        """Make it, and have its instructions read."""
+        session.add_context(self.context, head_of(self.instructions))
+
+
+class SwapIn(Wire):
+    """Go on elsewhere."""
+
+    type: Literal["swap"]
+    context: str
+
+    def apply(self, session: Session) -> None:
+        """Go on there."""
+        session.swap(self.context)
+
+
+class RewindIn(Wire):
+    """Go back."""
+
+    type: Literal["rewind"]
+    turn: int = Field(ge=0)
+
+    def apply(self, session: Session) -> None:
+        """Go back to this turn's end."""
+        session.rewind(self.turn)
+
+
+class ResetIn(Wire):
+    """Begin anew."""
+
+    type: Literal["reset"]
+
+    def apply(self, session: Session) -> None:
+        """Forget all turns."""
+        session.reset()
+
+
+Incoming = MessageIn | PartialIn | InterruptIn | ContextIn | SwapIn | RewindIn | ResetIn
+_INCOMING: TypeAdapter[Incoming] = TypeAdapter(Annotated[Incoming, Field(discriminator="type")])
+TYPES = ("message", "partial", "interrupt", "context", "swap", "rewind", "reset")
+
+
+def head_of(instructions: str) -> list[dict[str, str]]:
+    """Instructions as a context's head; none if they are empty."""
+    return [{"role": "system", "content": instructions}] if instructions.strip() else []
+
+
+def decode(text: str) -> Incoming:
+    """A message from its text. Raises InvalidRequest that says what was expected."""
+    try:
+        value = json.loads(text)
+        text.encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # escapes may hide halves of characters
+    except (ValueError, RecursionError):
+        raise InvalidRequest("expected a message in JSON, got something else") from None
+    if not isinstance(value, dict) or value.get("type") not in TYPES:
+        raise InvalidRequest(f"expected a JSON object whose type is one of {', '.join(TYPES)}", param="type")
+    try:
+        return _INCOMING.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        raise InvalidRequest(f"{value['type']}.{name}: {first['msg']}", param=name) from None
+
+
+def encode(number: int, news: News) -> dict[str, Any]:
+    """News as a message."""
+    return {"event": number} | _body(news)
+
+
+def _body(news: News) -> dict[str, Any]:
+    match news:
+        case UserInput():
+            return {"type": "user_input", "turn": news.turn, "data": news.text}
+        case Token():
+            return {"type": "token", "turn": news.turn, "data": news.text}
+        case End():
+            return {"type": "end", "turn": news.turn, "reason": news.reason, "data": news.text} | _numbers(news)
+        case System():
+            return {"type": "system", "kind": news.kind, "data": news.message, "detail": news.detail}
+        case Failure():
+            return {"type": "error", "turn": news.turn} | refusal_of(news.error)[1]
+
+
+def _numbers(end: End) -> dict[str, Any]:
+    if end.done is None:
+        return {}
+    usage = end.done.usage
+    tokens = {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "computed_tokens": usage.computed_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+    return {"usage": tokens, "timings": end.done.timings.as_dict}

@@ -1,0 +1,263 @@
+"""The simple sockets: live sessions for a microcontroller or a ten-line script.
+
+    WS /ws/input     what is said to a session
+    WS /ws/output    what happens in it, to any number of listeners
+    WS /ws           both
+    GET /status      the sessions of the caller
+
+Each takes `?session=NAME` (a default session without), `?resume=HANDLE` to bring a session back, and those that listen
+`?last_event=N` to be told what has happened after that event. A message that makes no sense is answered with an error,
+and nothing else happens. Whoever does not read what it listens to is hung up on, with a reason; whoever comes back with the
+number of its last event has lost nothing.
+
+Browsers say which page a socket is for: it must be this server's, or one of `cors_origin`. They can't send headers, so an
+API key may come as a subprotocol, `rekindle.key.KEY`, beside the protocol `rekindle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter
+from starlette.requests import HTTPConnection, Request
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from rekindle.api.keys import caller_of
+from rekindle.api.live_wire import Incoming, decode, encode
+from rekindle.api.load import Load
+from rekindle.api.refusals import Json, refusal_of, refuse
+from rekindle.errors import InvalidRequest, RekindleError, Stopping
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.news import News
+from rekindle.serve.sessions.session import REMEMBERED_NEWS, Session
+from rekindle.serve.sessions.sessions import Sessions
+
+T = TypeVar("T")
+DEFAULT_SESSION = "default"
+PROTOCOL = "rekindle"
+MAX_MESSAGE_CHARACTERS = 1 << 18
+MAX_NAME = 64
+OUTBOX = 2 * REMEMBERED_NEWS  # messages that wait for a listener; one more and it is hung up on
+IDLE_SECONDS = 3600.0  # without a word, after which an input is closed
+SEND_SECONDS = 30.0  # for one message to go out
+WATCH_SECONDS = 0.25
+TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
+_log = logging.getLogger(__name__)
+
+
+class Forbidden(RekindleError):
+    """A page of another origin asks."""
+
+    status = 403
+    code = "forbidden_origin"
+
+
+class LiveSessions:
+    """The sessions of an app, made when they are first needed. Belongs to the event loop."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._sessions: Sessions | None = None
+
+    @property
+    def sessions(self) -> Sessions:
+        if self._sessions is None:
+            self._sessions = Sessions(self._service)
+        return self._sessions
+
+    async def call(self, action: Callable[[Sessions], T]) -> T:
+        """Do something with the sessions, on their thread."""
+        sessions = self.sessions
+        return await asyncio.wrap_future(sessions.call(lambda: action(sessions)))
+
+    def close(self) -> None:
+        """Write them to their files."""
+        if self._sessions is not None:
+            self._sessions.close()
+
+
+def sockets_router(service: Service, live: LiveSessions, load: Load) -> APIRouter:
+    """These endpoints."""
+    router = APIRouter(tags=["live"])
+
+    @router.websocket("/ws/input")
+    async def ws_input(socket: WebSocket) -> None:
+        await _Socket(socket, service, live, load, hears=False).run()
+
+    @router.websocket("/ws/output")
+    async def ws_output(socket: WebSocket) -> None:
+        await _Socket(socket, service, live, load, speaks=False).run()
+
+    @router.websocket("/ws")
+    async def ws_both(socket: WebSocket) -> None:
+        await _Socket(socket, service, live, load).run()
+
+    @router.get("/status")
+    async def status(request: Request) -> Json:
+        """The caller's live sessions: their state, their windows, and what they have computed and reused."""
+        salt = caller_of(request).salt()
+        listed = await live.call(lambda sessions: [session.status for session in sessions.all(salt=salt)])
+        return Json({"model": service.model_name, "sessions": listed})
+
+    return router
+
+
+def check_origin(connection: HTTPConnection, allowed: tuple[str, ...]) -> None:
+    """Whether the page that asks may: it is this server's own, or one that may call. Raises Forbidden."""
+    origin = connection.headers.get("origin")
+    if origin is None or "*" in allowed or origin in allowed:
+        return
+    if urlsplit(origin).netloc.lower() != connection.headers.get("host", "").lower():
+        raise Forbidden(f"pages of {origin[:100]} may not call this server; see the setting cors_origin")
+
+
+def _number(text: str | None, name: str) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or len(text) > 15:
+        raise InvalidRequest(f"{name}: expected a number from 0 on, got {text[:40]!r}", param=name)
+    return int(text)
+
+
+class _Socket:
+    """One connection."""
+
+    def __init__(
+        self,
+        socket: WebSocket,
+        service: Service,
+        live: LiveSessions,
+        load: Load,
+        *,
+        hears: bool = True,
+        speaks: bool = True,
+    ) -> None:
+        self._socket, self._service, self._live, self._load = socket, service, live, load
+        self._hears, self._speaks = hears, speaks
+        self._loop = asyncio.get_running_loop()
+        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue(OUTBOX)
+        self._over = asyncio.Event()
+        self._why = (GOING_AWAY, "")
+        self._heard_at = self._loop.time()
+
+    async def run(self) -> None:
+        """From the handshake to the end."""
+        try:
+            check_origin(self._socket, self._service.settings.cors_origin)
+            last = _number(self._socket.query_params.get("last_event"), "last_event")
+            session = await self._open()
+        except RekindleError as error:
+            await self._socket.send_denial_response(refuse(error))
+            return
+        offered = self._socket.scope.get("subprotocols", [])
+        await self._socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
+        await self._converse(session, last)
+
+    async def _open(self) -> Session:
+        """The session that is asked for; a new one, if need be. Raises RekindleError."""
+        query, salt = self._socket.query_params, caller_of(self._socket).salt()
+        name, handle = query.get("session"), query.get("resume")
+        if name is not None and not 0 < len(name) <= MAX_NAME:
+            raise InvalidRequest(f"session: expected a name of 1 to {MAX_NAME} characters", param="session")
+        if handle is not None:
+            return await self._live.call(lambda sessions: sessions.resume(handle, salt=salt, name=name))
+        return await self._live.call(lambda sessions: sessions.open(name or DEFAULT_SESSION, salt=salt))
+
+    async def _converse(self, session: Session, last: int | None) -> None:
+        welcome = await self._live.call(
+            lambda sessions: {
+                "type": "system",
+                "kind": "connected",
+                "data": f"session {session.name}",
+                "detail": session.status | {"handle": sessions.handle(session)},
+            }
+        )
+        self._outbox.put_nowait(welcome)
+        tasks = [asyncio.ensure_future(work) for work in (self._read(session), self._write(), self._watch())]
+        try:
+            if self._hears:
+                await self._live.call(lambda sessions: session.listen(self._listener, after=last))
+            await self._over.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._hears:
+                await self._live.call(lambda sessions: session.leave(self._listener))
+            await self._hang_up()
+
+    def _listener(self, number: int, news: News) -> None:
+        """On the sessions' thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._post, encode(number, news))
+        except RuntimeError:
+            _log.debug("the event loop is closed: nobody listens any more")
+
+    def _post(self, message: dict[str, Any]) -> None:
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self._end(TOO_SLOW, f"{OUTBOX} messages were not read; come back with last_event")
+
+    def _end(self, code: int, reason: str) -> None:
+        if not self._over.is_set():
+            self._why = (code, reason)
+            self._over.set()
+
+    async def _hang_up(self) -> None:
+        code, reason = self._why
+        if self._socket.application_state is WebSocketState.CONNECTED and reason:
+            try:
+                async with asyncio.timeout(1):
+                    await self._socket.close(code, reason)
+            except (RuntimeError, TimeoutError, WebSocketDisconnect):
+                _log.debug("the other side of a socket is gone")
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                text = json.dumps(await self._outbox.get(), ensure_ascii=False).encode("utf-8", "replace").decode()
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self._socket.send_text(text)
+        except TimeoutError:
+            self._end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds; come back with last_event")
+        except (RuntimeError, WebSocketDisconnect):
+            self._end(GOING_AWAY, "")
+
+    async def _watch(self) -> None:
+        """Nobody is held up by a socket: not the end of the server, and not its memory."""
+        while not self._load.draining:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self._hears and self._loop.time() - self._heard_at > IDLE_SECONDS:
+                self._end(IDLE, f"nothing was said for {IDLE_SECONDS:g} seconds")
+        self._end(GOING_AWAY, "the server is being stopped; come back later")
+
+    async def _read(self, session: Session) -> None:
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                self._end(GOING_AWAY, "")
+                return
+            self._heard_at = self._loop.time()
+            text = message.get("text")
+            try:
+                await self._obey(session, text)
+            except RekindleError as error:
+                self._post({"type": "error"} | refusal_of(error)[1])
+
+    async def _obey(self, session: Session, text: str | None) -> None:
+        if not self._speaks:
+            raise InvalidRequest("this socket only listens; speak on /ws/input or /ws")
+        if text is None:
+            raise InvalidRequest("expected a text message, got a binary one")
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            raise InvalidRequest(f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}")
+        if self._load.draining:
+            raise Stopping("the server is being stopped and takes nothing new; try again later")
+        incoming: Incoming = decode(text)
+        await self._live.call(lambda sessions: incoming.apply(sessions.get(session.name, salt=session.salt)))

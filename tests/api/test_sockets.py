@@ -1,0 +1,257 @@
+"""The simple sockets, over real connections: who hears what, who may come in, and what nonsense does."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from rekindle.api import sockets as module
+from rekindle.api.server import running
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+
+WAIT_SECONDS = 60
+ASKED = {"type": "message", "data": "Who paints in orange?", "max_tokens": 6, "temperature": 0}
+
+
+class Client:
+    """One socket, with short words."""
+
+    def __init__(self, url: str, path: str, **options: Any) -> None:
+        address = url.replace("http", "ws", 1) + path
+        self._stack = ExitStack()
+        self.socket: ClientConnection = self._stack.enter_context(
+            connect(address, open_timeout=WAIT_SECONDS, proxy=None, **options)
+        )
+        self.welcome = self.next()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def send(self, message: Any) -> None:
+        self.socket.send(json.dumps(message))
+
+    def next(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self.socket.recv(timeout=WAIT_SECONDS))
+        return message
+
+    def until(self, kind: str) -> list[dict[str, Any]]:
+        """All messages up to the next of this type."""
+        messages = [self.next()]
+        while messages[-1]["type"] != kind:
+            messages.append(self.next())
+        return messages
+
+    def ask(self, message: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        self.send(message or ASKED)
+        return self.until("end")
+
+
+@pytest.fixture
+def clients(url: str) -> Iterator[Any]:
+    opened: list[Client] = []
+
+    def make(path: str, **options: Any) -> Client:
+        opened.append(Client(options.pop("url", url), path, **options))
+        return opened[-1]
+
+    yield make
+    for client in opened:
+        client.close()
+
+
+def test_every_listener_of_a_session_hears_everything(clients: Any) -> None:
+    inputs = [clients("/ws/input?session=a") for _ in range(2)]
+    outputs = [clients("/ws/output?session=a") for _ in range(2)]
+    other = clients("/ws?session=b")
+    for speaker in inputs:
+        speaker.send(ASKED)
+        heard, again = (output.until("end") for output in outputs)
+        assert heard == again
+        assert heard[0]["type"] == "user_input" and heard[0]["data"] == ASKED["data"]
+        end = heard[-1]
+        assert "".join(each["data"] for each in heard if each["type"] == "token") == end["data"]
+        assert end["usage"]["completion_tokens"] <= 6 and end["timings"]["ttft_ms"] > 0
+    assert other.ask()[0]["turn"] == 1  # what was said elsewhere is not its turn
+
+
+def test_partials_are_read_while_they_come(clients: Any, http: httpx.Client) -> None:
+    client = clients("/ws?session=partials")
+    for text in ("Who paints", "Who paints in", "Who paints in orange?"):
+        client.send({"type": "partial", "data": text})
+    client.send({"type": "partial", "data": " Tell me.", "append": True})
+    heard = client.ask({"type": "message", "max_tokens": 4})
+    assert heard[0]["data"] == "Who paints in orange? Tell me."
+    (status,) = [each for each in http.get("/status").json()["sessions"] if each["session"] == "partials"]
+    assert (status["turns"], status["draft"], status["state"]) == (1, "", "idle")
+
+
+def test_interrupt_reset_contexts_and_rewinding(clients: Any) -> None:
+    client = clients("/ws?session=moves")
+    client.send(ASKED | {"max_tokens": 800, "data": "Go on for long."})
+    client.until("token")
+    client.send({"type": "interrupt"})
+    assert client.until("end")[-1]["reason"] == "interrupted"
+    client.send({"type": "interrupt", "tokens": 0})
+    assert client.until("system")[-1]["kind"] == "truncated"
+    client.send({"type": "context", "context": "guide", "instructions": "You are a guide."})
+    client.send({"type": "swap", "context": "guide"})
+    assert client.until("system")[-1]["detail"] == {"context": "guide"}
+    assert client.ask()[0]["turn"] == 1
+    client.send({"type": "rewind", "turn": 0})
+    assert client.until("system")[-1]["kind"] == "rewound"
+    client.send({"type": "reset"})
+    assert client.until("system")[-1]["kind"] == "reset"
+
+
+def test_a_message_ends_the_answer_under_way(clients: Any) -> None:
+    client = clients("/ws?session=barge")
+    client.send(ASKED | {"max_tokens": 800})
+    client.until("token")
+    assert client.ask()[-1]["reason"] in ("interrupted", "stop")
+    assert client.until("end")[-1]["turn"] == 2
+
+
+def test_who_comes_back_has_lost_nothing(clients: Any) -> None:
+    first = clients("/ws?session=back")
+    heard = first.ask()
+    middle = heard[len(heard) // 2]["event"]
+    second = clients(f"/ws/output?session=back&last_event={middle}")
+    assert second.until("end") == [message for message in heard if message["event"] > middle]
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ("no json", "JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "type"),
+        ('{"type": "dance"}', "type is one of message"),
+        ('{"type": "message", "data": 5}', "message.data"),
+        ('{"type": "message", "data": "\\ud800"}', "JSON"),
+        ('{"type": "message", "data": " "}', "empty"),
+        ('{"type": "message", "data": "a", "max_tokens": 0}', "max_tokens"),
+        ('{"type": "partial"}', "partial.data"),
+        ('{"type": "swap", "context": "nowhere"}', "known: main"),
+        ('{"type": "rewind", "turn": -1}', "turn"),
+        ('{"type": "interrupt"}', "no answer"),
+        (json.dumps({"type": "partial", "data": "x" * (1 << 18)}), "at most"),
+        (b"bytes", "binary"),
+    ],
+)
+def test_what_makes_no_sense_is_answered_with_an_error(clients: Any, sent: Any, says: str) -> None:
+    client = clients("/ws?session=errors")
+    client.send({"type": "reset"})
+    client.until("system")
+    client.socket.send(sent)
+    (error,) = client.until("error")
+    assert says in error["error"]["message"] and error["error"]["type"] == "invalid_request_error"
+    assert client.ask()[-1]["turn"] == 1
+
+
+def test_who_only_listens_can_not_speak(clients: Any) -> None:
+    client = clients("/ws/output")
+    client.send(ASKED)
+    assert "/ws/input" in client.until("error")[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "query", ["session=", f"session={'x' * 65}", "resume=nothing", "last_event=-1", "last_event=x"]
+)
+def test_what_can_not_be_opened_is_refused_before_the_handshake(url: str, query: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        Client(url, f"/ws?{query}")
+    assert refused.value.response.status_code == 400
+    assert json.loads(refused.value.response.body)["error"]["message"]
+
+
+def test_nonsense_in_any_number_disturbs_nobody(clients: Any) -> None:
+    seed = 7
+    pick = random.Random(seed)
+    values: list[Any] = ["", "x", 0, -1, 10**30, None, True, [], {}, 1.5, "\x00", "😀" * 50]
+    kinds = ["message", "partial", "interrupt", "context", "swap", "rewind", "reset", "x", None, 3]
+    names = ["data", "context", "turn", "tokens", "characters", "append", "instructions", "max_tokens"]
+    quiet = clients("/ws?session=quiet")
+    before = quiet.ask()[-1]
+    wild = clients("/ws/input?session=wild")
+    for number in range(100):
+        for _ in range(100):
+            message = {"type": pick.choice(kinds)} | {name: pick.choice(values) for name in pick.sample(names, 3)}
+            text = json.dumps(message)
+            wild.socket.send(text if pick.random() < 0.8 else text[: pick.randrange(len(text))])
+        wild.send({"type": "swap", "context": f"the {number}th is over"})
+        while f"the {number}th is over" not in wild.until("error")[-1]["error"]["message"]:
+            pass
+    quiet.send({"type": "rewind", "turn": 0})
+    quiet.until("system")
+    after = quiet.ask()[-1]
+    assert (after["turn"], after["data"]) == (before["turn"], before["data"]), f"seed {seed}"
+
+
+def test_who_has_more_to_read_than_is_kept_for_it_is_hung_up_on(clients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaker = clients("/ws?session=lazy")
+    heard = speaker.ask()
+    monkeypatch.setattr(module, "OUTBOX", len(heard) - 2)
+    lazy = clients("/ws/output?session=lazy&last_event=0")  # all at once
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            lazy.next()
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+    assert "last_event" in closed.value.rcvd.reason
+    assert speaker.ask()[-1]["turn"] == 2
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[str]:
+    settings = Settings(engine="toy", store="none", api_key=("first", "second"), cors_origin=("https://ok.example",))
+    with Service.open(settings) as service, running(service) as url:
+        yield url
+
+
+def test_keys_open_sockets_and_keep_sessions_apart(locked: str, clients: Any) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        Client(locked, "/ws")
+    assert refused.value.response.status_code == 401
+    first = clients("/ws", url=locked, additional_headers={"Authorization": "Bearer first"})
+    second = clients("/ws", url=locked, subprotocols=["rekindle", "rekindle.key.second"])
+    assert second.socket.subprotocol == "rekindle"
+    assert first.ask()[-1]["turn"] == second.ask()[-1]["turn"] == 1
+    listed = httpx.get(f"{locked}/status", headers={"x-api-key": "second"}).json()["sessions"]
+    assert [(each["session"], each["turns"]) for each in listed] == [("default", 1)]
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_let_in"), [("https://ok.example", True), ("https://evil.example", False), ("null", False)]
+)
+def test_pages_of_other_origins_are_refused(locked: str, clients: Any, origin: str, is_let_in: bool) -> None:
+    headers = {"x-api-key": "first", "Origin": origin}
+    if is_let_in:
+        assert clients("/ws", url=locked, additional_headers=headers).welcome["kind"] == "connected"
+        return
+    with pytest.raises(InvalidStatus) as refused:
+        Client(locked, "/ws", additional_headers=headers)
+    assert refused.value.response.status_code == 403
+
+
+def test_a_page_of_the_server_itself_is_let_in(url: str, clients: Any) -> None:
+    assert clients("/ws", additional_headers={"Origin": url}).welcome["type"] == "system"
+
+
+def test_sockets_are_told_when_the_server_stops() -> None:
+    with Service.open(Settings(engine="toy", store="none")) as service:
+        with running(service) as url:
+            client = Client(url, "/ws")
+            client.ask()
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                client.next()
+        client.close()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012  # the server restarts
