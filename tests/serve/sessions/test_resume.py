@@ -1,0 +1,140 @@
+"""Sessions outlive the process, however it ends: each is resumed by its handle, and only the new message is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
+
+from rekindle.errors import SessionError
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.session import Options, Session
+from rekindle.serve.sessions.sessions import Sessions
+from rekindle.settings import Settings
+
+NUM_SESSIONS = 10
+FIRST_LIFE = """
+import sys, time
+from tests.serve.sessions.talker import Talker, head
+from rekindle.serve.service import Service
+from rekindle.serve.sessions.sessions import Sessions
+from rekindle.settings import Settings
+import json
+
+service = Service.open(Settings(threads=1, store=sys.argv[1]))
+sessions = Sessions(service)
+handles = {}
+for number in range(int(sys.argv[2])):
+    talker = Talker(sessions, str(number), head=head(f"The house has the number {number}. " * 20))
+    talker.ask("What number has the house?", 10)
+    handles[sessions.handle(talker.session)] = talker.messages
+    while talker.call(lambda: talker.session.status["reading"]):
+        time.sleep(0.01)
+service.settle()
+print(json.dumps(handles), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, list[dict[str, str]]]]]:
+    """A store, and what was said by a process that was killed without a chance to do anything about it."""
+    folder = tmp_path_factory.mktemp("store")
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", FIRST_LIFE, str(folder), str(NUM_SESSIONS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    assert process.stdout is not None
+    said = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    yield folder, said
+
+
+def test_after_a_kill_all_sessions_go_on_and_compute_only_the_new_message(
+    killed: tuple[Path, dict[str, list[dict[str, str]]]],
+) -> None:
+    folder, said = killed
+    assert len(said) == NUM_SESSIONS
+    with Service.open(Settings(threads=1, store=str(folder))) as service, Sessions(service) as sessions:
+        for handle, messages in said.items():
+            before = service.num_computed
+            resumed = resume(sessions, handle)
+            talker = Talker(sessions, session=resumed)
+            assert talker.messages == messages
+            after = settled(service, talker)
+            assert after - before <= 1 and len(talker.tokens()) > 100  # a token at most, for its logits
+            talker.do("commit", "What number has the house?")
+            tokens = talker.tokens()
+            turn = talker.call(lambda talker=talker: talker.session.context.open)  # type: ignore[misc]
+            assert settled(service, talker) - after == len(turn.said)
+            done = talker.ask(None, 10).done
+            assert done is not None and done.usage.computed_tokens == 0
+            assert done.tokens == read_anew(service, tokens, 10).tokens
+
+
+def resume(sessions: Sessions, handle: str, salt: bytes = b"") -> Session:
+    return sessions.call(lambda: sessions.resume(handle, salt=salt)).result(60)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Service]:
+    with Service.open(Settings(engine="toy", store=str(tmp_path))) as service:
+        yield service
+
+
+def test_a_handle_opens_only_its_owners_session(kept: Service) -> None:
+    with Sessions(kept) as sessions:
+        talker = Talker(sessions, salt=b"owner")
+        talker.ask("Hello.")
+        handle = talker.call(lambda: sessions.handle(talker.session))
+        for salt, given in ((b"other", handle), (b"owner", "unknown")):
+            with pytest.raises(SessionError, match="no session of this handle"):
+                resume(sessions, given, salt)
+        assert talker.call(lambda: sessions.resume(handle, salt=b"owner")) is talker.session
+    with Sessions(kept) as later, pytest.raises(SessionError, match="no session of this handle"):
+        resume(later, handle, b"other")
+
+
+def test_options_contexts_drafts_and_an_open_message_come_back(kept: Service) -> None:
+    options = {"policy": "rebuild", "window": 300}
+    with Sessions(kept) as sessions:
+        talker = Talker(sessions, contexts={"other": head("Be brief.")}, options=options)
+        talker.do("swap", "other")
+        talker.do("commit", "Hello.")
+        handle = talker.call(lambda: sessions.handle(talker.session))
+    with Sessions(kept) as later:
+        resumed = Talker(later, session=resume(later, handle))
+        assert resumed.session.options == Options(sampling=GREEDY, policy="rebuild", window=300)
+        assert (resumed.session.state, resumed.session.active) == ("committed", "other")
+        assert resumed.ask().turn == 1
+
+
+def test_a_torn_or_foreign_file_is_refused(kept: Service) -> None:
+    with Sessions(kept) as sessions:
+        talker = Talker(sessions)
+        handle = talker.call(lambda: sessions.handle(talker.session))
+    assert kept.folder is not None
+    (file,) = (kept.folder / "sessions").glob("*.json")
+    assert file.stat().st_mode & 0o077 == 0
+    whole = file.read_text()
+    for text, says in ((whole[:50], "can't be read"), (whole.replace('"version": 1', '"version": 0'), "another model")):
+        file.write_text(text)
+        with Sessions(kept) as later, pytest.raises(SessionError, match=says):
+            resume(later, handle)
+
+
+def test_an_ended_session_is_forgotten(kept: Service) -> None:
+    with Sessions(kept) as sessions:
+        talker = Talker(sessions)
+        handle = talker.call(lambda: sessions.handle(talker.session))
+        talker.call(lambda: sessions.end(talker.session))
+        with pytest.raises(SessionError):
+            resume(sessions, handle)
