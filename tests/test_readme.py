@@ -61,6 +61,30 @@ def test_the_python_example_prints_the_answer_twice() -> None:
     assert first and first == second
 
 
+def test_the_example_with_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rekindle.model import ember
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("py")
+    tokenizer = AutoTokenizer.from_pretrained(ember.hf_path())
+    token_ids = tokenizer("Vodris paints in orange. " * 30)["input_ids"]
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(ember.hf_path(), dtype=torch.float32),
+        "tokenizer": tokenizer,
+        "token_ids": token_ids,
+        "input_ids": torch.tensor([token_ids]),
+    }
+    known = []
+    for _ in range(2):  # once cold, and once with what is kept then
+        with redirect_stdout(io.StringIO()):
+            exec(compile(code, "README.md", "exec"), names)
+        known.append(names["known"].length)
+    assert known[0] < 64 and known[1] == len(token_ids) // 64 * 64
+
+
 def test_make_targets_exist() -> None:
     commands = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
     assert commands == ["demo", "serve"]

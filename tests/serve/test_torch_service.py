@@ -148,6 +148,18 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         load(device=device)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_more_cells_than_there_is_memory_for_are_refused() -> None:
+    script = """
+import resource, torch, transformers, rekindle
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+rekindle.load(engine="torch", threads=1, store="none", context=6_000_000)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stderr.splitlines()[-1]
+    assert "ModelError: cannot make an engine of 6,000,000 cells for ember: " in said
+    assert "memory" in said
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_answer_is_the_same() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine
 from rekindle.engine.toy import ToyEngine
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Store
 from rekindle.kv.tier import Tier
@@ -87,14 +87,19 @@ def _torch_engine(settings: Settings, model: Model, folder: HfModel) -> Engine:
     from rekindle.engine.torch.engine import TorchEngine  # here, because importing torch takes seconds
 
     num_cells = _num_cells(settings, model)
-    return TorchEngine(
-        loaded,
-        num_cells=num_cells,
-        max_sequences=_num_sequences(settings),
-        max_length=min(num_cells, model.train_context),
-        name=model.name,
-        weights=files_digest(folder.weight_files),
-    )
+    digest = files_digest(folder.weight_files)
+    try:
+        return TorchEngine(
+            loaded,
+            num_cells=num_cells,
+            max_sequences=_num_sequences(settings),
+            max_length=min(num_cells, model.train_context),
+            name=model.name,
+            weights=digest,
+        )
+    except (RuntimeError, MemoryError) as error:  # PyTorch has no better name for it on a CPU
+        reason = str(error).partition("\n")[0] or "out of memory"
+        raise ModelError(f"cannot make an engine of {num_cells:,} cells for {model.name}: {reason}") from error
 
 
 def open_store(settings: Settings, model: Model, engine: Engine) -> Store:
