@@ -3,7 +3,8 @@
 **Arms.** `full` is a prefill of the whole prompt: the yardstick of quality and of time. `prefix` reuses what a prefix cache
 has of the order in which the chunks were met before. `none` places every chunk and mends nothing. The others compute a
 share (`ratio`) of the placed tokens anew: `first` (EPIC's rule), `remembered` (what differed most in the earlier order),
-`auto` (what blending does if nothing is said). All arms answer the same questions, greedily, on one engine.
+`auto` (what blending does if nothing is said), and on the torch engine those of `blend_torch`. All arms answer the same
+questions, greedily, on one engine.
 
 **Figures.** Exact match and F1 of the whole answer (normalised as for SQuAD), exact match beside full prefill's with a
 bootstrap interval over documents, mean KL of the first answer token from full prefill's, TTFT as the sum of all readings
@@ -16,6 +17,7 @@ At ratio 1 the blended logits must be full prefill's; the largest difference fou
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rekindle.engine.protocol import Engine, Work
+from rekindle.engine.protocol import Engine, SequenceId, Work
 from rekindle.errors import InvalidRequest
 from rekindle.lab.blend_run import (
     ChunkKV,
@@ -68,7 +70,7 @@ class Arm:
     exact_match_of_full: float
     f1: float
     kl: float  # nats
-    ttft_of_full: float
+    ttft_of_full: float | None  # None: put together, not timed
     budget: float  # token-layers computed, of those of the prompts
     interval: tuple[float, float]  # 95 % of exact_match_of_full
     by_kind: dict[str, float]  # exact match
@@ -120,6 +122,7 @@ def run_blend(
     documents: int = 40,
     ratios: Sequence[float] = RATIOS,
     selects: Sequence[Select] = SELECTS,
+    looking: bool = True,
     threads: int = 1,
     context: int = CELLS,
     seed: int = 0,
@@ -127,19 +130,22 @@ def run_blend(
 ) -> BlendReport:
     """Ask about so many documents in all ways. Raises InvalidRequest, ModelError.
 
-    Without `data` the built-in model is asked about documents in its own language.
+    `looking`: on the torch engine also arms that look into KV before they choose. Without `data` the built-in model is
+    asked about documents in its own language.
     """
     if documents < 1 or not all(0 < ratio <= 1 for ratio in ratios):
         raise InvalidRequest("at least one document, and ratios above 0 and up to 1, are expected")
     if data is None and model != BUILTIN:
         raise InvalidRequest(f"{model} does not speak the built-in model's language; name a file of examples: --data")
     arms: list[Name] = [("full", 1.0), ("prefix", 0.0), ("none", 0.0)]
-    arms += [(select, ratio) for select in selects for ratio in ratios]
     settings = Settings.load(model=model, engine=engine, threads=threads, store="none", context=context)
     with Service.open(settings) as service:
         tokenizer = service.model.tokenizer
         tasks = ember_tasks(seed) if data is None else file_tasks(data, tokenizer.encode, tokenizer.bos, seed)
-        study = _Study(arms, tokenizer)
+        found: list[str] = [*selects]
+        if looking:
+            service.run_on_engine(lambda each: found.extend(_looking(each)))
+        study = _Study([*arms, *((select, ratio) for select in found for ratio in ratios)], tokenizer)
         for number, task in enumerate(islice(tasks, documents)):
             service.run_on_engine(lambda each, task=task: study.add(each, task))  # type: ignore[misc]
             if progress is not None:
@@ -172,8 +178,10 @@ class _Study:
                 reading = read_fully(engine, prompt)
             elif select == "prefix":
                 reading = read_after(engine, prompt, met)
-            else:
+            elif select in SELECTS or select == "none":
                 reading = read_blended(engine, prompt, kv, Blend(select, ratio))  # type: ignore[arg-type]
+            else:
+                reading = _look_and_read(engine, task, kv, full.seq, select, ratio)
             self._count(engine, tally, task, reading, expected)
             engine.close(reading.seq)
         self._compare_at_one(engine, task, kv, expected)
@@ -220,6 +228,26 @@ class _Study:
         )
 
 
+def _looking(engine: Engine) -> list[str]:
+    """Arms that look into KV before they choose, which this engine can: "deviation K2" judges K at layer 2, from 0."""
+    if type(engine).__name__ != "TorchEngine":  # whose packages may be missing
+        return []
+    return ["query", *(f"deviation {part}{layer}" for layer in range(1, engine.spec.num_layers) for part in "KV")]
+
+
+def _look_and_read(
+    engine: Engine, task: BlendTask, kv: ChunkKV, full: SequenceId, select: str, ratio: float
+) -> Reading:
+    from rekindle.engine.torch.engine import TorchEngine
+    from rekindle.lab.blend_torch import read_asked, read_deviating
+
+    assert isinstance(engine, TorchEngine)
+    if select == "query":
+        return read_asked(engine, task.prompt, kv, task.asked[0].tokens, ratio=ratio)
+    part, layer = select.split()[1][0], int(select.split()[1][1:])
+    return read_deviating(engine, task.prompt, kv, full, layer=layer, part=part, ratio=ratio)
+
+
 def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
     flat = [right for each in tally.right for right in each]
     kinds = {
@@ -233,7 +261,7 @@ def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
         exact_match_of_full=_share(sum(flat), sum(map(sum, full.right))),
         f1=float(np.mean(tally.f1)),
         kl=float(np.mean(tally.kl)),
-        ttft_of_full=tally.seconds / full.seconds,
+        ttft_of_full=None if math.isnan(tally.seconds) else tally.seconds / full.seconds,
         budget=tally.computed / tokens,
         interval=_interval([(sum(one), sum(other)) for one, other in zip(tally.right, full.right, strict=True)]),
         by_kind=kinds,

@@ -36,7 +36,7 @@ def print_report(report: BlendReport, console: Console) -> None:
             *(f"{arm.by_kind.get(kind, 0):.3f}" for kind in kinds),
             f"{arm.f1:.3f}",
             f"{arm.kl:.4f}",
-            f"{arm.ttft_of_full:.2f}",
+            "" if arm.ttft_of_full is None else f"{arm.ttft_of_full:.2f}",
             f"{arm.budget:.3f}",
         )
     console.print(table)
@@ -81,7 +81,13 @@ def plot_report(report: BlendReport, out: Path) -> None:
         title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
     )
     for select, arms in by_select(report):
-        points = [(arm.ttft_of_full, arm.exact_match_of_full) for _, arm in sorted(arms.items())]
+        points = [
+            (arm.ttft_of_full, arm.exact_match_of_full)
+            for _, arm in sorted(arms.items())
+            if arm.ttft_of_full is not None
+        ]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=select)
         for (x, y), ratio in zip(points, sorted(arms), strict=True):
             if len(arms) > 1:
