@@ -47,6 +47,16 @@ def test_no_step_takes_longer_than_allowed_and_most_is_made_of_it(answers: int) 
     assert steps[0][0] == 0, "before anything is known, a step is measured without a chunk"
 
 
+@pytest.mark.parametrize(("answers", "prompts", "times"), [(1, 1, 1), (4, 1, 1), (4, 4, 1), (1, 7, 7), (2, 6, 3)])
+def test_where_more_are_read_than_answered_a_step_may_take_longer(answers: int, prompts: int, times: int) -> None:
+    pace = Pace(limit=4096, slowdown=2.0)
+    for _ in range(20):
+        pace.learn(answers, 0, 0.020)
+        chunk = pace.chunk(answers, prompts)
+        pace.learn(answers, chunk, 0.020 + 0.001 * chunk)
+    assert pace.chunk(answers, prompts) == 20 * times
+
+
 def test_the_setting_is_an_upper_bound() -> None:
     assert max(chunk for chunk, _ in read(Pace(limit=100, slowdown=2.5), fast_prefill, 4000)) == 100
     assert max(chunk for chunk, _ in read(Pace(limit=2, slowdown=2.5), small_model, 100)) == 2

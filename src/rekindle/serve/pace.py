@@ -10,7 +10,10 @@ and the chunk is chosen so that the step takes at most `slowdown` times as long 
 
     decode + chunk * token = slowdown * decode
 
-It is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most doubles
+Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
+added time is then allowed that many times over. So requests that come together begin to answer together.
+
+A chunk is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most doubles
 from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one is left
 without a chunk, to measure again.
 
@@ -62,8 +65,8 @@ class Pace:
         self._since_probe = 0
         self.prefill = Speed()  # of steps that decode nothing
 
-    def chunk(self, num_decoding: int, *, hurried: bool = False) -> int:
-        """Prompt tokens for the next step beside so many answers; 0 if that step should be measured without.
+    def chunk(self, num_decoding: int, num_reading: int = 1, *, hurried: bool = False) -> int:
+        """Prompt tokens, of so many prompts, for the next step beside so many answers; 0 to measure it without any.
 
         A hurried step keeps to the limit although there is nobody to stall.
         """
@@ -76,7 +79,7 @@ class Pace:
             self._since_probe = 0
             return 0
         self._since_probe += 1
-        return min(self._limit, self._bearable(decode))
+        return min(self._limit, self._bearable(decode * max(1.0, num_reading / num_decoding)))
 
     def learn(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
         """What a step took: `seconds` of the engine's forward."""
@@ -101,6 +104,7 @@ class Pace:
         return None if known is None else self._decode[known].middle
 
     def _bearable(self, decode: float) -> int:
+        """Prompt tokens that take as long as `slowdown` allows to add to a step of `decode` seconds."""
         token = self._token.middle
         if token is None:
             return MIN_CHUNK
