@@ -75,3 +75,27 @@ def test_all_origins() -> None:
         for origin in (PAGE, OTHER, "null"):
             assert granted(http.options(CHAT, headers={"Origin": origin} | ASK)) == "*"
             assert granted(http.post(CHAT, headers={"Origin": origin}, json=BODY)) == "*"
+
+
+# What a page needs nobody's leave for, so that only the server can refuse it.
+
+
+@pytest.mark.parametrize("origin", [OTHER, "null", "http://127.0.0.1:1", "http://["])
+@pytest.mark.parametrize("path", ["/cache/clear", "/cache/verify"])
+def test_a_page_of_another_origin_changes_nothing(origin: str, path: str) -> None:
+    with client(cors_origin=(PAGE,)) as http:
+        refused = http.post(path, headers={"Origin": origin})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden_origin")
+        assert "cors_origin" in refused.json()["error"]["message"]
+
+
+def test_programs_own_pages_and_named_pages_may_clear() -> None:
+    with client(cors_origin=(PAGE,)) as http:
+        own = str(http.base_url).rstrip("/")
+        for headers in ({}, {"Origin": own}, {"Origin": PAGE}):
+            assert http.post("/cache/clear", headers=headers).status_code == 200
+
+
+def test_reading_is_the_browsers_to_keep() -> None:
+    with client() as http:
+        assert http.get("/cache/stats", headers={"Origin": OTHER}).status_code == 200

@@ -43,7 +43,13 @@ def create_app(service: Service) -> FastAPI:
     )
     settings = service.settings
     load = app.state.load = Load(settings)
-    app.add_middleware(Door, keys=Keys.load(settings), load=load, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Door,
+        keys=Keys.load(settings),
+        load=load,
+        max_body_bytes=settings.max_body_bytes,
+        origins=settings.cors_origin,
+    )
     if settings.cors_origin:  # outside of the door: browsers ask for leave without a key
         app.add_middleware(
             CORSMiddleware,

@@ -1,6 +1,7 @@
 """The door: the first thing a request meets. It notes when the request came and who sent it, and says how large it may be.
 
-Where API keys are set, only the open routes let anybody in: what tells whether the server lives, and the root. While the
+Web pages of origins that nobody named are sent away, unless they only read, which browsers keep them from. Where API
+keys are set, only the open routes let anybody in: what tells whether the server lives, and the root. While the
 server drains, whatever would begin new work is told to come back.
 
 The size is watched while the body is read, so that neither a false nor a missing Content-Length lets more in.
@@ -9,6 +10,7 @@ The size is watched while the body is read, so that neither a false nor a missin
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import cast
 
 from starlette.datastructures import Headers
@@ -18,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rekindle.api.keys import ANYBODY, Keys, note
 from rekindle.api.load import Load, retry_after
+from rekindle.api.origins import check_origin
 from rekindle.api.refusals import refuse, respond
 from rekindle.errors import RekindleError, Stopping
 
@@ -34,11 +37,14 @@ def arrived(request: HTTPConnection) -> float:
 class Door:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, load: Load, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, load: Load, max_body_bytes: int, origins: Collection[str] = ()
+    ) -> None:
         self._app = app
         self._keys = keys
         self._load = load
         self._max_body_bytes = max_body_bytes
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -50,12 +56,16 @@ class Door:
             await self._enter(scope, receive, send)
             return
         try:
-            note(scope, self._keys.check(Headers(scope=scope)))
-            if self._load.draining and scope.get("method") not in _READING:
+            headers = Headers(scope=scope)
+            is_reading = scope.get("method") in _READING  # a socket has no method
+            if not is_reading:
+                check_origin(headers, self._origins)
+            note(scope, self._keys.check(headers))
+            if self._load.draining and not is_reading:
                 raise Stopping("the server is being stopped and takes nothing new; try again later")
         except Stopping as error:
-            headers = retry_after(self._load.until_end()) | {"Connection": "close"}
-            await refuse(error, headers)(scope, receive, send)
+            advice = retry_after(self._load.until_end()) | {"Connection": "close"}
+            await refuse(error, advice)(scope, receive, send)
         except RekindleError as error:
             await refuse(error)(scope, receive, send)
         else:

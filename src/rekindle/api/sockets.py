@@ -21,10 +21,9 @@ import json
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from rekindle.api.keys import caller_of
@@ -48,13 +47,6 @@ SEND_SECONDS = 30.0  # for one message to go out
 WATCH_SECONDS = 0.25
 TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
 _log = logging.getLogger(__name__)
-
-
-class Forbidden(RekindleError):
-    """A page of another origin asks."""
-
-    status = 403
-    code = "forbidden_origin"
 
 
 class LiveSessions:
@@ -107,15 +99,6 @@ def sockets_router(service: Service, live: LiveSessions, load: Load) -> APIRoute
     return router
 
 
-def check_origin(connection: HTTPConnection, allowed: tuple[str, ...]) -> None:
-    """Whether the page that asks may: it is this server's own, or one that may call. Raises Forbidden."""
-    origin = connection.headers.get("origin")
-    if origin is None or "*" in allowed or origin in allowed:
-        return
-    if urlsplit(origin).netloc.lower() != connection.headers.get("host", "").lower():
-        raise Forbidden(f"pages of {origin[:100]} may not call this server; see the setting cors_origin")
-
-
 def _number(text: str | None, name: str) -> int | None:
     if text is None:
         return None
@@ -148,7 +131,6 @@ class _Socket:
     async def run(self) -> None:
         """From the handshake to the end."""
         try:
-            check_origin(self._socket, self._service.settings.cors_origin)
             last = _number(self._socket.query_params.get("last_event"), "last_event")
             session = await self._open()
         except RekindleError as error:
