@@ -95,3 +95,9 @@ def test_refusals_on_the_real_engine(ember: openai.OpenAI, ember_url: str) -> No
         ember.chat.completions.create(**GREEDY | {"messages": [{"role": "user", "content": "town " * 20_000}]})
     assert refusal.value.code == "context_length_exceeded"
     assert httpx.get(f"{ember_url}/health").json()["status"] == "ok"
+
+
+def test_a_json_object_is_no_other_value(ember: openai.OpenAI) -> None:
+    ask = {"role": "user", "content": "Vodris paints in orange. What colour does Vodris paint in?"}
+    answer = ember.chat.completions.create(**GREEDY | {"messages": [ask]}, response_format={"type": "json_object"})
+    assert (answer.choices[0].message.content or "").startswith("{")

@@ -174,10 +174,10 @@ class ResponseFormat(Wire):
 
     @property
     def constraint(self) -> dict[str, Any] | None:
-        """The schema of the answer, {} for any object, None for any text."""
+        """The schema of the answer, None for any text."""
         if self.type == "json_schema" and self.json_schema is not None:
             return self.json_schema.schema_
-        return {} if self.type == "json_object" else None
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class StreamOptions(Wire):
