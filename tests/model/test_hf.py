@@ -121,6 +121,11 @@ def test_a_template_is_rendered_with_the_special_tokens(folder: Folder) -> None:
 # What is missing or damaged.
 
 
+def test_a_file_of_weights_is_no_model_but_its_folder_is(folder: Folder) -> None:
+    with pytest.raises(ModelError, match="holds weights alone; give the folder with it"):
+        Model.open(str(folder / "model.safetensors"))
+
+
 def test_a_folder_that_is_no_model_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"folder without config\.json; expected the path of a \.gguf file, or of a folder"
@@ -230,6 +235,12 @@ def test_float16_becomes_float32_on_a_cpu_alone() -> None:
         "float16",
     ]
     assert choose_dtype(model, "cpu", "bfloat16") == "bfloat16"
+
+
+def test_packed_weights_have_the_type_that_the_config_names(folder: Folder) -> None:
+    edit(folder / "config.json", lambda config: config.update(torch_dtype="bfloat16", dtype=None))
+    save_file({"packed": np.zeros((4, 4), np.int32)}, folder / "model.safetensors")
+    assert choose_dtype(HfModel(folder), "cpu", "auto") == "bfloat16"
 
 
 def test_loading_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -219,6 +219,20 @@ def test_research_code_on_transformers_reuses_kv(model: Any, tokenizer: Any, tmp
         assert cache.past(model, tokenizer, ids).length == len(ids) - 1  # one is left for transformers to compute
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_windows_forget_nothing_on_the_way(name: str, tokenizer: Any) -> None:
+    """More tokens than every window, out to transformers, further there, back in, and out again."""
+    model, ids = tiny_model(name), noise(5, 150)
+    plain = own_answer(model, ids, 20, eos_token_id=None)
+    with Cache(context=512) as cache:
+        empty = cache.past(model, tokenizer, ids).past_key_values
+        assert own_answer(model, ids, 20, past_key_values=empty, eos_token_id=None) == plain
+        cache.keep(model, tokenizer, [*ids, *plain], empty)
+        known = cache.past(model, tokenizer, ids)
+        assert known.length == 128
+        assert own_answer(model, ids, 20, past_key_values=known.past_key_values, eos_token_id=None) == plain
+
+
 def test_a_cache_that_is_not_of_these_tokens_is_refused(model: Any, tokenizer: Any) -> None:
     engine = attach(model, tokenizer, context=256)
     full = DynamicCache()

@@ -59,7 +59,8 @@ def choose_dtype(model: HfModel, device: str, dtype: str) -> str:
     """The type that a setting stands for, e.g. "bfloat16"."""
     if dtype != "auto":
         return dtype
-    stored = _STORED.get(model.dtype, "float32")
+    stated = model.config.get("dtype") or model.config.get("torch_dtype")  # of weights that are packed in another type
+    stored = _STORED.get(model.dtype) or (stated if stated in DTYPES else "float32")
     return "float32" if stored == "float16" and device == "cpu" else stored
 
 

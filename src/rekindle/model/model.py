@@ -40,6 +40,8 @@ class Model:
                     f"{path} is a folder, and llama.cpp reads .gguf files; leave the engine to auto, or give such a file"
                 )
             return cls._open_folder(name, path)
+        if path.suffix == ".safetensors":
+            raise ModelError(f"{path} holds weights alone; give the folder with it, config.json and tokenizer.json")
         if engine == "torch" and path.exists():
             raise ModelError(
                 f"{path} is a file, and the torch engine reads folders with config.json and *.safetensors; "

@@ -1,9 +1,9 @@
 """KV between an engine's sequence and transformers' `past_key_values`.
 
-Both keep K already turned to its position, so nothing is computed on the way: tensors are copied. A cache of transformers
-made for a model with sliding windows keeps only what each window can still see. That is enough to go on from, but not to
-be put into an engine, which promises every earlier length: such a cache is refused, and one made by `DynamicCache()`,
-without a config, is complete.
+Both keep K already turned to its position, so nothing is computed on the way: tensors are copied. A cache that transformers
+makes for a model with sliding windows keeps only what each window can still see. That is enough to go on from, but not to
+be put into an engine, which promises every earlier length: such a cache is refused. One made by `DynamicCache()`, without
+a config, is complete, and so are those that are made here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def to_dynamic_cache(engine: AttachedEngine, seq: SequenceId, length: int | None
 
 def cache_of(engine: AttachedEngine, payloads: Sequence[Payload]) -> Any:
     """The same of payloads that follow each other, the first at position 0."""
-    cache = DynamicCache(config=engine.model.config)
+    cache = DynamicCache()
     for payload in payloads:
         for index, layer in enumerate(engine.look(payload) if len(payload) else ()):
             key, value = (each[None].to(engine.model.device) for each in (layer.key, layer.value))
