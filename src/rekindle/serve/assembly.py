@@ -176,6 +176,7 @@ def _toy_engine(settings: Settings, model: Model) -> Engine:
         train_context=4096,
         kv_bytes_per_token=8,
         window=0,
+        kv_type=settings.kv_type,
         can_shift=True,
         fingerprint=b"toy" + bytes(13),
     )
