@@ -1,9 +1,9 @@
 """`rekindle lab soak`: a server in a process of its own, under mixed load and store faults for some minutes.
 
 What is watched is what leaks: memory, file handles and threads of the process, and cells and sequences of the engine. The
-first part of the time is warm-up, in which caches fill to their limits, which are set low for that; what the process then
-holds may grow by no more than `MAX_GROWTH`. When the load has ended, nothing may run or wait; when the cache is cleared, no
-cell may be held; and the server must end by itself with exit code 0.
+first part of the time is warm-up, in which caches fill to their limits, which are set low for that; after it the process's
+memory may grow by no more than `MAX_GROWTH`. When the load has ended, nothing may run or wait, and no more files be open
+than before it; when the cache is cleared, no cell may be held; and the server must end by itself with exit code 0.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ SETTINGS = {  # caches that are full soon, and a queue that overflows now and th
 }
 _RUNNING = 4
 _LISTENS = re.compile(r"listening on (http://\S+)\s")
+_KEPT_ALIVE = 4  # connections that we keep to ask how it is
+_POOLED = 16  # threads that pools start when they are first needed, and keep
 _SAMPLE_SECONDS = 1.0
 _STRIKE_SECONDS = 3.0
 _IDLE_SECONDS = 60.0
@@ -80,7 +82,8 @@ class SoakReport:
     misfortunes: dict[str, int]
     swaps: int
     rss_bytes: tuple[int, int]  # after the warm-up, and at the end; medians
-    files: tuple[int, int]
+    rss_curve: tuple[int, ...]  # twenty moments, the warm-up included
+    files: tuple[int, int]  # before the load, and after it
     threads: tuple[int, int]
     problems: tuple[str, ...]  # empty if all is well
     machine: Machine = field(default_factory=this_machine)
@@ -98,8 +101,10 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
         with _server(model, threads, store) as (process, url):
             watch = _Watch(process.pid, minutes * 60, progress)
             misfortune, tally = Misfortune(store, seed), Tally()
+            before = held_by(process.pid)
             asyncio.run(_soak(url, Wishes(seed, CELLS), tally, watch, misfortune))
             problems = tally.faults + left_over(url)
+            after = held_by(process.pid)
             swaps = int(metric(url, "rekindle_swaps_total"))
             problems += _end(process)
     report = SoakReport(
@@ -109,9 +114,10 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
         requests={str(kind): count for kind, count in tally.kinds.items()},
         misfortunes=misfortune.counts,
         swaps=swaps,
-        rss_bytes=watch.compare("rss_bytes"),
-        files=watch.compare("files"),
-        threads=watch.compare("threads"),
+        rss_bytes=watch.growth_of_memory(),
+        rss_curve=watch.curve(),
+        files=(before.files, after.files),
+        threads=(before.threads, after.threads),
         problems=(),
     )
     return SoakReport(**{**vars(report), "problems": (*problems, *_leaks(report))})
@@ -142,7 +148,7 @@ class _Watch:
         self._seconds = seconds
         self._progress = progress
         self._began = time.monotonic()
-        self._samples: list[Held] = []
+        self._rss: list[int] = []
 
     @property
     def share(self) -> float:
@@ -150,16 +156,18 @@ class _Watch:
 
     async def run(self) -> None:
         while self.share < 1:
-            self._samples.append(held_by(self._pid))
+            self._rss.append(held_by(self._pid).rss_bytes)
             self._progress(self.share)
             await asyncio.sleep(_SAMPLE_SECONDS)
 
-    def compare(self, what: str) -> tuple[int, int]:
+    def growth_of_memory(self) -> tuple[int, int]:
         """Medians of equal spans: after the warm-up, and at the end."""
-        values = [getattr(sample, what) for sample in self._samples]
-        span = max(1, len(values) // 10)
-        start = int(len(values) * WARM_UP)
-        return int(statistics.median(values[start : start + span])), int(statistics.median(values[-span:]))
+        span, start = max(1, len(self._rss) // 10), int(len(self._rss) * WARM_UP)
+        return int(statistics.median(self._rss[start : start + span])), int(statistics.median(self._rss[-span:]))
+
+    def curve(self) -> tuple[int, ...]:
+        last = len(self._rss) - 1
+        return tuple(self._rss[index * last // 19] for index in range(20))
 
 
 async def _soak(url: str, wishes: Wishes, tally: Tally, watch: _Watch, misfortune: Misfortune) -> None:
@@ -208,19 +216,19 @@ def _leaks(report: SoakReport) -> list[str]:
     leaks = []
     if report.growth > MAX_GROWTH:
         leaks.append(f"memory has grown by {report.growth:.1%} after the warm-up")
-    if report.files[1] > report.files[0] + CLIENTS:
+    if report.files[1] > report.files[0] + _KEPT_ALIVE:
         leaks.append(f"open files have grown from {report.files[0]} to {report.files[1]}")
-    if report.threads[1] > report.threads[0] + 1:
+    if report.threads[1] > report.threads[0] + _POOLED:
         leaks.append(f"threads have grown from {report.threads[0]} to {report.threads[1]}")
     return leaks
 
 
 def print_soak_report(report: SoakReport, console: Console) -> None:
     """A table for people, then one line of JSON."""
-    table = Table("what", "after warm-up", "at the end", title=f"{report.minutes:g} minutes, {report.model}")
-    table.add_row("memory, MB", *(f"{value / 1e6:.1f}" for value in report.rss_bytes))
-    table.add_row("open files", *map(str, report.files))
-    table.add_row("threads", *map(str, report.threads))
+    table = Table("what", "before", "after", title=f"{report.minutes:g} minutes, {report.model}")
+    table.add_row("memory under load, MB (warm-up / end)", *(f"{value / 1e6:.1f}" for value in report.rss_bytes))
+    table.add_row("open files, nobody there", *map(str, report.files))
+    table.add_row("threads, nobody there", *map(str, report.threads))
     console.print(table)
     console.print("requests: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report.requests.items())))
     console.print("the store's folder " + ", ".join(f"{name} {n} times" for name, n in report.misfortunes.items()))
