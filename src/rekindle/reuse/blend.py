@@ -124,11 +124,12 @@ def _walk(
 def _why(start: int, stop: int, choices: Sequence[Choice], begin: int) -> str:
     chosen = [choice for choice in choices if start <= choice.start < stop]
     count = sum(choice.stop - choice.start for choice in chosen)
-    reasons = (
-        [f"{count} tokens of chunks: {', '.join(dict.fromkeys(choice.reason for choice in chosen))}"] if count else []
-    )
+    reasons = []
     if count < stop - start:
-        reasons.insert(0, "not read before" if start == begin == 0 else "not read before after this beginning")
+        beginning = "not read before after this beginning" if begin else "not read before"
+        reasons.append(beginning if start == begin else f"{stop - start - count} tokens that no chunk at hand has")
+    if count:
+        reasons.append(f"{count} tokens of chunks: {', '.join(dict.fromkeys(choice.reason for choice in chosen))}")
     return "; ".join(reasons)
 
 
