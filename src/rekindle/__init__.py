@@ -65,3 +65,8 @@ def __getattr__(name: str) -> Any:
     if name == "torch":
         return import_module("rekindle.torch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What there is, for a prompt that completes names: what is loaded at its first use, too."""
+    return sorted({*__all__, "__version__", "torch"})

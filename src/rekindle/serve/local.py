@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
+from rekindle.errors import InvalidRequest, nearest
 from rekindle.kv.pins import Pin
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import seconds_of
@@ -15,6 +17,8 @@ from rekindle.serve.service import CacheStats, Service, Warmed
 from rekindle.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]
+_SAMPLING = frozenset(each.name for each in fields(Sampling)) - {"temperature"}
+_OPTIONS = _SAMPLING | {"max_tokens", "temperature", "stop", "raw", "ignore_eos", "priority"}
 
 
 def _several(prompts: Any) -> Sequence[Any]:
@@ -68,7 +72,13 @@ class LLM:
         priority: int = 0,
         **sampling: Any,
     ) -> Iterator[str]:
-        """The answer piece by piece. Closing the iterator stops the generation."""
+        """The answer piece by piece. Closing the iterator stops the generation.
+
+        `sampling` has the other fields of `Sampling`: top_p, top_k, min_p, seed …  Raises InvalidRequest.
+        """
+        for name in sampling:
+            if name not in _SAMPLING:
+                raise InvalidRequest(f"unknown option {name!r}{nearest(name, _OPTIONS)}", param=name)
         generation = Generation(
             prompt=self._prompt(prompt, raw),
             max_tokens=max_tokens,
