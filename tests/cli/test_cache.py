@@ -132,7 +132,7 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
         (["ls", "--url", "ftp://x"], "expected a URL"),
         (["ls", "--fingerprint", "gpt"], "means none of what is stored: ember"),
         (["ls", "--model", "nowhere.gguf"], "nowhere.gguf"),
-        (["prune"], "expected what to delete"),
+        (["prune"], "expected what to delete: max_size"),
         (["prune", "--max-size", "much"], "expected a size such as 5GiB"),
         (["prune", "--older-than", "long"], "expected a time such as 30s"),
         (["clear", "--url", "http://127.0.0.1:9", "--fingerprint", "x"], "--fingerprint is for a folder"),

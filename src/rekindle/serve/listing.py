@@ -190,7 +190,7 @@ class Pruning:
     def __post_init__(self) -> None:
         if self.max_size is None and self.older_than is None and not self.orphans and not self.fingerprints:
             raise InvalidRequest(
-                "expected what to delete: a greatest size, an age, orphans or a fingerprint; got nothing"
+                "expected what to delete: max_size (5GiB), older_than (7d), orphans or fingerprints; got nothing"
             )
         self.of(None, 0.0)
 
