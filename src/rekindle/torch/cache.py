@@ -1,7 +1,8 @@
 """KV of prompts, kept for models that the caller holds: in memory and, if a folder is named, on disk.
 
 The folder has the format of the server's store, so its commands (`rekindle cache ls`, `verify`, `prune`) read it too.
-What is written is on disk when the call returns; there is no thread.
+What is written is on disk when the call returns; there is no thread. KV is shared with other processes that hold the same
+model, but not with a server's: that one knows its weights by their files, and here nobody can tell what files they are of.
 
 An engine is made of a model when it is first met, and again when its parameters were changed since, which torch counts.
 """
