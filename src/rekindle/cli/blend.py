@@ -49,6 +49,7 @@ def measure_quality(
         f"gate {gate}: the best arm of at most {GATE_BUDGET:.0%} is {best.select} at {best.ratio:.0%}, "
         f"with {best.exact_match_of_full:.3f} of full prefill's exact match",
         highlight=False,
+        soft_wrap=True,
     )
     return best.exact_match_of_full >= gate
 

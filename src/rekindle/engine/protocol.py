@@ -1,8 +1,9 @@
 """The language of the engine: seven verbs on sequences of KV.
 
 Every kind of reuse is a sentence in it. A prefix hit is a `fork` or a few `place`s; a conversation that slides is a `drop`;
-a document that moved is a `place` and a little `recompute`. Beside the verbs stands only book-keeping: `open`, `close`,
-and questions about lengths and free cells.
+a document that moved is a little `forward` and a `place` of the rest, or a `place` and a little `recompute`. Beside the
+verbs stand `move`, which prepares many places at once, `compare`, and book-keeping: `open`, `close`, and questions about
+lengths and free cells.
 
 A cell holds the KV of one token. Sequences that were forked share cells. Verbs check before they change: one that raises
 leaves every sequence as it was. Engines are not thread-safe; one thread owns an engine.
