@@ -19,6 +19,7 @@ def test_the_last_line_is_json_and_a_plot_is_written(run, tmp_path: Path) -> Non
     done = run("lab", "load", *sizes, "--threads", "1", "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
+    assert "…" not in done.stdout  # no figure and no heading is cut, however narrow the terminal
     assert (record["workload"], record["ratios"]) == ("chat", {})
     (only,) = record["runs"]
     assert (only["server"], only["requests"], only["errors"]) == ("rekindle", 4, 0)

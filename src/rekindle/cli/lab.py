@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from rekindle.lab.store import PAYLOADS, TIERS, run_store
 from rekindle.lab.store import print_report as print_store_report
 from rekindle.lab.store_lookups import MARKS
 from rekindle.lab.trace import CAPACITIES, print_report, run_trace
+
+_COLUMNS = 144  # which the tables of figures need; a narrower terminal wraps their lines and cuts no figure
+
+
+def _wide() -> Console:
+    return Console(width=max(_COLUMNS, shutil.get_terminal_size().columns))
 
 
 def write_model(shape: str, quant: str, out: Path, seed: int) -> None:
@@ -53,7 +60,7 @@ def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] |
         from rekindle.lab.trace_plot import plot_report
 
         plot_report(report, plot)
-    print_report(report, Console())
+    print_report(report, _wide())
 
 
 def measure_store(
@@ -83,7 +90,7 @@ def measure_store(
         from rekindle.lab.store_plot import plot_report
 
         plot_report(report, plot)
-    print_store_report(report, Console())
+    print_store_report(report, _wide())
 
 
 def measure_restart(model: str, prompt_tokens: int, prompts: int, threads: int | None, folder: Path | None) -> None:
@@ -98,7 +105,7 @@ def measure_restart(model: str, prompt_tokens: int, prompts: int, threads: int |
             folder=folder,
             progress=lambda what: bar.update(task, description=what),
         )
-    print_restart_report(report, Console())
+    print_restart_report(report, _wide())
 
 
 def load_test(
@@ -142,7 +149,7 @@ def load_test(
         from rekindle.lab.load.plot import plot_report
 
         plot_report(report, plot)
-    print_load_report(report, Console())
+    print_load_report(report, _wide())
     return any(run.whole for run in report.runs)
 
 
