@@ -1,4 +1,8 @@
-"""A context's line to the worker: one request at a time, and the next takes over where the last one was."""
+"""A context's line to the worker: one request at a time, and the next takes over where the last one was.
+
+What is typed comes faster than it is read, so while something is being fed only the latest wish waits, here and not in the
+worker's queue: its turn comes when the one before has ended, which is at once, for it is given up.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,8 @@ class Line:
         self._ticket: Ticket | None = None
         self._number = 0  # of the latest request; events of others are of no interest
         self._fed: Prompt | None = None
+        self._is_feeding = False
+        self._next: Callable[[], None] | None = None  # to be fed when what is being fed has ended
 
     @property
     def is_busy(self) -> bool:
@@ -56,6 +62,13 @@ class Line:
         is_same = fed is not None and fed.salt == context.salt and len(fed) == len(tokens)
         if is_same and fed is not None and common_length(fed.tokens, tokens) == len(tokens) and passing:
             return
+        if self._ticket is not None and self._is_feeding:
+            self._ticket.cancel()
+            self._fed, self._next = None, lambda: self._feed(context, tokens, passing)
+        else:
+            self._feed(context, tokens, passing)
+
+    def _feed(self, context: Context, tokens: Tokens, passing: bool) -> None:
         prompt = Prompt(tokens, salt=context.salt)
         hold = Hold(self._holder, passing=passing, cut=context.cut)
         try:
@@ -63,7 +76,7 @@ class Line:
         except Overloaded:
             self._fed = None
         else:
-            self._fed = prompt
+            self._fed, self._is_feeding = prompt, True
 
     def ask(self, context: Context, max_tokens: int, sampling: Sampling, listener: Listener) -> None:
         """Have the open turn answered; the listener hears every event until `hang_up`. Raises what `submit` raises."""
@@ -71,7 +84,7 @@ class Line:
         prompt = Prompt(context.tokens, salt=context.salt)
         generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling, hold=hold)
         self._submit(context, generation, listener)
-        self._fed = None
+        self._fed, self._is_feeding = None, False
 
     def _submit(self, context: Context, generation: Generation, listener: Listener) -> None:
         self.hang_up()
@@ -86,6 +99,9 @@ class Line:
                 if isinstance(event, Done | Failed):
                     self._ticket = None
                 listener(event)
+                if self._ticket is None and self._next is not None:
+                    following, self._next = self._next, None
+                    following()
 
         self._ticket = self._service.submit(generation, lambda event: self._post(lambda: hear(event)))
 
@@ -99,6 +115,7 @@ class Line:
     def hang_up(self) -> None:
         """Give up what is under way; what it has computed stays."""
         self._number += 1
+        self._next = None
         if self._ticket is not None:
             self._ticket.cancel()
             self._ticket = None
