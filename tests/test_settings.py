@@ -63,7 +63,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one_from_every_source(file:
     for error in (refusal(file), refusal(environ={"REKINDLE_THREAD": "2"}), refusal(thread=2)):
         assert str(error) == "unknown setting 'thread'; did you mean 'threads'?"
         assert error.param == "thread"
-    assert "known: api_key, api_key_file, block_tokens" in str(refusal(zzzzzz=1))
+    assert "known: allowed_host, api_key, api_key_file" in str(refusal(zzzzzz=1))
     file.write_text("[server]\nport = 1")
     assert "unknown setting 'server'" in str(refusal(file))
 

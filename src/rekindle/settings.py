@@ -21,7 +21,7 @@ from rekindle.errors import InvalidRequest, nearest
 
 PREFIX = "REKINDLE_"
 SECRETS = frozenset({"store_url", "store_password", "api_key"})  # not repeated in messages; a URL may hold a password
-SEVERAL = frozenset({"api_key", "cors_origin"})
+SEVERAL = frozenset({"allowed_host", "api_key", "cors_origin"})
 
 
 class Settings(BaseModel):
@@ -102,6 +102,11 @@ class Settings(BaseModel):
     )
     cors_origin: tuple[str, ...] = Field(
         (), description="origin of web pages that may call, or * for all; may be given several times"
+    )
+    allowed_host: tuple[str, ...] = Field(
+        (),
+        description="name by which a local server without API keys may be called besides localhost and addresses, "
+        "or * for any; may be given several times",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="what goes to stderr; info has one line per request"

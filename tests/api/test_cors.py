@@ -99,3 +99,30 @@ def test_programs_own_pages_and_named_pages_may_clear() -> None:
 def test_reading_is_the_browsers_to_keep() -> None:
     with client() as http:
         assert http.get("/cache/stats", headers={"Origin": OTHER}).status_code == 200
+
+
+NAMES = ["127.0.0.1:8000", "localhost", "a.localhost:80", "[::1]:8000", "LOCALHOST:1", "192.168.1.7"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_local_server_is_called_by_addresses_and_as_localhost(name: str) -> None:
+    with client() as http:
+        assert http.get("/cache/stats", headers={"Host": name}).status_code == 200
+
+
+def test_a_name_that_points_to_this_machine_is_not_enough() -> None:
+    rebound = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}
+    with client() as http:
+        for answer in (http.get("/cache/list", headers=rebound), http.post("/cache/clear", headers=rebound)):
+            assert answer.status_code == 403, answer.text
+            assert answer.json()["error"]["code"] == "unknown_host" and "allowed_host" in answer.text
+        assert http.get("/health", headers=rebound).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "settings", [{"allowed_host": ("evil.example",)}, {"allowed_host": ("*",)}, {"api_key": ("sk-one",)}]
+)
+def test_names_are_free_where_they_are_allowed_or_a_key_is_asked_for(settings: dict[str, Any]) -> None:
+    with client(**settings) as http:
+        answer = http.get("/cache/stats", headers={"Host": "evil.example:8000", "Authorization": "Bearer sk-one"})
+        assert answer.status_code == 200

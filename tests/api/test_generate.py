@@ -129,3 +129,10 @@ def test_the_schema_knows_the_requests_and_no_page_needs_the_network(http: httpx
     schemas = http.get("/openapi.json").json()["components"]["schemas"]
     assert {"ChatRequest", "CompletionRequest", "GenerateRequest"} <= set(schemas)
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
+
+
+def test_max_tokens_is_another_name_for_max_new_tokens(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "use_prefix_cache": False}
+    short = http.post("/generate", json=body | {"max_tokens": 3}).json()
+    assert short["text"] == http.post("/generate", json=body | {"max_new_tokens": 3}).json()["text"]
+    assert len(short["text"]) < len(http.post("/generate", json=body | {"max_new_tokens": 12}).json()["text"])

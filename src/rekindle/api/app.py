@@ -18,6 +18,7 @@ from rekindle.api.keys import Keys
 from rekindle.api.load import Load
 from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
+from rekindle.api.origins import is_local
 from rekindle.api.requests import Requests
 from rekindle.api.sockets import LiveSessions, sockets_router
 from rekindle.api.status import status_router
@@ -42,13 +43,15 @@ def create_app(service: Service) -> FastAPI:
         telemetry=telemetry(service.traces),
     )
     settings = service.settings
+    keys = Keys.load(settings)
     load = app.state.load = Load(settings)
     app.add_middleware(
         Door,
-        keys=Keys.load(settings),
+        keys=keys,
         load=load,
         max_body_bytes=settings.max_body_bytes,
         origins=settings.cors_origin,
+        hosts=("*",) if keys or not is_local(settings.host) else settings.allowed_host,
     )
     if settings.cors_origin:  # outside of the door: browsers ask for leave without a key
         app.add_middleware(

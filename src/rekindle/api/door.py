@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rekindle.api.keys import ANYBODY, Keys, note
 from rekindle.api.load import Load, retry_after
-from rekindle.api.origins import check_origin
+from rekindle.api.origins import check_host, check_origin
 from rekindle.api.refusals import refuse, respond
 from rekindle.errors import RekindleError, Stopping
 
@@ -38,13 +38,21 @@ class Door:
     """ASGI middleware."""
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, load: Load, max_body_bytes: int, origins: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        load: Load,
+        max_body_bytes: int,
+        origins: Collection[str] = (),
+        hosts: Collection[str] = ("*",),
     ) -> None:
+        """`origins` of web pages that may call, `hosts` by which the server may be called; "*" for all."""
         self._app = app
         self._keys = keys
         self._load = load
         self._max_body_bytes = max_body_bytes
         self._origins = origins
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,6 +65,7 @@ class Door:
             return
         try:
             headers = Headers(scope=scope)
+            check_host(headers, self._hosts)
             is_reading = scope.get("method") in _READING  # a socket has no method
             if not is_reading:
                 check_origin(headers, self._origins)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -307,7 +308,7 @@ class GenerateRequest(SamplingFields):
     """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
 
     prompt: Text
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
     use_cache: bool = Field(True, description="false: read the whole sequence again for every token")
     use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")

@@ -32,6 +32,7 @@ SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
         "drain_seconds",
         "stall_seconds",
         "cors_origin",
+        "allowed_host",
         "log_level",
         "log_format",
     }

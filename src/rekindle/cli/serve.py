@@ -9,7 +9,6 @@ a supervisor can start it anew.
 from __future__ import annotations
 
 import faulthandler
-import ipaddress
 import os
 import signal
 import sys
@@ -40,13 +39,14 @@ def run_server(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, outside.handle)
     from rekindle.api.keys import Keys  # these take a while; signals are ours already
+    from rekindle.api.origins import is_local
     from rekindle.api.server import serve
     from rekindle.cli.logs import set_up
     from rekindle.serve.service import Service
 
     set_up(settings.log_format, settings.log_level)
 
-    if not Keys.load(settings) and not _is_local(settings.host):
+    if not Keys.load(settings) and not is_local(settings.host):
         complain(f"anybody who reaches {settings.host} may use this server: no API key is set")
     typer.echo(f"Loading {settings.model} …", err=True)
     with closing(Service.open(settings)) as service:
@@ -75,13 +75,6 @@ class _Signals:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Before, nothing is at stake; afterwards the end has been asked for already, and cannot wait."""
         os._exit(128 + number if self.served else 0)
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def describe(service: Service) -> str:

@@ -12,7 +12,9 @@ from collections import deque
 
 import llama_cpp
 
-_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}  # ggml's debug, info, warn, error
+# ggml's debug, info, warn, error. Its warnings are for who tunes a context, such as that all sequences together may be
+# longer than the one that the model was trained for; of that ours are kept within bounds by the scheduler.
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.WARNING}
 _log = logging.getLogger("rekindle.llama")
 _errors: deque[str] = deque(maxlen=8)
 

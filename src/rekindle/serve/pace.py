@@ -13,9 +13,9 @@ and the chunk is chosen so that the step takes at most `slowdown` times as long 
 Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
 added time is then allowed that many times over. So requests that come together begin to answer together.
 
-A chunk is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most doubles
-from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one is left
-without a chunk, to measure again.
+A chunk is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most
+doubles from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one
+is left without a chunk, to measure again.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
 so long that whoever comes or goes meanwhile would have to wait for it.

@@ -67,7 +67,7 @@ class CacheStats:
     """Reuse so far, by request and by token, and what is kept. `vars()` of it is its wire form, with the two rates."""
 
     total_requests: int  # requests that looked for reuse
-    hits: int  # of these, those that reused at least one token
+    hits: int  # of these, those that reused more than a beginning-of-text token
     misses: int
     prompt_tokens: int  # tokens of these requests
     cached_tokens: int  # of these, tokens whose KV was reused

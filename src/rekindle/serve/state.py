@@ -30,7 +30,7 @@ class Counts:
     def add(self, plan: Plan) -> None:
         """A request that looks for reuse was started."""
         self.requests += 1
-        self.hits += plan.reused > 0
+        self.hits += plan.reused > 1  # a beginning-of-text token, which all prompts share, saves nothing
         self.prompt_tokens += plan.total
         self.cached_tokens += plan.reused
 
