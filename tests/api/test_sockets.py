@@ -207,7 +207,7 @@ def test_who_has_more_to_read_than_is_kept_for_it_is_hung_up_on(clients: Any, mo
             lazy.next()
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
     assert "last_event" in closed.value.rcvd.reason
-    assert speaker.ask()[-1]["turn"] == 2
+    assert speaker.ask()[-1]["turn"] == 21
 
 
 @pytest.fixture(scope="module")
