@@ -127,17 +127,17 @@ def test_a_failure_of_the_engine_in_a_step(http: httpx.Client, service: Service)
     assert http.post("/generate", json={"prompt": SECRET, "max_new_tokens": 2}).status_code == 200
 
 
-HEAD = f"GET /{SECRET.replace(' ', '_')} HTTP/1.1\r\nHost: x\r\n"
+HEAD = f"GET /{SECRET.replace(' ', '_')} HTTP/1.1\r\nHost: localhost\r\n"
 BROKEN = {
     "no HTTP": f"{SECRET}\r\n\r\n",
     "TLS": "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "a header without a colon": f"{HEAD}{SECRET}\r\n\r\n",
     "a header that is too long": f"{HEAD}X-Long: {'x' * 1_000_000}\r\n\r\n",
-    "a URL that is too long": f"GET /{'x' * 1_000_000} HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a URL that is too long": f"GET /{'x' * 1_000_000} HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "too many headers": HEAD + "".join(f"X-{number}: {SECRET}\r\n" for number in range(20_000)) + "\r\n",
     "a length that is none": f"{HEAD}Content-Length: {SECRET}\r\n\r\n",
     "two lengths": f"{HEAD}Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
-    "a chunk that is none": f"POST /generate HTTP/1.1\r\nHost: x\r\nx-api-key: {KEY}\r\n"
+    "a chunk that is none": f"POST /generate HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\n"
     f"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n",
     "no host": "GET /health HTTP/1.1\r\n\r\n",
 }

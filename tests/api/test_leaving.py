@@ -117,7 +117,7 @@ def test_leaving_while_the_body_is_sent(scene: Scene) -> None:
     steps.let_all()
     assert b" 200 " in read_until(connection, b"\r\n")
     connection.sendall(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
     )
     connection.close()
     with post(scene.url, "/generate", {"prompt": "x"}) as other:
