@@ -57,6 +57,16 @@ def test_where_more_are_read_than_answered_a_step_may_take_longer(answers: int, 
     assert pace.chunk(answers, prompts) == 20 * times
 
 
+def test_short_prompts_for_which_more_wait_than_are_stalled_are_read_at_once() -> None:
+    pace = Pace(limit=512, slowdown=2.0)
+    for _ in range(20):
+        pace.learn(1, 0, 0.020)
+        pace.learn(1, 4, 0.040)
+    assert pace.chunk(1, 7, 900) == 512
+    assert pace.chunk(1, 7, 1100) < 64, "too long to be read at once"
+    assert pace.chunk(7, 7, 900) < 64, "as many are stalled as wait"
+
+
 def test_the_setting_is_an_upper_bound() -> None:
     assert max(chunk for chunk, _ in read(Pace(limit=100, slowdown=2.5), fast_prefill, 4000)) == 100
     assert max(chunk for chunk, _ in read(Pace(limit=2, slowdown=2.5), small_model, 100)) == 2

@@ -42,7 +42,8 @@ def make_batch(state: State, pace: Pace) -> Batch:
             _add(batch, state, run, 1)
     reading = _by_urgency(state)
     hurried = any(run.generation.warm for run in reading)  # who comes has to wait for one step of it
-    budget = pace.chunk(batch.num_decoding, len(reading), hurried=hurried) if reading else 0
+    unread = sum(len(run.prompt) - run.read for run in reading)
+    budget = pace.chunk(batch.num_decoding, len(reading), unread, hurried=hurried) if reading else 0
     for run in reading:
         room = state.engine.num_free_cells - batch.num_tokens
         if budget <= 0 or room <= 0:

@@ -11,7 +11,8 @@ and the chunk is chosen so that the step takes at most `slowdown` times as long 
     decode + chunk * token = slowdown * decode
 
 Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
-added time is then allowed that many times over. So requests that come together begin to answer together.
+added time is then allowed that many times over; and what takes a step or two at the limit is read at the limit, because
+small chunks cost more in all. So requests that come together begin to answer together.
 
 A chunk is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most
 doubles from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one
@@ -31,6 +32,7 @@ from rekindle.kv.speed import Speed
 
 MIN_CHUNK = 4
 GRAIN = 4  # chunks are multiples of this: fewer shapes, for which an engine may prepare
+_SOON_STEPS = 2  # at the limit: what takes no more is read at once if more wait for it than are stalled
 PROBE_STEPS = 64  # steps with a chunk between two without
 LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
 LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
@@ -65,14 +67,18 @@ class Pace:
         self._since_probe = 0
         self.prefill = Speed()  # of steps that decode nothing
 
-    def chunk(self, num_decoding: int, num_reading: int = 1, *, hurried: bool = False) -> int:
-        """Prompt tokens, of so many prompts, for the next step beside so many answers; 0 to measure it without any.
+    def chunk(
+        self, num_decoding: int, num_reading: int = 1, num_unread: float = math.inf, *, hurried: bool = False
+    ) -> int:
+        """Prompt tokens for the next step beside so many answers; 0 to measure it without any.
+
+        They are taken from `num_reading` prompts, of which `num_unread` tokens in all are still to be read.
 
         A hurried step keeps to the limit although there is nobody to stall.
         """
         if num_decoding == 0:
             return self._limit if hurried else max(self._limit, self._lone())
-        if math.isinf(self._slowdown):
+        if math.isinf(self._slowdown) or (num_reading > num_decoding and num_unread <= _SOON_STEPS * self._limit):
             return self._limit
         decode = self._decode_alone(num_decoding)
         if decode is None or self._since_probe >= PROBE_STEPS:
