@@ -72,7 +72,13 @@ def listener(long_service: Service, monkeypatch: pytest.MonkeyPatch) -> Listener
 def post(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection(address, timeout=DEADLINE_SECONDS)
     data = json.dumps(body | {"ignore_eos": True}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    ]
+    head = "\r\n".join([*lines, "", ""])
     connection.sendall(head.encode() + data)
     return connection
 
