@@ -129,7 +129,12 @@ def post(url: str, path: str, body: dict[str, Any], **headers: str) -> socket.so
     """A request on a socket of its own, sent and not waited for."""
     connection = socket.create_connection(address_of(url), timeout=DEADLINE_SECONDS)
     data = json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    ]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + data)
     return connection
