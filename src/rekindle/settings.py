@@ -83,6 +83,15 @@ class Settings(BaseModel):
         None, description="password for the network tier, if its URL has none; best given in the environment"
     )
     store_flush_seconds: float = Field(10.0, ge=0, description="at the end, time to write what slower tiers lack")
+    blend_select: Literal["none", "first", "remembered", "deviation", "query", "auto"] = Field(
+        "auto", description="which tokens of placed chunks are computed anew, unless a request that blends says"
+    )
+    blend_ratio: float = Field(
+        0.15, ge=0, le=1, description="how much of placed chunks is computed anew, unless it says"
+    )
+    blend_head: str = Field(
+        "", description="text before chunks that are computed on their own; default: the model's BOS only"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")

@@ -24,26 +24,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from rekindle.engine.protocol import Range
+from rekindle.errors import InvalidRequest
 from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
 from rekindle.reuse.prompt import Chunk, Prompt
 
+SELECTS: tuple[Select, ...] = get_args(Select)
 SHORTEST = 8  # tokens; what could be placed between two computed ranges is computed with them if it is shorter
 
 
 @dataclass(frozen=True)
 class Blend:
-    """How placed chunks are mended."""
+    """How placed chunks are mended. Raises InvalidRequest for a selection or a ratio that is none."""
 
     select: Select = "auto"
     ratio: float = 0.15  # of the tokens that could be placed, to be computed all the same
 
     def __post_init__(self) -> None:
-        assert 0 <= self.ratio <= 1
+        if self.select not in SELECTS:
+            raise InvalidRequest(
+                f"blend.select must be one of {', '.join(SELECTS)}, got {self.select!r}", param="blend.select"
+            )
+        if not 0 <= self.ratio <= 1:  # also false for NaN
+            raise InvalidRequest(f"blend.ratio must be between 0 and 1, got {self.ratio}", param="blend.ratio")
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from rekindle.engine.protocol import Range
 
-Select = Literal["none", "first", "remembered", "auto"]
+Select = Literal["none", "first", "remembered", "deviation", "query", "auto"]
 Floats = npt.NDArray[np.float32]
 RANGE_TOKENS = 4  # what a range more costs, in tokens
 _STEPS = 24  # of the search for a price

@@ -13,6 +13,7 @@ from typing import Literal
 
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.kv.pins import Pin
+from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Plan
 from rekindle.reuse.prompt import Prompt
 
@@ -93,6 +94,7 @@ class Generation:
     warm: bool = False  # read the prompt when nobody else has work, store its KV, and answer nothing
     feed: bool = False  # read the prompt before those of others, and answer nothing
     hold: Hold | None = None  # keep the sequence for whoever goes on with it; such requests come before others
+    blend: Blend | None = None  # how the prompt's chunks are placed; None: exact reuse only, chunks or not
     pin_seconds: float | None = None  # keep the KV of prompt and answer for so long
     arrived: float | None = None  # time.perf_counter() at which the request came in; default: when it is submitted
     tokenize_ms: float = 0.0  # spent on the prompt before submission, part of TTFT

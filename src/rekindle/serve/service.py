@@ -21,6 +21,7 @@ from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched
 from rekindle.kv.tier import TierStats
 from rekindle.model.model import Model
+from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.grammar import Grammars
@@ -156,6 +157,7 @@ class Service:
         self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
+        self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
         self._transcripts = Transcripts()
         self._pinning = Pinning(self._store)
         self._started = time.monotonic()
@@ -254,6 +256,15 @@ class Service:
             self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt).tokens for word in _TWO_WORDS
         )
         return Prompt(one[: common_length(one, other)], salt=salt)
+
+    def chunk_prompt(self, chunk: Tokens, *, salt: bytes = b"") -> Prompt:
+        """A chunk on its own, behind the head that all chunks have: what is warmed so that it can be placed anywhere."""
+        return Prompt(np.concatenate([self.head, chunk]), salt=salt)
+
+    @property
+    def default_blend(self) -> Blend:
+        """How a request blends that asks for it and says no more."""
+        return Blend(self.settings.blend_select, self.settings.blend_ratio)
 
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
