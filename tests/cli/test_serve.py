@@ -103,3 +103,16 @@ def test_a_chat_with_a_server_reuses_the_conversation(environment: dict[str, str
     (_, first_computed), (second_reused, _) = [tuple(int(count) for count in cost) for cost in costs]
     assert second_reused > first_computed
     assert re.search(r"hits +1\b", result.stderr)
+
+
+@pytest.mark.parametrize("mode", ["--chat", "--raw"])
+def test_a_prompt_is_answered_by_a_server_as_by_a_model_here(environment: dict[str, str], run: Run, mode: str) -> None:
+    asked = ("generate", "Vodris paints in orange. What colour does Vodris paint in?", mode, "--max-tokens", "6")
+    here = run(*asked).stdout
+    with served(environment) as (_, line):
+        assert (
+            httpx.head(f"{url_in(line)}/health").status_code == httpx.head(f"{url_in(line)}/ready").status_code == 200
+        )
+        there = run(*asked, "--url", url_in(line), "--stats")
+    assert there.stdout == here != ""
+    assert "tokens reused" in there.stderr

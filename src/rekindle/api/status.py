@@ -44,12 +44,14 @@ def status_router(service: Service, load: Load) -> APIRouter:
         about = {"name": "rekindle", "version": rekindle.__version__, "model": service.model_name}
         return Json(about | {"links": _ROUTES})
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Json:
         """200 while the worker is well, 503 with the kind of its error otherwise."""
         state = service.health()
         return Json(state) if state["status"] == "ok" else Json(state, status_code=503, headers=retry_after(None))
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> Json:
         """200 if a request would be taken now; 503 when the queue is full, the server drains, or its worker failed."""

@@ -71,6 +71,9 @@ def chat(
 def generate(
     settings: Settings,
     prompt: Annotated[str, typer.Argument(help="what to answer; - reads it from stdin")],
+    url: Annotated[
+        str | None, typer.Option(help="ask a running server; the settings below then have no effect")
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     chat: Annotated[
@@ -89,7 +92,7 @@ def generate(
     from rekindle.cli.talk import Wish
 
     wish = Wish(max_tokens=max_tokens, temperature=temperature)
-    run_generate(settings, prompt, wish, chat=chat, as_json=as_json, stats=stats)
+    run_generate(settings, prompt, wish, url=url, chat=chat, as_json=as_json, stats=stats)
 
 
 @app.command()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import typer
 
-from rekindle.cli.talk import Answer, Answering, Local, Wish
+from rekindle.cli.client import first_key
+from rekindle.cli.talk import Answer, Answering, Local, Remote, Talker, Wish
 from rekindle.errors import InvalidRequest
-from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
 STDIN = "-"
@@ -29,10 +29,32 @@ def read_prompt(given: str) -> str:
     return given
 
 
-def run_generate(settings: Settings, prompt: str, wish: Wish, *, chat: bool | None, as_json: bool, stats: bool) -> None:
-    """Open a model and print its answer as it comes, or all of it as JSON."""
+def run_generate(
+    settings: Settings, prompt: str, wish: Wish, *, url: str | None, chat: bool | None, as_json: bool, stats: bool
+) -> None:
+    """Ask a server, or a model opened here, and print the answer as it comes, or all of it as JSON.
+
+    Without `chat` the prompt is a message if the model has a chat template; a server's model is taken to have one.
+    """
     text = read_prompt(prompt)
-    with closing(Service.open(settings)) as service, closing(_answering(service, text, wish, chat)) as answering:
+    with ExitStack() as stack:
+        talker: Talker
+        if url is not None:
+            talker, as_message = Remote(url, key=first_key(settings)), chat is not False
+        else:
+            from rekindle.serve.service import Service  # here: asking a server needs no model library
+
+            service = stack.enter_context(closing(Service.open(settings)))
+            talker, as_message = Local(service), service.model.template is not None if chat is None else chat
+        _print(_answering(talker, text, wish, as_message), as_json=as_json, stats=stats)
+
+
+def _answering(talker: Talker, text: str, wish: Wish, as_message: bool) -> Answering:
+    return talker.chat([{"role": "user", "content": text}], wish) if as_message else talker.complete(text, wish)
+
+
+def _print(answering: Answering, *, as_json: bool, stats: bool) -> None:
+    with closing(answering):
         for part in answering:
             if isinstance(part, Answer):
                 typer.echo(json.dumps(part.as_dict()) if as_json else "")
@@ -40,11 +62,3 @@ def run_generate(settings: Settings, prompt: str, wish: Wish, *, chat: bool | No
                     typer.echo(part.summary, err=True)
             elif not as_json:
                 typer.echo(part, nl=False)
-
-
-def _answering(service: Service, text: str, wish: Wish, chat: bool | None) -> Answering:
-    """As a message if asked to, or if nothing was asked and the model has a chat template."""
-    talker = Local(service)
-    if chat is False or (chat is None and service.model.template is None):
-        return talker.complete(text, wish)
-    return talker.chat([{"role": "user", "content": text}], wish)

@@ -92,6 +92,9 @@ class Talker(Protocol):
     def chat(self, messages: Sequence[Message], wish: Wish) -> Answering:
         """The next message of a conversation, as text and then an `Answer`. Raises RekindleError."""
 
+    def complete(self, text: str, wish: Wish) -> Answering:
+        """Go on with a text, without a chat template. Raises RekindleError."""
+
     def stats(self) -> dict[str, Any]:
         """What the cache did so far."""
 
@@ -106,7 +109,6 @@ class Local:
         return self._answer(Generation(prompt=self._service.chat_prompt(messages), **_arguments(wish)))
 
     def complete(self, text: str, wish: Wish) -> Answering:
-        """Go on with a text, without a chat template."""
         return self._answer(Generation(prompt=self._service.text_prompt(text), **_arguments(wish)))
 
     def stats(self) -> dict[str, Any]:
@@ -146,27 +148,21 @@ class Remote:
         self._salt = salt
 
     def chat(self, messages: Sequence[Message], wish: Wish) -> Answering:
-        body = {
-            "messages": [dict(message) for message in messages],
-            "temperature": wish.temperature,
-            "max_tokens": wish.max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "rekindle": {"timings": True, "plan": True},
-        }
-        if self._salt is not None:
-            body["cache_salt"] = self._salt
-        return self._answer(body)
+        asked = {"messages": [dict(message) for message in messages]}
+        return self._answer("/v1/chat/completions", asked, wish)
+
+    def complete(self, text: str, wish: Wish) -> Answering:
+        return self._answer("/v1/completions", {"prompt": text}, wish)
 
     def stats(self) -> dict[str, Any]:
         return self.client.get("/cache/stats")
 
-    def _answer(self, body: Mapping[str, Any]) -> Answering:
+    def _answer(self, path: str, asked: Mapping[str, Any], wish: Wish) -> Answering:
         text, reason = "", "stop"
-        for event in self.client.events("/v1/chat/completions", body):
+        for event in self.client.events(path, self._body(asked, wish)):
             for choice in event.get("choices", []):
                 reason = choice.get("finish_reason") or reason
-                piece = (choice.get("delta") or {}).get("content") or ""
+                piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 text += piece
                 if piece:
                     yield piece
@@ -174,6 +170,19 @@ class Remote:
                 yield _remote_answer(text, reason, event)
                 return
         raise ServerError(f"{self.client.url} ended its answer without the usage that was asked for")
+
+    def _body(self, asked: Mapping[str, Any], wish: Wish) -> dict[str, Any]:
+        salt = {} if self._salt is None else {"cache_salt": self._salt}
+        limit = {} if wish.max_tokens is None else {"max_tokens": wish.max_tokens}
+        return {
+            **asked,
+            **salt,
+            **limit,
+            "temperature": wish.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "rekindle": {"timings": True, "plan": True},
+        }
 
 
 def _remote_answer(text: str, reason: str, event: Mapping[str, Any]) -> Answer:
