@@ -8,7 +8,8 @@ in   message      the user's message; without `data`, the draft as it is. It is 
      rewind       go back to the end of this turn
      reset        forget all turns
 
-out  user_input, token, end (with reason, usage and timings), system (with its kind), error
+out  user_input, token, end (with reason, usage and timings), spent (those of an answer that was interrupted), system (with
+     its kind), error
      Each has the number of its event, by which a client that comes back says what it has got.
 """
 
@@ -22,8 +23,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rekindle.api.refusals import refusal_of
 from rekindle.api.wire import Wire
 from rekindle.errors import InvalidRequest
-from rekindle.serve.request import Sampling
-from rekindle.serve.sessions.news import End, Failure, News, System, Token, UserInput
+from rekindle.serve.request import Done, Sampling
+from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.session import Session
 
 
@@ -155,21 +156,23 @@ def _body(news: News) -> dict[str, Any]:
         case Token():
             return {"type": "token", "turn": news.turn, "data": news.text}
         case End():
-            return {"type": "end", "turn": news.turn, "reason": news.reason, "data": news.text} | _numbers(news)
+            return {"type": "end", "turn": news.turn, "reason": news.reason, "data": news.text} | _numbers(news.done)
+        case Spent():
+            return {"type": "spent", "turn": news.turn} | _numbers(news.done)
         case System():
             return {"type": "system", "kind": news.kind, "data": news.message, "detail": news.detail}
         case Failure():
             return {"type": "error", "turn": news.turn} | refusal_of(news.error)[1]
 
 
-def _numbers(end: End) -> dict[str, Any]:
-    if end.done is None:
+def _numbers(done: Done | None) -> dict[str, Any]:
+    if done is None:
         return {}
-    usage = end.done.usage
+    usage = done.usage
     tokens = {
         "prompt_tokens": usage.prompt_tokens,
         "cached_tokens": usage.cached_tokens,
         "computed_tokens": usage.computed_tokens,
         "completion_tokens": usage.completion_tokens,
     }
-    return {"usage": tokens, "timings": end.done.timings.as_dict}
+    return {"usage": tokens, "timings": done.timings.as_dict}

@@ -40,6 +40,7 @@ class Place:
     reason: str
     source: int | None = None  # of a chunk's part: its position in the prompt [head, chunk]
     chunk: int | None = None  # index among the prompt's chunks
+    tier: str = "memory"  # the slowest that it came from
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Stored:
     has_logits: bool = False  # the logits after the prompt's last token too
     block_tokens: int = 64
     fetched: str = ""  # what was brought from slower tiers for this prompt, in words
+    tier: str = "memory"  # the slowest of them, if any
     refused: str | None = None  # why a slower tier's blocks are computed instead of fetched
 
 
@@ -111,6 +113,16 @@ class Plan:
     @property
     def reused(self) -> int:
         return self.total - self.computed
+
+    @property
+    def placed(self) -> int:
+        """Of those reused, tokens put back from the store."""
+        return sum(step.stop - step.start for step in self.steps if isinstance(step, Place))
+
+    @property
+    def tier(self) -> str | None:
+        """The slowest tier that anything was put back from; None if nothing was."""
+        return next((step.tier for step in reversed(self.steps) if isinstance(step, Place)), None)
 
     @property
     def ready(self) -> int:
@@ -157,7 +169,8 @@ def make_plan(prompt: Prompt, residents: Sequence[Resident], stored: Stored) -> 
         steps.append(Fork(best.seq, 0, forked, f"sequence {best.seq} is resident and begins with these tokens"))
     if placed > forked:
         reason = "stored blocks with these tokens after exactly the tokens before them"
-        steps.append(Place(forked, placed, f"{reason}; {stored.fetched}" if stored.fetched else reason))
+        words = f"{reason}; {stored.fetched}" if stored.fetched else reason
+        steps.append(Place(forked, placed, words, tier=stored.tier))
     reused = max(forked, placed)
     if reused < total:
         steps.append(Compute(reused, total, _why(reused, total, usable, shared, stored)))

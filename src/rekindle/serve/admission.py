@@ -150,7 +150,8 @@ class Admission:
     def _stored(self, run: Run, match: Match) -> Stored:
         fetched = Fetched() if run.fetch is None or run.fetch.exception() else run.fetch.result()
         words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
-        return Stored(match.length, match.logits is not None, self._store.block_tokens, words, fetched.refused)
+        has_logits, tier = match.logits is not None, next(reversed(fetched.tokens), "memory")
+        return Stored(match.length, has_logits, self._store.block_tokens, words, tier, fetched.refused)
 
     def _known_logits(self, plan: Plan, match: Match) -> Vector:
         """Logits after the prompt, of a plan that computes nothing."""

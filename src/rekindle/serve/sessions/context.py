@@ -15,7 +15,7 @@ slides at most about 1 / (1 - retention) times until it goes itself, which bound
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -51,6 +51,15 @@ class Turn:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:
         return cls(**given | {"said": as_tokens(given["said"])})
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A user's words and what they were answered, from wherever."""
+
+    user: str
+    text: str
+    answer: tuple[int, ...] | None = None  # the answer's tokens; None: its text is tokenised
 
 
 @dataclass(eq=False)
@@ -127,6 +136,29 @@ class Context:
         assert self.open is not None
         self.turns.append(self.open)
         self.open = None
+
+    def amend(self, exchanges: Sequence[Exchange], pending: str | None) -> None:
+        """These were the turns all along, behind those that are forgotten. What is as before stays as it is.
+
+        Raises InvalidRequest for words that are none.
+        """
+        before, self.turns, self.open = self.turns, [], None
+        for index, exchange in enumerate(exchanges):
+            old = before[index] if index < len(before) else None
+            self.turns.append(old if old is not None and self._is_same(old, exchange) else self._turn(exchange))
+        if pending is not None:
+            self.open = self._turn(Exchange(pending, "", ()))
+
+    def _turn(self, exchange: Exchange) -> Turn:
+        tokens = exchange.answer
+        answer = self.script.answered(exchange.text).tolist() if tokens is None else list(tokens)
+        number = self.forgotten + len(self.turns) + 1
+        return Turn(number, exchange.user, self.said(exchange.user), exchange.text, answer)
+
+    def _is_same(self, turn: Turn, exchange: Exchange) -> bool:
+        if (turn.user, turn.text) != (exchange.user, exchange.text):
+            return False
+        return exchange.answer in (None, tuple(turn.answer)) and np.array_equal(turn.said, self.said(turn.user))
 
     # What goes.
 

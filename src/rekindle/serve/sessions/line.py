@@ -26,10 +26,14 @@ class Work:
 
     computed: int = 0  # of prompts: everything that was said, once
     reused: int = 0
+    restored: int = 0  # of those reused, put back from the store
+    tier: str | None = None  # from which it was, the last time
     generated: int = 0
 
     def add(self, done: Done) -> None:
         self.computed += done.usage.computed_tokens
+        self.restored += done.plan.placed
+        self.tier = done.plan.tier or self.tier
         self.reused += done.usage.cached_tokens
         self.generated += done.usage.completion_tokens
 
@@ -78,15 +82,26 @@ class Line:
         else:
             self._fed, self._is_feeding = prompt, True
 
-    def ask(self, context: Context, max_tokens: int, sampling: Sampling, listener: Listener) -> None:
-        """Have the open turn answered; the listener hears every event until `hang_up`. Raises what `submit` raises."""
+    def ask(
+        self, context: Context, max_tokens: int, sampling: Sampling, listener: Listener, spent: Callable[[Done], None]
+    ) -> None:
+        """Have the open turn answered; the listener hears every event until `hang_up`, and `spent` its end after that.
+
+        Raises what `submit` raises.
+        """
         hold = Hold(self._holder, cut=context.cut)
         prompt = Prompt(context.tokens, salt=context.salt)
         generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling, hold=hold)
-        self._submit(context, generation, listener)
+        self._submit(context, generation, listener, spent)
         self._fed, self._is_feeding = None, False
 
-    def _submit(self, context: Context, generation: Generation, listener: Listener) -> None:
+    def _submit(
+        self,
+        context: Context,
+        generation: Generation,
+        listener: Listener,
+        spent: Callable[[Done], None] = lambda done: None,
+    ) -> None:
         self.hang_up()
         number = self._number
 
@@ -102,6 +117,8 @@ class Line:
                 if self._ticket is None and self._next is not None:
                     following, self._next = self._next, None
                     following()
+            elif isinstance(event, Done):
+                spent(event)
 
         self._ticket = self._service.submit(generation, lambda event: self._post(lambda: hear(event)))
 

@@ -37,10 +37,18 @@ class End:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What an interrupted answer has cost; it comes when the worker has let go of it."""
+
+    turn: int
+    done: Done
+
+
+@dataclass(frozen=True)
 class System:
     """Something else has happened to the session."""
 
-    kind: str  # reset, rewound, swapped, forgotten, hibernated, truncated, warning
+    kind: str  # reset, rewound, amended, swapped, forgotten, hibernated, truncated, warning
     message: str
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -53,4 +61,4 @@ class Failure:
     error: RekindleError
 
 
-News = UserInput | Token | End | System | Failure
+News = UserInput | Token | End | Spent | System | Failure

@@ -72,6 +72,10 @@ class Script:
             raise InvalidRequest("the message is empty: at least one character is needed", param="data")
         return self._behind(self._seam(is_first), self._written(words) + self._asking)
 
+    def answered(self, text: str) -> Tokens:
+        """An answer that somebody else gave, behind the beginning of an answer."""
+        return self._behind(_Seam(self._asking, self._tokenizer.encode(self._asking)), text)
+
     def draft(self, words: str, *, is_first: bool) -> Tokens:
         """Words that are still being said; more may follow."""
         if not words.strip():

@@ -27,15 +27,16 @@ from rekindle.errors import InvalidRequest, SessionError
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Piece, Sampling
 from rekindle.serve.service import Service
-from rekindle.serve.sessions.context import Context, Turn
+from rekindle.serve.sessions.context import Context, Exchange, Turn
 from rekindle.serve.sessions.line import Line, Post
-from rekindle.serve.sessions.news import End, Failure, News, System, Token, UserInput
+from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.script import Message, Script
 
 MAIN = "main"  # the context that a session begins with
 MAX_CONTEXTS = 16
 REMEMBERED_NEWS = 2048  # for listeners that come back
 MAX_RETENTION = 0.95
+_AMENDED = ("head", "script", "salt", "cut", "turns", "open", "forgotten")  # of a context
 _UNSLIDABLE = ("q4_0",)  # K cells whose rotation loses too much: 0.14 at the largest after one shift
 
 WindowPolicy = Literal["slide", "rebuild", "refuse"]
@@ -71,13 +72,11 @@ class Session:
     def __init__(self, service: Service, post: Post, *, key: str, name: str, salt: bytes, options: Options) -> None:
         """`key` names it to the scheduler and in files: no two sessions have the same, and nobody can guess it."""
         self.key, self.name, self.salt = key, name, salt
-        self.window = min(options.window or service.max_tokens, service.max_tokens - 1)
-        self.answer_tokens = options.answer_tokens or max(1, min(512, self.window // 8))
-        self.options = options
+        self._service = service
         self.contexts: dict[str, Context] = {}
+        self.configure(options)
         self.pinned_until = 0.0  # on the sessions' clock
         self.is_hot = True  # not hibernating
-        self._service = service
         self._post = post
         self._lines: dict[str, Line] = {}
         self._listeners: list[Listener] = []
@@ -130,6 +129,15 @@ class Session:
             "last_event": self._num_news,
         }
 
+    def configure(self, options: Options) -> None:
+        """From now on keep and answer like this; what was said stays until room is needed. Raises SessionError."""
+        most = self._service.max_tokens
+        window = min(options.window or most, most - 1)
+        answer_tokens = options.answer_tokens or max(1, min(512, window // 8))
+        for context in self.contexts.values():
+            _check_head(context.script, window - answer_tokens)
+        self.options, self.window, self.answer_tokens = options, window, answer_tokens
+
     # Listening.
 
     def listen(self, listener: Listener, *, after: int | None = None) -> None:
@@ -161,15 +169,7 @@ class Session:
         """A context of this name with this head, in place of one that there may be; its head is read at once."""
         if name not in self.contexts and len(self.contexts) >= MAX_CONTEXTS:
             raise SessionError(f"a session has at most {MAX_CONTEXTS} contexts, and all are used")
-        template = self._service.model.template
-        if template is None:
-            raise SessionError(f"{self._service.model_name} has no chat template, so there are no turns to be had")
-        script = Script(template, self._service.model.tokenizer, head)
-        room = self.window - self.answer_tokens
-        if len(script.opening) >= room:
-            raise SessionError(
-                f"the head has {len(script.opening)} tokens; expected fewer than {room}, so that there is room for turns"
-            )
+        script = self._script(head)
         if name == self.active and self._answering:
             self.interrupt()
         if name in self._lines:
@@ -178,6 +178,15 @@ class Session:
         if not script.is_faithful:
             self._warn("the model's template would write earlier turns differently; they are kept as they were read")
         self._read(self.contexts[name])
+
+    def _script(self, head: Sequence[Message]) -> Script:
+        """How a context with this head is written. Raises InvalidRequest, SessionError."""
+        template = self._service.model.template
+        if template is None:
+            raise SessionError(f"{self._service.model_name} has no chat template, so there are no turns to be had")
+        script = Script(template, self._service.model.tokenizer, head)
+        _check_head(script, self.window - self.answer_tokens)
+        return script
 
     def adopt(self, context: Context) -> None:
         """Take a context over as it is."""
@@ -248,7 +257,11 @@ class Session:
         line = self._lines[self.active]
         self.is_hot = True
         line.ask(
-            context, min(max_tokens or room, room), sampling or self.options.sampling, lambda event: self._hear(event)
+            context,
+            min(max_tokens or room, room),
+            sampling or self.options.sampling,
+            lambda event: self._hear(event),
+            lambda done: self._tell(Spent(turn.number, done)),
         )
         self._answering = True
         return turn.number
@@ -333,6 +346,32 @@ class Session:
         self._tell(System("reset", "the conversation begins anew"))
         self.changed()
 
+    def amend(
+        self, exchanges: Sequence[Exchange], *, pending: str | None = None, head: Sequence[Message] | None = None
+    ) -> None:
+        """The active context was this all along: a head (None: as it is), answered messages, and one to be answered.
+
+        The draft stays, what begins as before is not read again. Turns for which there is no room are forgotten, oldest
+        first. Raises SessionError, InvalidRequest, and then nothing has changed.
+        """
+        if self._answering:
+            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        context = self.context
+        before = {name: getattr(context, name) for name in _AMENDED}
+        try:
+            if head is not None and list(head) != list(context.head):
+                context.script, context.head = self._script(head), tuple(head)
+                context.salt, context.cut = context.base_salt, None
+            context.amend(exchanges, pending)
+            self._fit(context, self.answer_tokens, is_read=False)
+        except (InvalidRequest, SessionError):
+            for name, value in before.items():
+                setattr(context, name, value)
+            raise
+        self._read(context)
+        self._tell(System("amended", "what was said has been changed"))
+        self.changed()
+
     def _drop_answer(self) -> None:
         if self._answering:
             self._answering = False
@@ -394,7 +433,7 @@ class Session:
             return
         self._lines[context.name].feed(context, tokens, passing=draft is None or len(draft) > 0)
 
-    def _fit(self, context: Context, extra: int) -> None:
+    def _fit(self, context: Context, extra: int, *, is_read: bool = True) -> None:
         """Make room for so many more tokens. Raises SessionError."""
         length = context.num_tokens
         if length + extra <= self.window:
@@ -410,10 +449,18 @@ class Session:
                 f"the window has {self.window}"
             )
         first, last, count = gone[0].number, gone[-1].number, context.length_of(gone)
-        context.forget(gone, slide=self.policy == "slide")
-        how = "what follows slid down" if self.policy == "slide" else "what follows is read again"
+        slide = self.policy == "slide" and is_read
+        context.forget(gone, slide=slide)
+        how = "what follows slid down" if slide else "what follows is read again"
         detail = {"first_turn": first, "last_turn": last, "tokens": count, "policy": self.policy}
         self._tell(System("forgotten", f"turns {first} to {last} are forgotten; {how}", detail))
 
     def _warn(self, message: str) -> None:
         self._tell(System("warning", message))
+
+
+def _check_head(script: Script, room: int) -> None:
+    if len(script.opening) >= room:
+        raise SessionError(
+            f"the head has {len(script.opening)} tokens; expected fewer than {room}, so that there is room for turns"
+        )
