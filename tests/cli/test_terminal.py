@@ -55,9 +55,10 @@ main()
 
 
 @contextmanager
-def chatting(environment: dict[str, str], *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
+def on_a_terminal(environment: dict[str, str], *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
+    """A command, and the other end of its terminal."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", TAKE_AND_RUN, "chat", *options]
+    command = [sys.executable, "-c", TAKE_AND_RUN, *arguments]
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     ) as process:
@@ -70,7 +71,7 @@ def chatting(environment: dict[str, str], *options: str) -> Iterator[tuple[subpr
 
 
 def test_a_conversation_with_ctrl_c_at_the_prompt_and_ctrl_d_at_the_end(environment: dict[str, str]) -> None:
-    with chatting(environment, "--max-tokens", "8") as (process, terminal):
+    with on_a_terminal(environment, "chat", "--max-tokens", "8") as (process, terminal):
         assert b"Talking with ember." in terminal.wait_for(b"> ")
         terminal.press(b"Hello.\n")
         assert b"tokens reused" in terminal.wait_for(b"tokens/s")
@@ -87,7 +88,7 @@ def test_a_conversation_with_ctrl_c_at_the_prompt_and_ctrl_d_at_the_end(environm
 
 def test_ctrl_c_while_the_model_answers_leaves_the_chat_open(environment: dict[str, str]) -> None:
     """The answer may have ended before the key arrives; then the key drops an empty line. Either way the chat goes on."""
-    with chatting(environment, "--max-tokens", "1000") as (process, terminal):
+    with on_a_terminal(environment, "chat", "--max-tokens", "1000") as (process, terminal):
         terminal.wait_for(b"> ")
         terminal.press(b"Hello.\n")
         terminal.wait_for(b"Hello.")

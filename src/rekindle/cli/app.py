@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from rekindle.cli.cache import cache
+from rekindle.cli.live import live
 from rekindle.cli.options import SERVER_ONLY, with_settings
 from rekindle.cli.refusals import FAILED, guarded
 from rekindle.settings import Settings
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 lab = typer.Typer(help="Experiments: what the KV cache buys, beside the physical limit.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
+app.add_typer(live, name="live")
 app.add_typer(lab, name="lab")
 
 MaxTokens = Annotated[int | None, typer.Option(help="longest answer in tokens; default: until the end of turn")]

@@ -33,11 +33,13 @@ def commands_table() -> str:
 
 def _command_rows(command: Any, path: str) -> Iterable[tuple[str, str]]:
     for name, child in command.commands.items():
-        if hasattr(child, "commands"):
+        if hasattr(child, "commands") and not child.invoke_without_command:
             yield from _command_rows(child, f"{path} {name}")
             continue
         arguments = "".join(f" {each.name.upper()}" for each in child.params if each.param_type_name == "argument")
         yield f"`{path} {name}{arguments}`", re.split(r"(?<=\.)\s", child.help.strip())[0]
+        if hasattr(child, "commands"):
+            yield from _command_rows(child, f"{path} {name}")
 
 
 def settings_table() -> str:
