@@ -83,6 +83,9 @@ class Settings(BaseModel):
         None, description="password for the network tier, if its URL has none; best given in the environment"
     )
     store_flush_seconds: float = Field(10.0, ge=0, description="at the end, time to write what slower tiers lack")
+    blend: Literal["asked", "marked"] = Field(
+        "asked", description="which prompts with marked chunks are blended: those that ask for it, or all"
+    )
     blend_select: Literal["none", "first", "remembered", "deviation", "query", "auto"] = Field(
         "auto", description="which tokens of placed chunks are computed anew, unless a request that blends says"
     )
@@ -91,6 +94,9 @@ class Settings(BaseModel):
     )
     blend_head: str = Field(
         "", description="text before chunks that are computed on their own; default: the model's BOS only"
+    )
+    chunk_separator: str | None = Field(
+        None, min_length=1, description="what stands between the chunks of a plain prompt, such as ' # # '"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")

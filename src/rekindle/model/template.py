@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -40,7 +41,9 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         try:
-            self._template: Template = environment.from_string(source)
+            parsed = environment.parse(source)
+            self._template: Template = environment.from_string(parsed)
+            self.takes_documents = "documents" in find_undeclared_variables(parsed)
         except Exception as error:  # TemplateError, or what its compiler stumbles over, such as endless nesting
             raise ModelError(f"the model's chat template is not valid: {error}") from None
         self._special = {"bos_token": bos, "eos_token": eos}

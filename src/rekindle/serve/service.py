@@ -20,12 +20,25 @@ from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched
 from rekindle.kv.tier import TierStats
+from rekindle.model.chunks import (
+    Chunk,
+    Document,
+    Part,
+    has_chunks,
+    render,
+    render_chunks,
+    render_documents,
+    split,
+    tidy,
+)
 from rekindle.model.model import Model
+from rekindle.model.template import ChatTemplate
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
+from rekindle.serve.marked import marked_prompt
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.pinning import Pinning, Watch
@@ -219,11 +232,17 @@ class Service:
 
     # Prompts.
 
-    def text_prompt(self, text: str, *, salt: bytes = b"") -> Prompt:
-        """Tokenise plain text, with the model's BOS. Raises InvalidRequest."""
+    def text_prompt(self, text: str | Sequence[Part], *, salt: bytes = b"") -> Prompt:
+        """Tokenise plain text, with the model's BOS; of a list of parts, or where separators are set, with its chunks.
+
+        Raises InvalidRequest.
+        """
         if not text:
             raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
-        return self._prompt(text, salt, bos=True)
+        parts = split(text, self.settings.chunk_separator) if isinstance(text, str) else tidy(text)
+        if isinstance(text, str) and len(parts) == 1:
+            return self._prompt(text, salt, bos=True)
+        return marked_prompt(self.model.tokenizer, self._transcripts, parts, salt=salt, bos=True)
 
     def token_prompt(self, ids: Sequence[int], *, salt: bytes = b"") -> Prompt:
         """Use ids as they are. Raises InvalidRequest for ids that the vocabulary lacks."""
@@ -235,14 +254,30 @@ class Service:
             raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {bad}", param="prompt")
         return Prompt(as_tokens(ids), salt=salt)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"", **arguments: Any) -> Prompt:
-        """Render messages with the model's chat template (`tools`, `documents` … as arguments) and tokenise them.
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        documents: Sequence[Document] = (),
+        salt: bytes = b"",
+        **arguments: Any,
+    ) -> Prompt:
+        """Render messages with the model's chat template (`tools` … as arguments) and tokenise them.
 
-        Raises InvalidRequest if the template refuses them or the model has none.
+        Chunks are what parts of messages are marked as such, and all documents. Raises InvalidRequest if the template
+        refuses them or the model has none.
         """
+        template = self._template
+        if documents or has_chunks(messages):
+            parts = render(template, messages, documents, **arguments)
+            return marked_prompt(self.model.tokenizer, self._transcripts, parts, salt=salt, bos=False)
+        return self._prompt(template.render(messages, **arguments), salt, bos=False)
+
+    @property
+    def _template(self) -> ChatTemplate:
         if self.model.template is None:
             raise InvalidRequest(f"{self.model_name} has no chat template; use completions", param="messages")
-        return self._prompt(self.model.template.render(messages, **arguments), salt, bos=False)
+        return self.model.template
 
     def opening_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"") -> Prompt:
         """What a conversation that begins with these messages begins with, to be pinned or warmed.
@@ -253,13 +288,33 @@ class Service:
         if not messages or messages[-1].get("role") not in ("system", "assistant"):
             return self.chat_prompt(messages, salt=salt)
         one, other = (
-            self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt).tokens for word in _TWO_WORDS
+            self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt) for word in _TWO_WORDS
         )
-        return Prompt(one[: common_length(one, other)], salt=salt)
+        length = common_length(one.tokens, other.tokens)
+        return Prompt(one.tokens[:length], salt=salt, chunks=tuple(each for each in one.chunks if each.stop <= length))
 
     def chunk_prompt(self, chunk: Tokens, *, salt: bytes = b"") -> Prompt:
         """A chunk on its own, behind the head that all chunks have: what is warmed so that it can be placed anywhere."""
         return Prompt(np.concatenate([self.head, chunk]), salt=salt)
+
+    def chunk_prompts(
+        self, texts: Sequence[str | Chunk | Document], *, salt: bytes = b"", chat: bool | None = None
+    ) -> list[Prompt]:
+        """Each text on its own, as the chunk that it is in conversations, or (`chat=False`) in completions.
+
+        `chat=None`: in conversations if the model has a chat template. Raises InvalidRequest for empty ones.
+        """
+        given = [each if isinstance(each, Document) else Chunk(each) if isinstance(each, str) else each for each in texts]
+        if chat or (chat is None and self.model.template is not None):
+            template = self._template
+            documents = iter(render_documents(template, [each for each in given if isinstance(each, Document)]))
+            chunks = iter(render_chunks(template, [each for each in given if isinstance(each, Chunk)]))
+            written = [next(documents if isinstance(each, Document) else chunks) for each in given]
+        else:
+            written = [each.chunk if isinstance(each, Document) else each for each in given]
+        if not all(each.text for each in written):
+            raise InvalidRequest("a chunk is empty: at least one character is needed", param="chunks")
+        return [self.chunk_prompt(self.model.tokenizer.encode(each.text), salt=salt) for each in written]
 
     @property
     def default_blend(self) -> Blend:
@@ -269,7 +324,7 @@ class Service:
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
         tokenizer = self.model.tokenizer
-        known = self._transcripts.longest((salt, bos), text)
+        known = self._transcripts.longest((salt, bos, False), text)
         if known is not None:
             rest = tokenizer.encode(text[len(known.text) :])
             if len(rest) and tokenizer.is_special(int(rest[0])):
@@ -334,7 +389,8 @@ class Service:
         def remember(event: Event) -> None:
             if isinstance(event, Done) and event.text and self.model.tokenizer.decode(event.tokens) == event.text:
                 tokens = np.concatenate([prompt.tokens, as_tokens(event.tokens)])
-                self._transcripts.add((prompt.salt, prompt.bos), f"{prompt.text}{event.text}", tokens)
+                owner = (prompt.salt, prompt.bos, bool(prompt.chunks))
+                self._transcripts.add(owner, f"{prompt.text}{event.text}", tokens)
             sink(event)
 
         return remember

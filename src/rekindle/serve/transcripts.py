@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from rekindle.tokens import Tokens
 
-Owner = tuple[bytes, bool]
+Owner = tuple[bytes, bool, bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,10 @@ class Transcript:
 
 
 class Transcripts:
-    """The latest sequences, by owner: the tenant's salt, and whether a BOS goes before the text. Thread-safe."""
+    """The latest sequences, by owner: the tenant's salt, whether a BOS goes before the text, and whether it has chunks.
+
+    Thread-safe.
+    """
 
     def __init__(self, max_entries: int = 256) -> None:
         self._max = max_entries

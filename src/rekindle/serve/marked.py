@@ -1,0 +1,70 @@
+"""Prompts with chunks: the tokens of each part, and how a request says that its chunks may be placed.
+
+A conversation goes on after an answer. As without chunks (`transcripts`), what was said is then found as the tokens it
+was said in: the parts up to the last chunk are tokenised again, which gives the same, and behind them the longest text
+that is remembered with exactly those tokens goes before what the tokenizer would make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rekindle.errors import InvalidRequest, nearest
+from rekindle.model.chunks import Chunk, Part
+from rekindle.model.tokenizer import Tokenizer
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve.transcripts import Transcripts
+from rekindle.tokens import Tokens, as_tokens
+
+Wish = Blend | Mapping[str, Any] | bool | None
+
+
+def marked_prompt(
+    tokenizer: Tokenizer, transcripts: Transcripts, parts: Sequence[Part], *, salt: bytes, bos: bool
+) -> Prompt:
+    """The prompt of a text in parts. Raises InvalidRequest if there is no text in it."""
+    text = "".join(part.text if isinstance(part, Chunk) else part for part in parts)
+    if not text:
+        raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
+    *before, end = [*parts, ""] if isinstance(parts[-1], Chunk) else parts
+    assert isinstance(end, str)
+    encoded = [(tokenizer.encode("", bos=bos), False)]
+    for part in before:
+        is_chunk = isinstance(part, Chunk)
+        encoded.append((tokenizer.encode(part.text if isinstance(part, Chunk) else part), is_chunk))
+    begin = join(encoded)
+    known = transcripts.longest((salt, bos, True), text)
+    if known is not None and len(text) - len(end) <= len(known.text) and _begins(known.tokens, begin.tokens):
+        rest = tokenizer.encode(text[len(known.text) :])
+        if len(rest) and tokenizer.is_special(int(rest[0])):
+            return Prompt(np.concatenate([known.tokens, rest]), text, salt, bos, begin.chunks)
+    tokens = np.concatenate([begin.tokens, tokenizer.encode(end) if end else as_tokens([])])
+    return Prompt(tokens, text, salt, bos, begin.chunks)
+
+
+def _begins(tokens: Tokens, with_these: Tokens) -> bool:
+    return np.array_equal(tokens[: len(with_these)], with_these)
+
+
+def wished_blend(wish: Wish, default: Blend) -> Blend | None:
+    """What a request says of blending: True or nothing more for the default, False for none. Raises InvalidRequest."""
+    if wish is None or wish is False:
+        return None
+    if wish is True:
+        return default
+    if isinstance(wish, Blend):
+        return wish
+    if not isinstance(wish, Mapping):
+        expected = 'True, False, or {"select": …, "ratio": …}'
+        raise InvalidRequest(f"blend: expected {expected}, got {type(wish).__name__}", param="blend")
+    for name in wish:
+        if name not in ("select", "ratio"):
+            raise InvalidRequest(
+                f"blend: unknown field {name!r}{nearest(str(name), ('select', 'ratio'))}", param="blend"
+            )
+    select, ratio = wish.get("select"), wish.get("ratio")
+    return Blend(default.select if select is None else select, default.ratio if ratio is None else ratio)
