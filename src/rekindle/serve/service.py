@@ -304,7 +304,9 @@ class Service:
 
         `chat=None`: in conversations if the model has a chat template. Raises InvalidRequest for empty ones.
         """
-        given = [each if isinstance(each, Document) else Chunk(each) if isinstance(each, str) else each for each in texts]
+        given = [
+            each if isinstance(each, Document) else Chunk(each) if isinstance(each, str) else each for each in texts
+        ]
         if chat or (chat is None and self.model.template is not None):
             template = self._template
             documents = iter(render_documents(template, [each for each in given if isinstance(each, Document)]))
