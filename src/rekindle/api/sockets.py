@@ -17,20 +17,19 @@ API key may come as a subprotocol, `rekindle.key.KEY`, beside the protocol `reki
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket
 
+from rekindle.api.connection import Connection
 from rekindle.api.keys import caller_of
 from rekindle.api.live_wire import Incoming, decode, encode
 from rekindle.api.load import Load
 from rekindle.api.refusals import Json, refusal_of, refuse
-from rekindle.errors import InvalidRequest, RekindleError, Stopping
+from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import News
 from rekindle.serve.sessions.session import REMEMBERED_NEWS, Session
@@ -39,14 +38,9 @@ from rekindle.serve.sessions.sessions import Sessions
 T = TypeVar("T")
 DEFAULT_SESSION = "default"
 PROTOCOL = "rekindle"
-MAX_MESSAGE_CHARACTERS = 1 << 18
 MAX_NAME = 64
 OUTBOX = 2 * REMEMBERED_NEWS  # messages that wait for a listener; one more and it is hung up on
 IDLE_SECONDS = 3600.0  # without a word, after which an input is closed
-SEND_SECONDS = 30.0  # for one message to go out
-WATCH_SECONDS = 0.25
-TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
-_log = logging.getLogger(__name__)
 
 
 class LiveSessions:
@@ -122,11 +116,6 @@ class _Socket:
     ) -> None:
         self._socket, self._service, self._live, self._load = socket, service, live, load
         self._hears, self._speaks = hears, speaks
-        self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue(OUTBOX)
-        self._over = asyncio.Event()
-        self._why = (GOING_AWAY, "")
-        self._heard_at = self._loop.time()
 
     async def run(self) -> None:
         """From the handshake to the end."""
@@ -143,103 +132,59 @@ class _Socket:
     async def _open(self) -> Session:
         """The session that is asked for; a new one, if need be. Raises RekindleError."""
         query, salt = self._socket.query_params, caller_of(self._socket).salt()
-        name, handle = query.get("session"), query.get("resume")
-        if name is not None and not 0 < len(name) <= MAX_NAME:
-            raise InvalidRequest(f"session: expected a name of 1 to {MAX_NAME} characters", param="session")
+        name, handle = session_name(query.get("session")), query.get("resume")
         if handle is not None:
             return await self._live.call(lambda sessions: sessions.resume(handle, salt=salt, name=name))
         return await self._live.call(lambda sessions: sessions.open(name or DEFAULT_SESSION, salt=salt))
 
     async def _converse(self, session: Session, last: int | None) -> None:
-        welcome = await self._live.call(
-            lambda sessions: {
-                "type": "system",
-                "kind": "connected",
-                "data": f"session {session.name}",
-                "detail": session.status | {"handle": sessions.handle(session)},
-            }
+        connection = Connection(
+            self._socket,
+            self._load,
+            outbox=OUTBOX,
+            idle_seconds=None if self._hears else IDLE_SECONDS,
+            back="; come back with last_event" if self._hears else "",
         )
-        self._outbox.put_nowait(welcome)
-        tasks = [asyncio.ensure_future(work) for work in (self._read(session), self._write(), self._watch())]
-        try:
-            if self._hears:
-                await self._live.call(lambda sessions: session.listen(self._listener, after=last))
-            await self._over.wait()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if self._hears:
-                await self._live.call(lambda sessions: session.leave(self._listener))
-            await self._hang_up()
 
-    def _listener(self, number: int, news: News) -> None:
-        """On the sessions' thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._post, encode(number, news))
-        except RuntimeError:
-            _log.debug("the event loop is closed: nobody listens any more")
+        def listener(number: int, news: News) -> None:
+            connection.post_soon(encode(number, news))
 
-    def _post(self, message: dict[str, Any]) -> None:
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            self._end(TOO_SLOW, f"{OUTBOX} messages were not read; come back with last_event")
-
-    def _end(self, code: int, reason: str) -> None:
-        if not self._over.is_set():
-            self._why = (code, reason)
-            self._over.set()
-
-    async def _hang_up(self) -> None:
-        code, reason = self._why
-        if self._socket.application_state is WebSocketState.CONNECTED and reason:
+        async def obey(text: str | None) -> None:
             try:
-                async with asyncio.timeout(1):
-                    await self._socket.close(code, reason)
-            except (RuntimeError, TimeoutError, WebSocketDisconnect):
-                _log.debug("the other side of a socket is gone")
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                text = json.dumps(await self._outbox.get(), ensure_ascii=False).encode("utf-8", "replace").decode()
-                async with asyncio.timeout(SEND_SECONDS):
-                    await self._socket.send_text(text)
-        except TimeoutError:
-            self._end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds; come back with last_event")
-        except (RuntimeError, WebSocketDisconnect):
-            self._end(GOING_AWAY, "")
-
-    async def _watch(self) -> None:
-        """Nobody is held up by a socket: not the end of the server, and not its memory."""
-        while not self._load.draining:
-            await asyncio.sleep(WATCH_SECONDS)
-            if not self._hears and self._loop.time() - self._heard_at > IDLE_SECONDS:
-                self._end(IDLE, f"nothing was said for {IDLE_SECONDS:g} seconds")
-        self._end(GOING_AWAY, "the server is being stopped; come back later")
-
-    async def _read(self, session: Session) -> None:
-        while True:
-            message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                self._end(GOING_AWAY, "")
-                return
-            self._heard_at = self._loop.time()
-            text = message.get("text")
-            try:
-                await self._obey(session, text)
+                await self._obey(session, connection, text)
             except RekindleError as error:
-                self._post({"type": "error"} | refusal_of(error)[1])
+                connection.post({"type": "error"} | refusal_of(error)[1])
 
-    async def _obey(self, session: Session, text: str | None) -> None:
+        async def begin() -> None:
+            if self._hears:
+                await self._live.call(lambda sessions: session.listen(listener, after=last))
+
+        connection.post(await self._live.call(lambda sessions: _welcome(sessions, session)))
+        try:
+            await connection.run(obey, begin)
+        finally:
+            if self._hears:
+                await self._live.call(lambda sessions: session.leave(listener))
+            await connection.hang_up()
+
+    async def _obey(self, session: Session, connection: Connection, text: str | None) -> None:
         if not self._speaks:
             raise InvalidRequest("this socket only listens; speak on /ws/input or /ws")
-        if text is None:
-            raise InvalidRequest("expected a text message, got a binary one")
-        if len(text) > MAX_MESSAGE_CHARACTERS:
-            raise InvalidRequest(f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}")
-        if self._load.draining:
-            raise Stopping("the server is being stopped and takes nothing new; try again later")
-        incoming: Incoming = decode(text)
+        incoming: Incoming = decode(connection.check(text))
         await self._live.call(lambda sessions: incoming.apply(sessions.get(session.name, salt=session.salt)))
+
+
+def session_name(name: str | None) -> str | None:
+    """A session's name as it was asked for. Raises InvalidRequest."""
+    if name is not None and not 0 < len(name) <= MAX_NAME:
+        raise InvalidRequest(f"session: expected a name of 1 to {MAX_NAME} characters", param="session")
+    return name
+
+
+def _welcome(sessions: Sessions, session: Session) -> dict[str, Any]:
+    return {
+        "type": "system",
+        "kind": "connected",
+        "data": f"session {session.name}",
+        "detail": session.status | {"handle": sessions.handle(session)},
+    }

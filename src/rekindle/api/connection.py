@@ -1,0 +1,122 @@
+"""One socket's traffic, whatever its messages mean.
+
+What goes out waits in an outbox of limited length. Nobody is waited for: a reader that does not read, a speaker that has
+gone silent and everybody when the server stops is hung up on, with a reason that says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from rekindle.api.load import Load
+from rekindle.errors import InvalidRequest, Stopping
+
+MAX_MESSAGE_CHARACTERS = 1 << 18
+SEND_SECONDS = 30.0  # for one message to go out
+WATCH_SECONDS = 0.25
+TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A socket that was accepted. Belongs to the event loop, but for `post_soon`."""
+
+    def __init__(
+        self, socket: WebSocket, load: Load, *, outbox: int, idle_seconds: float | None = None, back: str = ""
+    ) -> None:
+        """`outbox` messages may wait; None of `idle_seconds` lets it be silent for ever; `back` says how to come back."""
+        self._socket, self._load, self._idle_seconds, self._back = socket, load, idle_seconds, back
+        self._loop = asyncio.get_running_loop()
+        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue(outbox)
+        self._over = asyncio.Event()
+        self._why = (GOING_AWAY, "")
+        self._active_at = self._loop.time()
+
+    def post(self, message: dict[str, Any]) -> None:
+        """Send this, in its turn."""
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self.end(TOO_SLOW, f"{self._outbox.maxsize} messages were not read{self._back}")
+
+    def post_soon(self, message: dict[str, Any]) -> None:
+        """`post` from another thread."""
+        try:
+            self._loop.call_soon_threadsafe(self.post, message)
+        except RuntimeError:
+            _log.debug("the event loop is closed: nobody listens any more")
+
+    def end(self, code: int, reason: str) -> None:
+        """Hang up; the first reason counts, and none is given if the other side has gone."""
+        if not self._over.is_set():
+            self._why = (code, reason)
+            self._over.set()
+
+    async def run(self, obey: Callable[[str | None], Awaitable[None]], begin: Callable[[], Awaitable[None]]) -> None:
+        """Read and write until it is over. `obey` gets each message's text, None if it is binary, one at a time.
+
+        `begin` is awaited once what it posts can go out.
+        """
+        tasks = [asyncio.ensure_future(work) for work in (self._read(obey), self._write(), self._watch())]
+        try:
+            await begin()
+            await self._over.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def hang_up(self) -> None:
+        """Say goodbye, if there is somebody to say it to."""
+        code, reason = self._why
+        if self._socket.application_state is WebSocketState.CONNECTED and reason:
+            try:
+                async with asyncio.timeout(1):
+                    await self._socket.close(code, reason)
+            except (RuntimeError, TimeoutError, WebSocketDisconnect):
+                _log.debug("the other side of a socket is gone")
+
+    def check(self, text: str | None) -> str:
+        """A message that may be looked into. Raises InvalidRequest, Stopping."""
+        if text is None:
+            raise InvalidRequest("expected a text message, got a binary one")
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            raise InvalidRequest(f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}")
+        if self._load.draining:
+            raise Stopping("the server is being stopped and takes nothing new; try again later")
+        return text
+
+    async def _read(self, obey: Callable[[str | None], Awaitable[None]]) -> None:
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                self.end(GOING_AWAY, "")
+                return
+            self._active_at = self._loop.time()
+            await obey(message.get("text"))
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                text = json.dumps(await self._outbox.get(), ensure_ascii=False).encode("utf-8", "replace").decode()
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self._socket.send_text(text)
+                self._active_at = self._loop.time()
+        except TimeoutError:
+            self.end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds{self._back}")
+        except (RuntimeError, WebSocketDisconnect):
+            self.end(GOING_AWAY, "")
+
+    async def _watch(self) -> None:
+        """Nobody is held up by a socket: not the end of the server, and not its memory."""
+        while not self._load.draining:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._idle_seconds is not None and self._loop.time() - self._active_at > self._idle_seconds:
+                self.end(IDLE, f"nothing was said for {self._idle_seconds:g} seconds{self._back}")
+        self.end(GOING_AWAY, "the server is being stopped; come back later")
