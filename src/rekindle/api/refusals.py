@@ -154,6 +154,11 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
     return respond(status, f"{param}: {_reason(first)}", param=param, code=_code(first["type"]))
 
 
+def explain(error: Mapping[str, Any], *, skip: int) -> tuple[str, str]:
+    """One of pydantic's errors as (field, what was expected and what came); the first `skip` parts name no field."""
+    return _dotted(error["loc"][skip:]), _reason(error)
+
+
 def _reason(error: Mapping[str, Any]) -> str:
     """What was expected and what came."""
     if error["type"] == "missing":

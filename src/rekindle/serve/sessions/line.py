@@ -6,7 +6,7 @@ worker's queue: its turn comes when the one before has ended, which is at once, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rekindle.errors import Overloaded
@@ -36,6 +36,16 @@ class Work:
         self.tier = done.plan.tier or self.tier
         self.reused += done.usage.cached_tokens
         self.generated += done.usage.completion_tokens
+
+    @classmethod
+    def total(cls, works: Iterable[Work]) -> Work:
+        """Of several lines."""
+        total = cls()
+        for work in works:
+            for name in ("computed", "reused", "restored", "generated"):
+                setattr(total, name, getattr(total, name) + getattr(work, name))
+            total.tier = work.tier or total.tier
+        return total
 
 
 class Line:

@@ -28,7 +28,7 @@ from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Exchange, Turn
-from rekindle.serve.sessions.line import Line, Post
+from rekindle.serve.sessions.line import Line, Post, Work
 from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.script import Message, Script
 
@@ -106,9 +106,14 @@ class Session:
         return self.options.policy
 
     @property
+    def work(self) -> Work:
+        """What was computed, reused and generated for it, in all its contexts."""
+        return Work.total(line.work for line in self._lines.values())
+
+    @property
     def status(self) -> dict[str, Any]:
         """For people and programs that look in."""
-        context, works = self.context, [line.work for line in self._lines.values()]
+        context, work = self.context, self.work
         return {
             "session": self.name,
             "state": self.state,
@@ -122,9 +127,9 @@ class Session:
             "window": self.window,
             "policy": self.policy,
             "draft": context.draft,
-            "computed_tokens": sum(work.computed for work in works),
-            "reused_tokens": sum(work.reused for work in works),
-            "generated_tokens": sum(work.generated for work in works),
+            "computed_tokens": work.computed,
+            "reused_tokens": work.reused,
+            "generated_tokens": work.generated,
             "listeners": len(self._listeners),
             "last_event": self._num_news,
         }
