@@ -24,12 +24,14 @@ from rekindle.errors import (
 
 if TYPE_CHECKING:
     from rekindle.kv.simple import SimpleKVCache
+    from rekindle.model.chunks import Chunk
     from rekindle.serve.local import LLM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "Chunk",
     "EngineError",
     "InvalidRequest",
     "ModelError",
@@ -62,6 +64,10 @@ def __getattr__(name: str) -> Any:
         from rekindle.kv.simple import SimpleKVCache
 
         return SimpleKVCache
+    if name == "Chunk":
+        from rekindle.model.chunks import Chunk
+
+        return Chunk
     if name == "torch":
         return import_module("rekindle.torch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

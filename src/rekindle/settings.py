@@ -95,6 +95,12 @@ class Settings(BaseModel):
     blend_head: str = Field(
         "", description="text before chunks that are computed on their own; default: the model's BOS only"
     )
+    blend_gate: str | None = Field(
+        None, description="file with the last line of `rekindle lab blend`: blend only as it says is good enough"
+    )
+    blend_least: float = Field(
+        0.97, ge=0, le=1, description="with blend_gate: least share of full prefill's right answers"
+    )
     chunk_separator: str | None = Field(
         None, min_length=1, description="what stands between the chunks of a plain prompt, such as ' # # '"
     )

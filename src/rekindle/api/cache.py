@@ -14,13 +14,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from rekindle.api.answers import Runner, while_connected
+from rekindle.api.cache_wire import ClearRequest, PinRequest, PromptFields, WarmRequest
 from rekindle.api.door import arrived
 from rekindle.api.keys import caller_of
 from rekindle.api.openai import built, check_model
 from rekindle.api.refusals import Json
 from rekindle.api.report import pin_as_dict
-from rekindle.api.wire import ClearRequest, PinRequest, PromptFields, WarmRequest
 from rekindle.errors import InvalidRequest
+from rekindle.model.chunks import Chunk, Document
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Generation
 from rekindle.serve.service import CacheStats, Service, Warmed
@@ -78,12 +79,19 @@ def cache_router(runner: Runner) -> APIRouter:
 
     @router.post("/warm")
     async def warm(request: Request, body: WarmRequest) -> Json:
-        """Compute the KV of prompts ahead of time, while no request has work, and store it. Nothing is answered."""
-        prompts, tokenize_ms = await _prompts(service, request, body, body.wanted)
+        """Compute the KV of prompts ahead of time, while no request has work, and store it. Nothing is answered.
+
+        Chunks and documents are computed on their own, so that requests that blend can place them wherever they stand.
+        """
+        if body.alone is None:
+            prompts, tokenize_ms = await _prompts(service, request, body, body.wanted)
+        else:
+            prompts, tokenize_ms = await _chunks(service, request, body, body.alone)
         warmed = [await _warm(runner, request, prompt, tokenize_ms / len(prompts)) for prompt in prompts]
         parts = [_warmed_as_dict(each) for each in warmed]
         totals = {name: sum(part[name] for part in parts) for name in ("tokens", "computed", "reused", "bytes")}
-        return Json(totals | {"seconds": round(sum(each.seconds for each in warmed), 3), "prompts": parts})
+        seconds = round(sum(each.seconds for each in warmed), 3)
+        return Json(totals | {"seconds": seconds, "prompts" if body.alone is None else "chunks": parts})
 
     return router
 
@@ -96,6 +104,16 @@ async def _prompts(
     salt = caller_of(request).salt(body.cache_salt)
     num_characters = sum(each.num_characters for each in wanted)
     return await built(num_characters, lambda: [_prompt(service, each, salt) for each in wanted])
+
+
+async def _chunks(
+    service: Service, request: Request, body: WarmRequest, alone: Sequence[Chunk | Document]
+) -> tuple[list[Prompt], float]:
+    """Each on its own, and the milliseconds that took."""
+    check_model(service, body.model)
+    salt = caller_of(request).salt(body.cache_salt)
+    num_characters = sum(len(each.text) for each in alone)
+    return await built(num_characters, lambda: service.chunk_prompts(alone, salt=salt, chat=body.chat))
 
 
 def _prompt(service: Service, wanted: PromptFields, salt: bytes) -> Prompt:

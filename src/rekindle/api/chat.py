@@ -67,9 +67,13 @@ def chat_router(runner: Runner) -> APIRouter:
 
 async def _generations(service: Service, request: Request, body: ChatRequest) -> list[Generation]:
     messages = [message.for_template() for message in body.messages]
-    num_characters = sum(len(message["content"]) for message in messages)
+    documents = [each.document for each in body.documents or ()]
+    num_characters = sum(each.num_characters for each in body.messages) + sum(len(each.text) for each in documents)
     salt = caller_of(request).salt(body.cache_salt)
-    prompt, tokenize_ms = await built(num_characters, lambda: service.chat_prompt(messages, salt=salt))
+    prompt, tokenize_ms = await built(
+        num_characters, lambda: service.chat_prompt(messages, documents=documents, salt=salt)
+    )
+    blend = service.blend_of(body.blend_wish, prompt)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return [
         Generation(
@@ -78,6 +82,7 @@ async def _generations(service: Service, request: Request, body: ChatRequest) ->
             sampling=body.sampling(service.engine_spec.vocab_size, choice=choice, top_logprobs=top_logprobs),
             stop=body.stops,
             json_schema=body.constraint,
+            blend=blend,
             pin_seconds=body.pin_seconds,
             ignore_eos=bool(body.ignore_eos),
             priority=body.priority or 0,

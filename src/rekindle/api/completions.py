@@ -71,6 +71,7 @@ def completions_router(runner: Runner) -> APIRouter:
                 sampling=body.sampling(service.engine_spec.vocab_size, choice=choice, top_logprobs=body.logprobs),
                 stop=body.stops,
                 json_schema=body.constraint,
+                blend=service.blend_of(body.blend_wish, prompt),
                 pin_seconds=body.pin_seconds,
                 ignore_eos=bool(body.ignore_eos),
                 priority=body.priority or 0,

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
+from rekindle.api.cache_wire import PruneRequest, VerifyRequest
 from rekindle.api.keys import ANYBODY, caller_of
 from rekindle.api.refusals import Json
-from rekindle.api.wire import PruneRequest, VerifyRequest
 from rekindle.errors import InvalidRequest
 from rekindle.kv.catalog import read_catalog, verify
 from rekindle.serve import listing

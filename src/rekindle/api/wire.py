@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     WithJsonSchema,
     WrapValidator,
@@ -24,11 +25,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rekindle.errors import InvalidRequest, nearest
+from rekindle.model.chunks import Chunk, Document
+from rekindle.reuse.blend_select import Select
 from rekindle.serve.durations import seconds_of
+from rekindle.serve.marked import Wish
 from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_DOCUMENTS = 1024
 NOT_TEXT = "not_text"
 _MAX_ID = (1 << 31) - 1
 _SEEDS = (1 << 63) - 1  # a mask: any integer makes a seed that is not negative
@@ -197,12 +202,49 @@ class Ours(Wire):
         return value
 
 
+class BlendOptions(Ours):
+    """How chunks are placed and mended; what is not said is as the server was set."""
+
+    select: Select | None = Field(None, description="which tokens of placed chunks are computed anew")
+    ratio: float | None = Field(None, ge=0, le=1, description="how much of what is placed is computed anew")
+    _wanted: bool = PrivateAttr(default=True)
+
+    @classmethod
+    def no(cls) -> BlendOptions:
+        """Don't."""
+        options = cls(select=None, ratio=None)
+        options._wanted = False
+        return options
+
+    @property
+    def wish(self) -> Wish:
+        """For the service."""
+        return {"select": self.select, "ratio": self.ratio} if self._wanted else False
+
+
+def _blend(value: Any) -> Any:
+    """True for blending as the server was set, false for none."""
+    if isinstance(value, bool):
+        return BlendOptions(select=None, ratio=None) if value else BlendOptions.no()
+    if value is None or isinstance(value, dict | BlendOptions):
+        return value
+    raise PydanticCustomError("invalid_value", "expected true, false or an object of select and ratio")
+
+
 class RekindleOptions(Ours):
-    """What to tell about the work itself, and what to keep of it."""
+    """What to tell about the work itself, what to keep of it, and whether chunks may be placed."""
 
     plan: bool = Field(False, description="which spans of the prompt were reused or computed, and why")
     timings: bool = Field(False, description="where the time went, in milliseconds")
     pin: Span | None = Field(None, description="keep the KV of prompt and answer for so long: 10m, 2h, or seconds")
+    blend: Annotated[BlendOptions | None, BeforeValidator(_blend)] = Field(
+        None, description="place marked chunks wherever they stand: true, false, or an object of select and ratio"
+    )
+
+    @property
+    def blend_wish(self) -> Wish:
+        """None if nothing is said."""
+        return None if self.blend is None else self.blend.wish
 
 
 class OpenAIFields(SamplingFields):
@@ -222,6 +264,10 @@ class OpenAIFields(SamplingFields):
         return None if self.rekindle is None else self.rekindle.pin
 
     @property
+    def blend_wish(self) -> Wish:
+        return None if self.rekindle is None else self.rekindle.blend_wish
+
+    @property
     def num_choices(self) -> int:
         return self.n or 1
 
@@ -231,10 +277,11 @@ class OpenAIFields(SamplingFields):
 
 
 class Part(Wire):
-    """One part of a message's content; only text is understood."""
+    """One part of a message's content; only text is understood. A chunk may be reused wherever it stands."""
 
     type: Literal["text"]
     text: Str
+    cache: Literal["chunk"] | None = None
 
 
 Content = Annotated[
@@ -249,17 +296,42 @@ class Message(Wire):
     content: Content = None
     name: Str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know it."""
-        parts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
-        message = {"role": "system" if self.role == "developer" else self.role, "content": "\n".join(parts)}
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it; with chunks, the parts as they are."""
+        content: Any = self.content or ""
+        if isinstance(content, list):
+            has_chunks = any(part.cache for part in content)
+            texts = [part.text for part in content]
+            content = [Chunk(p.text) if p.cache else p.text for p in content] if has_chunks else "\n".join(texts)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else message | {"name": self.name}
+
+    @property
+    def num_characters(self) -> int:
+        """About what there is to tokenise."""
+        texts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
+        return sum(map(len, texts))
+
+
+class DocumentIn(Wire):
+    """A text that was looked up for the question; a chunk."""
+
+    title: Str | None = None
+    text: Text
+
+    @property
+    def document(self) -> Document:
+        return Document(self.text, self.title or "")
+
+
+Documents = Annotated[list[DocumentIn], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
 
 
 class ChatRequest(OpenAIFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    documents: Documents | None = Field(None, description="each a chunk; put where the chat template says")
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -313,95 +385,3 @@ class GenerateRequest(SamplingFields):
     use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
     rekindle: RekindleOptions | None = None
-
-
-MAX_WARMED = 1024  # prompts in one request
-
-
-class PromptFields(Ours):
-    """One prompt, in one of three forms. Messages that don't end with the user's stand for all that may follow."""
-
-    prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    tokens: TokenIds | None = None
-
-    @property
-    def num_given(self) -> int:
-        return sum(each is not None for each in (self.prompt, self.messages, self.tokens))
-
-    @property
-    def num_characters(self) -> int:
-        """About what there is to tokenise."""
-        texts = [message.for_template()["content"] for message in self.messages or ()]
-        return sum(map(len, texts)) + len(self.prompt or "")
-
-
-class _OnePrompt(PromptFields):
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if self.num_given != 1:
-            expected = "expected one of prompt (text), messages and tokens"
-            raise InvalidRequest(f"{expected}, got {self.num_given or 'none'} of them", param="prompt")
-        return self
-
-
-class PinRequest(_OnePrompt):
-    """`POST /cache/pin`."""
-
-    ttl: Span = Field(description="how long it is kept: 10m, 2h, or seconds")
-    name: Annotated[Str, Field(max_length=200)] | None = Field(None, description="what to call it in /cache/pins")
-    warm: bool = Field(False, description="compute what is not stored, too")
-    cache_salt: Str | None = Field(None, description="the salt of the requests that need it")
-    model: Str | None = None
-
-
-WantedPrompt = Annotated[Text | TokenIds | _OnePrompt, _expect('text, token ids or {"messages": […]}')]
-
-
-class WarmRequest(PromptFields):
-    """`POST /cache/warm`: one prompt or several."""
-
-    prompts: Annotated[list[WantedPrompt], Field(min_length=1, max_length=MAX_WARMED, fail_fast=True)] | None = None
-    cache_salt: Str | None = Field(None, description="the salt of the requests that need it")
-    model: Str | None = None
-
-    @model_validator(mode="after")
-    def _is_some(self) -> Self:
-        if self.num_given + (self.prompts is not None) != 1:
-            raise InvalidRequest("expected one of prompts (an array), prompt, messages and tokens", param="prompts")
-        return self
-
-    @property
-    def wanted(self) -> list[PromptFields]:
-        """Each prompt."""
-        if self.prompts is None:
-            return [self]
-        return [_wanted(each) for each in self.prompts]
-
-
-def _wanted(given: str | list[int] | _OnePrompt) -> PromptFields:
-    if isinstance(given, _OnePrompt):
-        return given
-    return PromptFields(prompt=given) if isinstance(given, str) else PromptFields(tokens=given)
-
-
-class VerifyRequest(Ours):
-    """`POST /cache/verify`."""
-
-    repair: bool = Field(False, description="set aside what is torn")
-
-
-class PruneRequest(Ours):
-    """`POST /cache/prune`."""
-
-    max_size: Str | int | None = Field(None, description="delete what was used least recently until the rest fits")
-    older_than: Str | float | None = Field(None, description="delete what was not used for so long: 30d, or seconds")
-    orphans: bool = Field(False, description="delete what has lost a predecessor")
-    fingerprints: list[Str] = Field(default_factory=list, description="only of these models")
-    dry_run: bool = Field(False, description="only say what would be deleted")
-
-
-class ClearRequest(Ours):
-    """`POST /cache/clear`."""
-
-    scope: Literal["model", "all"] = Field("model", description="what this server's model has, or all models")

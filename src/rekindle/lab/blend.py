@@ -82,6 +82,7 @@ class BlendReport:
 
     engine: str
     model: str
+    fingerprint: str  # of what KV depends on: another model, KV type or engine is another
     data: str
     seed: int
     documents: int
@@ -153,6 +154,7 @@ def run_blend(
         return study.report(
             engine=engine_name(settings, service.model),
             model=service.model_name,
+            fingerprint=service.engine_spec.fingerprint.hex(),
             data="ember" if data is None else data.name,
             seed=seed,
         )

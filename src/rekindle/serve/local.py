@@ -9,23 +9,29 @@ from typing import Any, Self
 
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.kv.pins import Pin
+from rekindle.model.chunks import Chunk, Document, Part
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import seconds_of
+from rekindle.serve.marked import Wish
 from rekindle.serve.policies import Policy
 from rekindle.serve.request import Done, Generation, Piece, Sampling
 from rekindle.serve.service import CacheStats, Service, Warmed
 from rekindle.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]
+Given = str | Chunk | Sequence[Part] | Messages | Sequence[int]  # what a prompt may be
 _SAMPLING = frozenset(each.name for each in fields(Sampling)) - {"temperature"}
-_OPTIONS = _SAMPLING | {"max_tokens", "temperature", "stop", "raw", "ignore_eos", "priority"}
+_OPTIONS = _SAMPLING | {"max_tokens", "temperature", "stop", "raw", "ignore_eos", "priority", "blend", "documents"}
 
 
 def _several(prompts: Any) -> Sequence[Any]:
     """A list of prompts; one text and one conversation are a list of one."""
-    if isinstance(prompts, str) or not len(prompts):
+    if isinstance(prompts, str | Chunk) or not len(prompts):
         return [prompts]
-    is_one = isinstance(prompts[0], Mapping) or not hasattr(prompts[0], "__len__")  # messages, or token ids
+    first = prompts[0]
+    is_one = isinstance(first, Mapping) or not (
+        isinstance(first, Chunk) or hasattr(first, "__len__")
+    )  # messages, or ids
     return [prompts] if is_one else prompts
 
 
@@ -33,6 +39,7 @@ class LLM:
     """A model in this process. A context manager; thread-safe but for `close`.
 
     A prompt is a string (a user's message, put through the chat template unless `raw=True` or the model has none), a list
+    of texts and `rekindle.Chunk`s (the parts of such a message, with a newline between each two unless `raw=True`), a list
     of chat messages, or a list of token ids.
     """
 
@@ -48,21 +55,29 @@ class LLM:
 
     def generate(
         self,
-        prompt: str | Messages | Sequence[int],
+        prompt: Given,
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         stop: str | Sequence[str] = (),
         raw: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> str:
-        """The whole answer. Further arguments are those of `Sampling` (top_p, top_k, min_p, seed …)."""
-        pieces = self.stream(prompt, max_tokens=max_tokens, temperature=temperature, stop=stop, raw=raw, **sampling)
+        """The whole answer. Further arguments are those of `stream` and of `Sampling` (top_p, top_k, min_p, seed …)."""
+        pieces = self.stream(prompt, max_tokens=max_tokens, temperature=temperature, stop=stop, raw=raw, **options)
         return "".join(pieces)
+
+    def chat(self, messages: Messages, *, documents: Sequence[Any] = (), blend: Wish = None, **options: Any) -> str:
+        """The answer to a conversation. `documents`: what to answer from, each a chunk, put where the template says.
+
+        Each is `{"title": …, "text": …}`, a text or a Chunk. `content` of a message is text, or a list of texts and Chunks.
+        Further arguments are those of `stream`. Raises InvalidRequest.
+        """
+        return "".join(self.stream(messages, documents=documents, blend=blend, **options))
 
     def stream(
         self,
-        prompt: str | Messages | Sequence[int],
+        prompt: Given,
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
@@ -70,22 +85,27 @@ class LLM:
         raw: bool = False,
         ignore_eos: bool = False,
         priority: int = 0,
+        documents: Sequence[Any] = (),
+        blend: Wish = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The answer piece by piece. Closing the iterator stops the generation.
 
+        `blend`: place chunks wherever they stand (True, or `{"select": …, "ratio": …}`), or read all exactly (False).
         `sampling` has the other fields of `Sampling`: top_p, top_k, min_p, seed …  Raises InvalidRequest.
         """
         for name in sampling:
             if name not in _SAMPLING:
                 raise InvalidRequest(f"unknown option {name!r}{nearest(name, _OPTIONS)}", param=name)
+        made = self._prompt(prompt, raw, [Document.of(each) for each in documents])
         generation = Generation(
-            prompt=self._prompt(prompt, raw),
+            prompt=made,
             max_tokens=max_tokens,
             sampling=Sampling(temperature=temperature, **sampling),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=ignore_eos,
             priority=priority,
+            blend=self.service.blend_of(blend, made),
         )
         for event in self.service.events(generation):
             if isinstance(event, Piece) and event.text:
@@ -93,9 +113,7 @@ class LLM:
             elif isinstance(event, Done):
                 self.last = event
 
-    def pin(
-        self, prompt: str | Messages | Sequence[int], *, ttl: str | float, name: str | None = None, raw: bool = False
-    ) -> Pin:
+    def pin(self, prompt: Given, *, ttl: str | float, name: str | None = None, raw: bool = False) -> Pin:
         """Keep a prompt's KV for a time ("30s", "10m", "2h", "1d" or seconds), whether it was read yet or not.
 
         A list of messages that does not end with the user's stands for every conversation that begins with it. Pinning the
@@ -112,14 +130,15 @@ class LLM:
         return self.service.pins()
 
     def warm(
-        self, prompts: str | Messages | Sequence[str | Messages | Sequence[int]], *, raw: bool = False
+        self, prompts: str | Chunk | Messages | Sequence[str | Chunk | Messages | Sequence[int]], *, raw: bool = False
     ) -> list[Warmed]:
         """Compute the KV of prompts ahead of time and store it; what is stored already is not computed again.
 
-        Takes one text, one conversation, or a list of prompts. Generations that are asked for meanwhile go first. Returns
-        what each prompt has cost. Raises PromptTooLong.
+        Takes one text, one conversation, or a list of prompts. A Chunk is computed on its own, so that it can be placed
+        wherever it stands. Generations that are asked for meanwhile go first. Returns what each prompt has cost. Raises
+        PromptTooLong.
         """
-        return [self.service.warm(self._beginning(prompt, raw)) for prompt in _several(prompts)]
+        return [self.service.warm(self._alone(prompt, raw)) for prompt in _several(prompts)]
 
     def stats(self) -> CacheStats:
         return self.service.stats()
@@ -138,18 +157,26 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _beginning(self, prompt: str | Messages | Sequence[int], raw: bool) -> Prompt:
+    def _alone(self, prompt: Given, raw: bool) -> Prompt:
+        """What is to be warmed."""
+        if isinstance(prompt, Chunk):
+            return self.service.chunk_prompts([prompt], chat=False if raw else None)[0]
+        return self._beginning(prompt, raw)
+
+    def _beginning(self, prompt: Given, raw: bool) -> Prompt:
         """A prompt that is to be kept: of messages what conversations have in common that begin with them."""
-        if len(prompt) and isinstance(prompt[0], Mapping):
+        if not isinstance(prompt, str | Chunk) and len(prompt) and isinstance(prompt[0], Mapping):
             return self.service.opening_prompt(prompt)  # type: ignore[arg-type]  # a list of messages, all of one kind
         return self._prompt(prompt, raw)
 
-    def _prompt(self, prompt: str | Messages | Sequence[int], raw: bool) -> Prompt:
+    def _prompt(self, given: Given, raw: bool, documents: Sequence[Document] = ()) -> Prompt:
         service = self.service
-        if isinstance(prompt, str):
-            if raw or service.model.template is None:
-                return service.text_prompt(prompt)
-            return service.chat_prompt([{"role": "user", "content": prompt}])
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            return service.chat_prompt(prompt)  # type: ignore[arg-type]  # a list of messages, all of one kind
-        return service.token_prompt(prompt)  # type: ignore[arg-type]
+        prompt = [given] if isinstance(given, Chunk) else given
+        is_text = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], str | Chunk))
+        if is_text and not raw and service.model.template is not None:
+            return service.chat_prompt([{"role": "user", "content": prompt}], documents=documents)
+        if not is_text and len(prompt) and isinstance(prompt[0], Mapping):
+            return service.chat_prompt(prompt, documents=documents)  # type: ignore[arg-type]  # messages, all of one kind
+        if documents:
+            raise InvalidRequest("documents are put into a conversation; this prompt is none", param="documents")
+        return service.text_prompt(prompt) if is_text else service.token_prompt(prompt)  # type: ignore[arg-type]

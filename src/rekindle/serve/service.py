@@ -36,9 +36,10 @@ from rekindle.model.template import ChatTemplate
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
+from rekindle.serve.blend_gate import BlendGate, BlendingRefused
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
-from rekindle.serve.marked import marked_prompt
+from rekindle.serve.marked import Wish, marked_prompt, wished_blend
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.pinning import Pinning, Watch
@@ -171,6 +172,8 @@ class Service:
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
         self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
+        gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
+        self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
         self._transcripts = Transcripts()
         self._pinning = Pinning(self._store)
         self._started = time.monotonic()
@@ -322,6 +325,24 @@ class Service:
     def default_blend(self) -> Blend:
         """How a request blends that asks for it and says no more."""
         return Blend(self.settings.blend_select, self.settings.blend_ratio)
+
+    def blend_of(self, wish: Wish, prompt: Prompt) -> Blend | None:
+        """How a prompt is read of which a request says this, None for nothing said; the result None for exactly.
+
+        Raises InvalidRequest; BlendingRefused if it asks for what was not measured to be good enough.
+        """
+        is_asked = wish is not None
+        blend = wished_blend(wish if is_asked else self.settings.blend == "marked", self.default_blend)
+        if blend is None or not prompt.chunks:
+            return None
+        try:
+            if self._gate is not None:
+                self._gate.check(blend)
+        except BlendingRefused:
+            if is_asked:
+                raise
+            return None
+        return blend
 
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
