@@ -88,6 +88,54 @@ def test_export_and_place_round_trip(bench: Bench) -> None:
     assert bytes(bench.engine.export(again, 64, 128).data) == bytes(pieces[1].data)
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_placing_all_is_placing_each(bench: Bench, size: int) -> None:
+    tokens = bench.random(14, 150)
+    seq = bench.read(tokens)
+    before = next_logits(bench, seq)
+    pieces = [bench.engine.export(seq, start, min(start + size, 150)) for start in range(0, 150, size)]
+    again, later = bench.engine.open(), bench.engine.fork(seq, size)
+    calls = bench.engine.num_calls
+    bench.engine.place_all(again, pieces)
+    bench.engine.place_all(later, pieces[1:])
+    bench.engine.place_all(later, [])
+    assert bench.engine.num_calls == calls
+    for each in (again, later):
+        assert (bench.engine.tokens(each) == tokens).all()
+        assert bench.close(next_logits(bench, each), before)
+        for piece in pieces:
+            start, stop = piece.position, piece.position + len(piece)
+            assert bytes(bench.engine.export(each, start, stop).data) == bytes(piece.data)
+
+
+def test_placing_all_elsewhere_is_placing_each_elsewhere(bench: Bench) -> None:
+    chunk, before = bench.random(12, 50), bench.random(13, 75)
+    alone = bench.read(chunk)
+    pieces = [bench.engine.export(alone, start, min(start + 16, 50)) for start in range(0, 50, 16)]
+    one, other = bench.read(before), bench.read(before)
+    bench.engine.place_all(one, pieces)
+    for piece in pieces:
+        bench.engine.place(other, piece, bench.engine.length(other))
+    assert (bench.engine.tokens(one) == bench.engine.tokens(other)).all()
+    assert bench.close(next_logits(bench, one), next_logits(bench, other), rotated=True)
+
+
+def test_all_are_placed_or_none(bench: Bench) -> None:
+    tokens = bench.random(15, 96)
+    seq = bench.read(tokens)
+    pieces = [bench.engine.export(seq, start, start + 16) for start in range(16, 96, 16)]
+    torn = Payload(pieces[3].tokens, pieces[3].position, pieces[3].data[:-8], pieces[3].fingerprint)
+    foreign = Payload(pieces[3].tokens, pieces[3].position, pieces[3].data, b"somebody else's!")
+    bench.engine.truncate(seq, 16)
+    before = next_logits(bench, seq)
+    for bad in (torn, foreign):
+        with pytest.raises(ForeignPayload):
+            bench.engine.place_all(seq, [*pieces[:3], bad, pieces[4]])
+        assert (bench.engine.tokens(seq) == tokens[:16]).all()
+        bench.engine.check_integrity()
+        assert bench.close(next_logits(bench, seq), before)
+
+
 def test_a_long_payload_keeps_what_a_later_truncate_needs(bench: Bench) -> None:
     tokens = bench.random(8, 150)
     whole = bench.engine.export(bench.read(tokens), 0, 150)
@@ -249,6 +297,136 @@ def test_compare_tells_which_tokens_depend_on_what_stood_before(bench: Bench) ->
         bench.engine.compare(own, bench.engine.export(alone, 0, 59))
 
 
+# Giving up going back. Where no layer has a window it changes nothing, and all of this holds as well.
+
+
+def released(bench: Bench, seed: int, count: int, length: int) -> tuple[SequenceId, np.ndarray]:
+    """A sequence that was released, with its tokens."""
+    tokens = bench.random(seed, count)
+    seq = bench.read(tokens)
+    bench.engine.release(seq, length)
+    return seq, tokens
+
+
+def test_what_was_released_goes_on_as_before(bench: Bench) -> None:
+    tokens = bench.random(24, 220)
+    seq = bench.read(tokens)
+    before, free = next_logits(bench, seq), bench.engine.num_free_cells
+    bench.engine.release(seq, 210)
+    bench.engine.check_integrity()
+    reach = bench.engine.reach(seq)
+    assert reach in (0, 210)
+    assert (bench.engine.num_free_cells > free) == (reach > 0)
+    assert (bench.engine.tokens(seq) == tokens).all()
+    assert bench.close(next_logits(bench, seq), before)
+    more, same = bench.random(25, 30), bench.read(tokens)
+    for each in (seq, same):
+        bench.engine.forward([Work(each, more)])
+    assert bench.close(next_logits(bench, seq), next_logits(bench, same))
+
+
+def test_what_was_released_goes_back_as_far_as_it_says(bench: Bench) -> None:
+    seq, tokens = released(bench, 26, 230, 190)
+    reach = bench.engine.reach(seq)
+    for length in (190, 191, 229):
+        fork = bench.engine.fork(seq, length)
+        fresh = bench.read(tokens[:length])
+        assert bench.close(next_logits(bench, fork), next_logits(bench, fresh))
+        bench.engine.close(fork)
+        bench.engine.close(fresh)
+    free = bench.engine.num_free_cells
+    if reach:
+        for act in (bench.engine.fork, bench.engine.truncate, bench.engine.release):
+            with pytest.raises(BadRange, match=f"can go on from token {reach}"):
+                act(seq, reach - 1)
+        with pytest.raises(BadRange, match=f"from {reach} on"):
+            bench.engine.recompute(seq, [(reach - 1, reach)])
+    assert bench.engine.num_free_cells == free
+    bench.engine.truncate(seq, 190)
+    assert bench.close(next_logits(bench, seq), next_logits(bench, bench.read(tokens[:190])))
+    bench.engine.truncate(seq, 0)  # the beginning is always there
+    assert bench.engine.reach(seq) == 0
+    bench.engine.forward([Work(seq, tokens[:90])])
+    assert bench.close(next_logits(bench, seq), next_logits(bench, bench.read(tokens[:90])))
+
+
+def test_releasing_leaves_forks_alone(bench: Bench) -> None:
+    tokens = bench.random(27, 200)
+    seq = bench.read(tokens)
+    fork = bench.engine.fork(seq, 150)
+    bench.engine.release(seq, 200)
+    bench.engine.release(seq, 200)
+    assert bench.engine.reach(fork) == 0
+    bench.engine.truncate(fork, 60)
+    assert bench.close(next_logits(bench, fork), next_logits(bench, bench.read(tokens[:60])))
+    late = bench.engine.fork(seq, 200)
+    assert bench.engine.reach(late) == bench.engine.reach(seq)
+    bench.engine.close(seq)
+    assert bench.close(next_logits(bench, late), next_logits(bench, bench.read(tokens)))
+
+
+def test_a_released_sequence_leaves_and_comes_back(bench: Bench) -> None:
+    """As one that is swapped out: its payloads say what they lack and have no bytes for it."""
+    seq, tokens = released(bench, 28, 240, 220)
+    before, reach = next_logits(bench, seq), bench.engine.reach(seq)
+    pieces = [bench.engine.export(seq, start, min(start + 50, 240)) for start in range(0, 240, 50)]
+    other = bench.read(tokens[:50])
+    whole = bench.engine.export(other, 0, 50)
+    bench.engine.close(other)
+    assert whole.lacks == 0
+    if reach:
+        assert pieces[0].lacks == 50 and len(pieces[0].data) < len(whole.data)
+        assert sum(piece.lacks for piece in pieces) == 1 + reach - bench.engine.spec.window
+    else:
+        assert all(piece.lacks == 0 for piece in pieces)
+    again = bench.engine.open()
+    for piece in pieces:
+        if reach and len(bench.engine.tokens(again)):
+            with pytest.raises(BadRange, match="can go on from token"):
+                bench.engine.forward([Work(again, as_tokens([42]))])
+        bench.engine.place(again, piece, piece.position)
+        bench.engine.check_integrity()
+    assert bench.engine.reach(again) == reach
+    assert bench.close(next_logits(bench, again), before)
+    assert bytes(bench.engine.export(again, 150, 240).data) == bytes(bench.engine.export(seq, 150, 240).data)
+
+
+def test_what_nobody_will_see_is_not_placed(bench: Bench) -> None:
+    tokens = bench.random(29, 240)
+    seq = bench.read(tokens)
+    before = next_logits(bench, seq)
+    pieces = [bench.engine.export(seq, start, start + 60) for start in range(0, 240, 60)]
+    bench.engine.close(seq)
+    lean, wide = bench.engine.open(), bench.engine.open()
+    for piece in pieces[:3]:
+        bench.engine.place(lean, piece, piece.position, until=200)
+    bench.engine.place(lean, pieces[3], 180, stop=25, until=200)
+    reach, held = bench.engine.reach(lean), bench.engine.num_held([lean])
+    assert reach in (0, 200)
+    for piece in pieces[:3]:
+        bench.engine.place(wide, piece, piece.position)
+    bench.engine.place(wide, pieces[3], 180, stop=25)
+    assert (held < bench.engine.num_held([wide])) == (reach > 0)
+    assert bench.close(next_logits(bench, lean), next_logits(bench, wide))
+    bench.engine.place(lean, pieces[3], 205, start=25)
+    assert bench.close(next_logits(bench, lean), before)
+
+
+def test_released_sequences_are_cut_and_mended(bench: Bench) -> None:
+    """Where what is left shows all that a window needs; else the cut is refused."""
+    seq, tokens = released(bench, 30, 240, 200)
+    reach, same = bench.engine.reach(seq), bench.read(tokens)
+    if reach:
+        with pytest.raises(EngineError, match="cannot be cut out"):
+            bench.engine.drop(seq, 100, 230)
+    for each in (seq, same):
+        bench.engine.recompute(each, [(210, 220)])
+        bench.engine.drop(each, 20, 100)
+        bench.engine.check_integrity()
+    assert (bench.engine.tokens(seq) == bench.engine.tokens(same)).all()
+    assert bench.close(next_logits(bench, seq), next_logits(bench, same))
+
+
 REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], object]]] = [
     (
         "prompt larger than the cache",
@@ -269,6 +447,9 @@ REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], objec
     ("drop beyond the end", BadRange, lambda b, s: b.engine.drop(s, 30, 61)),
     ("export beyond the end", BadRange, lambda b, s: b.engine.export(s, 0, 61)),
     ("place with a gap", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 70)),
+    ("release beyond the end", BadRange, lambda b, s: b.engine.release(s, 61)),
+    ("release of unknown", UnknownSequence, lambda b, s: b.engine.release(99, 0)),
+    ("reach of unknown", UnknownSequence, lambda b, s: b.engine.reach(99)),
     ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),
     ("place a part beyond", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 60, start=3, stop=9)),
     ("place a part backwards", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 60, start=5, stop=3)),

@@ -22,6 +22,7 @@ step = st.one_of(
     st.tuples(st.just("export"), index, index, index),
     st.tuples(st.just("place"), index, index, index, index),
     st.tuples(st.just("recompute"), index, index, index),
+    st.tuples(st.just("release"), index, index),
 )
 
 
@@ -76,6 +77,11 @@ class Program:
     def do_recompute(self, seq: SequenceId, start: int, stop: int) -> None:
         self.engine.recompute(seq, [(start, stop)])
 
+    def do_release(self, seq: SequenceId, length: int) -> None:
+        before = self.engine.num_free_cells
+        self.engine.release(seq, length)
+        assert self.engine.reach(seq) in (0, length) or self.engine.num_free_cells == before
+
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.lists(step, max_size=40))
@@ -109,14 +115,15 @@ def test_exact_verbs_never_change_what_is_computed(bench: Bench, moves: list[tup
             count = min(count, 150 - bench.engine.length(seq))
             if count > 0:
                 bench.engine.forward([Work(seq, bench.random(seed + count, count))])
-            fork = bench.engine.fork(seq, max(1, bench.engine.length(seq) - back))
-            start = bench.engine.length(fork) // 2
+            fork = bench.engine.fork(seq, max(1, bench.engine.length(seq) - back, bench.engine.reach(seq)))
+            start = max(bench.engine.length(fork) // 2, bench.engine.reach(fork))
             payload = bench.engine.export(fork, start, bench.engine.length(fork))
             bench.engine.truncate(fork, start)
             bench.engine.close(seq)
             seq = fork
             if len(payload):
                 bench.engine.place(seq, payload, start)
+            bench.engine.release(seq, max(bench.engine.reach(seq), bench.engine.length(seq) - back))
         fresh = bench.read(bench.engine.tokens(seq))
         one, other = (bench.engine.forward([Work(each, as_tokens([42]))])[each].copy() for each in (seq, fresh))
         bench.engine.close(fresh)

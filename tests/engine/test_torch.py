@@ -15,6 +15,7 @@ import transformers
 
 from rekindle.engine.protocol import Payload, Work
 from rekindle.engine.torch.engine import TorchEngine
+from rekindle.engine.torch.groups import make_groups
 from rekindle.engine.torch.payload import LayerShape, PayloadLayout
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.lab.torch_logits import compare
@@ -128,7 +129,7 @@ def test_cells_strewn_over_the_pool_give_the_same() -> None:
     seq = engine.open()
     for start in range(0, 140, 7):
         engine.forward([Work(seq, tokens[start : start + 7])])
-    assert len(np.flatnonzero(np.diff(engine._cells(seq)) != 1)) > 20
+    assert all(len(np.flatnonzero(np.diff(keys.cells) != 1)) > 20 for keys in engine._table.keys(seq))
     strewn = probe(engine, seq)
     for filler in fillers[1::2]:
         engine.close(filler)
@@ -141,7 +142,7 @@ def test_growing_sequences_keep_their_cells_together() -> None:
     for _ in range(30):
         engine.forward([Work(seq, as_tokens([42])) for seq in seqs])
     for seq in seqs:
-        assert (np.diff(engine._cells(seq)) == 1).all()
+        assert all((np.diff(keys.cells) == 1).all() for keys in engine._table.keys(seq))
 
 
 # What it refuses, and what it serves without moving keys.
@@ -292,6 +293,67 @@ def test_longrope_takes_one_set_of_factors_for_all_lengths() -> None:
     assert np.abs(logits[other] - own_logits(model, short)).max() > 1e-2  # its frequencies are the long ones
     with pytest.raises(ContextFull, match="at most 128 tokens"):
         brief.forward([Work(brief.open(), long)])
+
+
+# Sliding windows: what has left them is given up, and nothing else.
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_of_many_windows_in_few_cells(name: str, dtype: torch.dtype) -> None:
+    """More tokens than cells, released on the way: logits are those of transformers, which reads it in one piece."""
+    model, tokens = tiny_model(name, dtype), noise(17, 1000)
+    cells = 180 if name == "mistral" else 600
+    engine = TorchEngine(model, num_cells=cells, max_length=1100)
+    seq, at = engine.open(), 0
+    for count in (1, 99, 50, 1, 120, 9, *(60,) * 12):
+        logits = engine.forward([Work(seq, tokens[at : at + count])])[seq].copy()
+        at += count
+        engine.release(seq, max(engine.reach(seq), at - 10))
+        engine.check_integrity()
+    assert at == 1000 and engine.num_held([seq]) < cells < at
+    expected = own_logits(tiny_model(name, dtype).float(), tokens)
+    tolerance = 1e-4 if dtype is torch.float32 else 2 * np.abs(own_logits(model, tokens) - expected).max()
+    assert np.abs(logits - expected).max() < tolerance
+    with pytest.raises(ContextFull, match="at most 1100 tokens"):
+        engine.forward([Work(seq, noise(18, 101))])
+
+
+def test_cells_that_one_kind_of_layers_gives_up_serve_the_other() -> None:
+    """Counted: a token has cells in three groups, one of the layer that sees all and two of those that see 32 tokens."""
+    engine = TorchEngine(tiny_model("gemma3"), num_cells=400)
+    assert (engine.groups.count, engine.groups.num_windowed, engine.groups.window) == (3, 2, 32)
+    one = read(engine, noise(19, 340))
+    with pytest.raises(ContextFull, match="200 cells are needed, 60 of 400 are free"):
+        engine.forward([Work(engine.open(), noise(20, 200))])
+    engine.release(one, 340)
+    assert engine.num_free_cells == (400 * 3 - 340 - 2 * 31) // 3 == 266
+    other = read(engine, noise(20, 200))
+    engine.release(other, 200)
+    third = read(engine, noise(21, 170))
+    for seq, tokens in ((one, noise(19, 340)), (other, noise(20, 200)), (third, noise(21, 170))):
+        expected = own_logits(engine._model, np.concatenate([tokens, as_tokens([42])]))
+        assert np.abs(probe(engine, seq) - expected).max() < 1e-4
+
+
+SHAPE, WIDE = LayerShape(1, 256, 256), LayerShape(1, 512, 512)
+GROUPED: list[tuple[str, list[LayerShape], list[int], tuple[int, int, int, int]]] = [
+    ("no window", [SHAPE] * 5, [0] * 5, (1, 5, 0, 0)),
+    ("a window everywhere", [SHAPE] * 5, [48] * 5, (1, 5, 1, 48)),
+    ("gemma3-270m", [SHAPE] * 18, ([512] * 5 + [0]) * 3, (6, 3, 5, 512)),
+    ("gemma2-2b", [SHAPE] * 26, [4096, 0] * 13, (2, 13, 1, 4096)),
+    ("gemma3-4b, whose layers don't come out even", [SHAPE] * 34, (([1024] * 5 + [0]) * 6)[:34], (7, 5, 6, 1024)),
+    ("shapes that differ", [SHAPE, WIDE], [64, 0], (1, 2, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("shapes", "windows", "expected"), [pytest.param(*g[1:], id=g[0]) for g in GROUPED])
+def test_layers_are_grouped(shapes: list[LayerShape], windows: list[int], expected: tuple[int, int, int, int]) -> None:
+    groups = make_groups(shapes, windows)
+    assert (groups.count, groups.size, groups.num_windowed, groups.window) == expected
+    assert len(set(zip(groups.of, groups.place, strict=True))) == len(shapes)
+    if groups.window:
+        assert all(groups.is_windowed(group) == (window > 0) for group, window in zip(groups.of, windows, strict=True))
 
 
 # Payloads.

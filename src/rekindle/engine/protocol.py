@@ -43,6 +43,7 @@ class Payload:
     position: int  # of the first token, where the KV was computed
     data: memoryview
     fingerprint: bytes  # of the engine that made it
+    lacks: int = 0  # of so many of its first tokens what layers with a sliding window keep is missing: see `release`
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,12 +77,27 @@ class Engine(Protocol):
         """The KV of [start, stop) as bytes. Changes nothing. Raises BadRange."""
 
     def place(
-        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        until: int = 0,
     ) -> None:
         """Put stored KV at the end of a sequence (`position` = its length), re-rotated if it was computed elsewhere.
 
-        Of the payload's tokens only [start, stop) are put there; as many cells as it has in all must be free. Raises
+        Of the payload's tokens only [start, stop) are put there; as many cells as it has in all must be free. `until` is
+        the length that the sequence will have before anything is computed, if nobody will go back below it: what a
+        sliding window can't see from there is left out, as if it had been released. Raises
         BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
+        """
+
+    def place_all(self, seq: SequenceId, payloads: Iterable[Payload]) -> None:
+        """Put these at the end of a sequence, one behind the other, as `place` would each; all of them or none.
+
+        An engine for which a call is dear (llama.cpp) makes fewer of them. Raises as `place` does.
         """
 
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
@@ -116,6 +132,20 @@ class Engine(Protocol):
 
     def close(self, seq: SequenceId) -> None:
         """End a sequence and free the cells that no other shares."""
+
+    def release(self, seq: SequenceId, length: int) -> None:
+        """Give up going back below `length`: what only that needs is freed, which is what the layers with a sliding window
+        hold beyond their window. Without such layers nothing happens.
+
+        Afterwards the sequence can be forked, truncated and computed anew from `reach` on or not at all, and payloads of
+        tokens that were given up lack a part. Other sequences that share the cells keep them. Raises BadRange.
+        """
+
+    def reach(self, seq: SequenceId) -> int:
+        """The least length, but for 0, at which the sequence can go on; 0 as long as nothing was given up.
+
+        It may be beyond the sequence's length while payloads that lack something are being placed.
+        """
 
     def tokens(self, seq: SequenceId) -> Tokens:
         """A copy of the sequence's tokens."""

@@ -69,7 +69,14 @@ class ToyEngine(BookKeeping):
         return Payload(self._table.tokens(seq)[start:stop], start, memoryview(states.tobytes()), self.spec.fingerprint)
 
     def place(
-        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        until: int = 0,
     ) -> None:
         start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
         if len(payload.data) != 8 * len(payload):

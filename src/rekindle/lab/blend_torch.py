@@ -110,11 +110,13 @@ def _watched() -> Iterator[list[Tensor]]:
     def watch(batch: Batch, module: Any, query: Tensor, key: Tensor, value: Tensor, **others: Any) -> Tensor:
         out = attend(batch, module, query, key, value, **others)
         ((_, span),) = batch._spans
-        keys = batch._pool.keys[batch._layers[module]][torch.from_numpy(span.cells)].transpose(0, 1)
+        layer = batch._layers[module]
+        cells = span.keys[batch._pool.groups.of[layer]].cells  # of all tokens, for nothing was released
+        keys = batch._pool.keys[layer][torch.from_numpy(cells)].transpose(0, 1)
         groups = query.shape[1] // keys.shape[0]
         scores = query[0].float() @ keys.repeat_interleave(groups, 0).float().transpose(1, 2) * others["scaling"]
         count = len(span.tokens)
-        hidden = torch.ones(count, len(span.cells), dtype=torch.bool).triu(len(span.cells) - count + 1)
+        hidden = torch.ones(count, len(cells), dtype=torch.bool).triu(len(cells) - count + 1)
         seen.append(scores.masked_fill(hidden, -math.inf).softmax(-1).sum(dim=(0, 1)).cpu())
         return out
 

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rekindle.engine.torch.borrow import ATTENTION
+from rekindle.engine.torch.cells import Cells, Keys
 from rekindle.engine.torch.gaps import runs
-from rekindle.engine.torch.pool import Cells, Pool
+from rekindle.engine.torch.pool import Pool
 from rekindle.errors import ModelError
 from rekindle.tokens import Tokens
 
@@ -52,15 +53,14 @@ class Span:
 
     tokens: Tokens  # [count]
     position: int  # of the first
-    cells: Cells  # of positions [first, position + count); the last `count` are the new tokens'
-    first: int = 0  # position of the first key that may be seen
+    keys: tuple[Keys, ...]  # of each group of layers, up to position + count; the last `count` are the new tokens'
     logits: bool = False  # whether the last token's are wanted
 
     def part(self, start: int, stop: int) -> Span:
         """The tokens [start, stop) of this span."""
-        end = self.position + stop - self.first
+        keys = tuple(each.between(each.first, self.position + stop) for each in self.keys)
         last = stop == len(self.tokens)
-        return Span(self.tokens[start:stop], self.position + start, self.cells[:end], self.first, self.logits and last)
+        return Span(self.tokens[start:stop], self.position + start, keys, self.logits and last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +76,16 @@ class _Block:
 
 
 class Batch:
-    """One call of the model. All layers with the same window share what is worked out here."""
+    """One call of the model. All layers of a group that have the same window share what is worked out here."""
 
     def __init__(self, pool: Pool, layers: dict[nn.Module, int], spans: Sequence[Span]) -> None:
         self._pool, self._layers = pool, layers
         self._spans = list(zip(np.cumsum([0, *(len(span.tokens) for span in spans)]).tolist(), spans, strict=False))
-        self._target = pool.index(np.concatenate([span.cells[-len(span.tokens) :] for span in spans]))
-        self._blocks: dict[int, list[_Block]] = {}
+        self._targets = [
+            pool.index(np.concatenate([span.keys[group].cells[-len(span.tokens) :] for span in spans]))
+            for group in range(pool.groups.count)
+        ]
+        self._blocks: dict[tuple[int, int], list[_Block]] = {}
 
     def attend(
         self,
@@ -98,47 +101,47 @@ class Batch:
     ) -> Tensor:
         """Q [1, heads, rows, key_dim], K and V [1, kv_heads, rows, width] to [1, rows, heads, value_dim]."""
         layer = self._layers[module]
+        group = self._pool.groups.of[layer]
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         new = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys[self._target] = new[0]
-        values[self._target] = new[1]
+        keys[self._targets[group]] = new[0]
+        values[self._targets[group]] = new[1]
         if query.device.type != "cpu" or softcap or keys.shape[-1] != values.shape[-1]:
-            return self._attend_plainly(query, keys, values, scaling, window, softcap)
-        blocks = self._blocks.get(window)
+            return self._attend_plainly(query, keys, values, group, scaling, window, softcap)
+        blocks = self._blocks.get((group, window))
         if blocks is None:
-            blocks = self._blocks[window] = self._plan(window, query.dtype)
+            blocks = self._blocks[group, window] = self._plan(group, window, query.dtype)
         outputs = [_attend_block(block, query, keys, values, new, scaling) for block in blocks]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
-    def _plan(self, window: int, dtype: torch.dtype) -> list[_Block]:
+    def _plan(self, group: int, window: int, dtype: torch.dtype) -> list[_Block]:
         blocks = []
         for row, span in self._spans:
-            count, end = len(span.tokens), span.position + len(span.tokens)
+            keys, count, end = span.keys[group], len(span.tokens), span.position + len(span.tokens)
             if count == 1:
-                cells = span.cells[-window:]
-                blocks.append(_Block(row, row + 1, self._parts(cells), None, False))
+                blocks.append(_Block(row, row + 1, self._parts(keys.cells[-window:]), None, False))
             elif dtype is torch.bfloat16 and count >= _MANY:
-                blocks += self._masked_blocks(row, span, window, torch.float32, by_products=True)
-            elif not window or end - span.first <= window:
-                blocks.append(_Block(row, row + count, self._parts(span.cells[:-count]), None, True))
+                blocks += self._masked_blocks(row, span, keys, window, torch.float32, by_products=True)
+            elif not window or end - keys.first <= window:
+                blocks.append(_Block(row, row + count, self._parts(keys.cells[:-count]), None, True))
             else:
-                blocks += self._masked_blocks(row, span, window, dtype)
+                blocks += self._masked_blocks(row, span, keys, window, dtype)
         return blocks
 
     def _masked_blocks(
-        self, row: int, span: Span, window: int, dtype: torch.dtype, *, by_products: bool = False
+        self, row: int, span: Span, keys: Keys, window: int, dtype: torch.dtype, *, by_products: bool = False
     ) -> Iterator[_Block]:
         """Blocks whose keys are one part, from the first that a query sees to the last query's own."""
         for start in range(0, len(span.tokens), _BLOCK):
             stop = min(start + _BLOCK, len(span.tokens))
             queries = np.arange(span.position + start, span.position + stop)
-            first = max(span.first, queries[0] - window + 1) if window else span.first
+            first = max(keys.first, int(queries[0]) - window + 1) if window else keys.first
             # without a window, all but the queries' own keys are seen by all, and plain products can leave them unmasked
-            keys = np.arange(first if window else queries[0], queries[-1] + 1)
-            distance = torch.from_numpy(queries[:, None] - keys[None, :])
+            masked = np.arange(first if window else queries[0], queries[-1] + 1)
+            distance = torch.from_numpy(queries[:, None] - masked[None, :])
             mask = torch.zeros(distance.shape, dtype=dtype)
             mask.masked_fill_((distance < 0) | (distance >= (window or span.position + stop)), float("-inf"))
-            part = self._pool.index(span.cells[first - span.first : queries[-1] + 1 - span.first])
+            part = self._pool.index(keys.between(first, int(queries[-1]) + 1).cells)
             yield _Block(row + start, row + stop, (part,), mask, False, by_products)
 
     def _parts(self, cells: Cells) -> tuple[slice | Tensor, ...]:
@@ -146,20 +149,17 @@ class Batch:
         return tuple(slice(*run) for run in found) if len(found) <= _MAX_RUNS else (torch.from_numpy(cells),)
 
     def _attend_plainly(
-        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int, softcap: float
+        self, query: Tensor, keys: Tensor, values: Tensor, group: int, scaling: float, window: int, softcap: float
     ) -> Tensor:
         outputs = []
         for row, span in self._spans:
-            count = len(span.tokens)
-            if window and count == 1:
-                span = Span(
-                    span.tokens, span.position, span.cells[-window:], max(span.first, span.position + 1 - window)
-                )
-            index = self._pool.index(span.cells)
+            count, end = len(span.tokens), span.position + len(span.tokens)
+            seen = span.keys[group].between(max(0, end - count + 1 - window) if window else 0, end)
+            index = self._pool.index(seen.cells)
             heads, kv_heads = query.shape[1], keys.shape[1]
             q = query[0, :, row : row + count].reshape(kv_heads, heads // kv_heads, count, -1)
             k, v = (pool[index].transpose(0, 1)[:, None] for pool in (keys, values))
-            mask = _visible(span, window).to(query.device)
+            mask = _visible(span, seen.first, window).to(query.device)
             if softcap:
                 scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scaling / softcap)) * softcap
                 weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -233,10 +233,10 @@ def _join(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return total.to(outs[0].dtype)
 
 
-def _visible(span: Span, window: int) -> Tensor:
-    """[queries, keys] bool."""
+def _visible(span: Span, first: int, window: int) -> Tensor:
+    """[queries, keys] bool; `first` is the position of the first key."""
     queries = torch.arange(span.position, span.position + len(span.tokens))
-    keys = torch.arange(span.first, span.position + len(span.tokens))
+    keys = torch.arange(first, span.position + len(span.tokens))
     distance = queries[:, None] - keys[None, :]
     return (distance >= 0) & (distance < window) if window else distance >= 0
 

@@ -25,7 +25,7 @@ class Borrowed:
 
     def __init__(self, model: nn.Module, num_cells: int, max_length: int | None) -> None:
         """`max_length`: the longest sequence that will be computed; longrope takes its long factors from there."""
-        self.max_length = num_cells if max_length is None else min(num_cells, max_length)
+        self.max_length = num_cells if max_length is None else max_length
         configs: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
         self._attention: list[_Change] = [(config, "_attn_implementation", ATTENTION) for config in configs.values()]
         self._frequencies: list[_Change] = []

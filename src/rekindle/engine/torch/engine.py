@@ -8,10 +8,10 @@ and its queries see all that lies before. So ranges far apart are one call.
 A span of tokens is the unit of exactness: a key is seen if its position is not after the query's, whatever the order in
 which cells were filled.
 
-Sliding-window layers keep all of their cells. A window's queries read no more than the window, so the time is that of the
-window; but `fork` and `truncate` promise every earlier length, and the token that follows there sees the window before
-that length. What has left today's window could be forgotten only together with the promise, and computing it again would
-take as many windows of tokens as the model has such layers.
+Sliding-window layers keep all of their cells as long as `fork` and `truncate` may ask for every earlier length, because the
+token that follows there sees the window before that length; computing it again would take as many windows of tokens
+as the model has such layers. When cells are wanted, `release` ends that promise for a sequence: what has left the window
+is given up, and its cells serve any other layer (`groups.py`). A window's queries read no more than the window either way.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from torch import Tensor
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.saved import distances
-from rekindle.engine.sequences import BookKeeping, SequenceTable
+from rekindle.engine.sequences import BookKeeping
 from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
-from rekindle.engine.torch.gaps import Gaps
+from rekindle.engine.torch.cells import Cells, CellTable, Keys
+from rekindle.engine.torch.groups import make_groups
 from rekindle.engine.torch.identity import identify, weights_digest
 from rekindle.engine.torch.kernels import kernels_for
 from rekindle.engine.torch.payload import PayloadLayout
-from rekindle.engine.torch.pool import Cells, Pool
+from rekindle.engine.torch.pool import Pool
 from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
 from rekindle.engine.verify import check_fingerprint, check_moves, check_payload, check_same, check_work
-from rekindle.errors import ContextFull, EngineError, ModelError
+from rekindle.errors import BadRange, ContextFull, EngineError, ModelError
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
 
@@ -68,10 +69,11 @@ class TorchEngine(BookKeeping):
     ) -> None:
         """An engine on a causal language model of transformers, on the device and in the type that the model has.
 
-        The model may be used by others between calls, but not be changed. `max_length` bounds the length of one sequence;
-        models with longrope take their long factors if it goes beyond their short range. `weights` is a digest of the
-        weights; without it they are read once, about a second per gigabyte. Raises ModelError if the model can't be
-        served, or computes something else here than on its own.
+        The model may be used by others between calls, but not be changed. `max_length` bounds the length of one sequence,
+        which can be more than there are cells where layers have a window and it is released on the way; without it
+        the cells do. Models with longrope take their long factors if it goes beyond their short range. `weights` is a
+        digest of the weights; without it they are read once, about a second per gigabyte. Raises ModelError if the model
+        can't be served, or computes something else here than on its own.
         """
         self._model = model
         self._borrowed = Borrowed(model, num_cells, max_length)
@@ -83,9 +85,13 @@ class TorchEngine(BookKeeping):
         self.rotations = [layer.rotation for layer in found.layers]  # of each layer; None where keys can't be turned
         self.immovable = found.immovable  # why its keys can't be turned to another position, if so
         self._max_length = found.max_length
-        self.layout = PayloadLayout(tuple(layer.shape for layer in found.layers), found.dtype)
-        self._pool = Pool(self.layout, num_cells, model.device)
-        self._table = SequenceTable(num_cells, range(max_sequences), Gaps(num_cells))
+        shapes = tuple(layer.shape for layer in found.layers)
+        self.groups = make_groups(shapes, [layer.window for layer in found.layers])
+        self.layout = PayloadLayout(
+            shapes, found.dtype, self.groups.windowed_layers if self.groups.window else frozenset()
+        )
+        self._pool = Pool(self.layout, self.groups, num_cells, model.device)
+        self._table: CellTable = CellTable(num_cells, range(max_sequences), self.groups)
         self.num_calls = 0
         self.num_computed = 0
         config = model.config.get_text_config()
@@ -110,6 +116,7 @@ class TorchEngine(BookKeeping):
         check_work(self._table, work, self.spec.vocab_size)
         for item in work:
             self._check_length(self.length(item.seq) + len(item.tokens))
+            self._table.check_reach(item.seq, self.length(item.seq))
         if not work:
             return {}
         rows = self._append([(item, self.length(item.seq)) for item in work])
@@ -127,32 +134,42 @@ class TorchEngine(BookKeeping):
         if stop == length or start == stop:
             return self.truncate(seq, length - (stop - start))
         self._check_movable("a cut may only be made at the end")
-        freed = (stop - start) - self._table.num_shared(seq, start, stop)
-        self._table.check_room(self._table.num_shared(seq, stop, length) - freed)
-        before = self._cells(seq)[stop:]
+        self._table.check_cut(seq, start, stop)
+        before = self._cells(seq, stop, length)
         self._table.cut(seq, start, stop)
         self._table.renew(seq, start, start + length - stop)  # others see the cells that would have to move
-        after = self._cells(seq)[start:]
-        moved = before != after
-        if moved.any():
-            self._pool.copy(before[moved], after[moved])
+        after = self._cells(seq, start, length)
+        moved = [one != other for one, other in zip(before, after, strict=True)]
+        if any(each.any() for each in moved):
+            self._pool.copy(_chosen(before, moved), _chosen(after, moved))
         self._turn(after, start - stop)
         return None
 
     def export(self, seq: SequenceId, start: int, stop: int) -> Payload:
         self._table.check_range(seq, start, stop)
-        data = self._pool.save(self._cells(seq)[start:stop])
-        return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint)
+        data = self._pool.save(self._cells(seq, start, stop), stop - start)
+        lacks = min(max(0, self._table.floor(seq) - start), stop - start)
+        return Payload(self._table.tokens(seq)[start:stop], start, data, self.spec.fingerprint, lacks)
 
     def place(
-        self, seq: SequenceId, payload: Payload, position: int, *, start: int = 0, stop: int | None = None
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        until: int = 0,
     ) -> None:
         start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
-        self._check_length(position + stop - start)
-        self.layout.check(memoryview(payload.data), len(payload))
-        self._table.append(seq, payload.tokens[start:stop])
-        cells = self._cells(seq)[position:]
-        self._pool.load(memoryview(payload.data), cells, len(payload), start)
+        end = position + stop - start
+        self._check_length(end)
+        self.layout.check(memoryview(payload.data), len(payload), payload.lacks)
+        unseen = max(payload.lacks - start, until - self.groups.window + 1 - position if self.groups.window else 0)
+        lacks = min(max(0, unseen), stop - start)
+        self._table.append(seq, payload.tokens[start:stop], lacks)
+        cells = self._cells(seq, position, end)
+        self._pool.load(memoryview(payload.data), cells, len(payload), lacks=payload.lacks, stop=stop)
         self._turn(cells, position - (payload.position + start))
 
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
@@ -171,16 +188,22 @@ class TorchEngine(BookKeeping):
         self._table.check_room(sum(stop - start for start, stop in ranges))
         if not ranges:
             return
-        chosen = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-        before = self._cells(seq)[chosen]
+        if ranges[0][0] < self._table.reach(seq):
+            raise BadRange(
+                f"sequence {seq} was released: tokens can be computed anew from {self._table.reach(seq)} on, "
+                f"not from {ranges[0][0]}"
+            )
+        count = sum(stop - start for start, stop in ranges)
+        before = [self._cells(seq, start, stop) for start, stop in ranges]
         for start, stop in ranges:
             self._table.renew(seq, start, stop)
-        cells, tokens = self._cells(seq), self.tokens(seq)
-        kept = self._pool.save(before)
+        keys, tokens = self._table.keys(seq), self.tokens(seq)
+        kept = self._pool.save(_joined(before), count)
         try:
-            self._compute([Span(tokens[start:stop], start, cells[:stop]) for start, stop in ranges])
+            self._compute([Span(tokens[start:stop], start, _between(keys, 0, stop)) for start, stop in ranges])
         except BaseException:
-            self._pool.load(kept, cells[chosen], len(chosen))  # cells that others shared stay the sequence's own
+            after = [self._cells(seq, start, stop) for start, stop in ranges]
+            self._pool.load(kept, _joined(after), count, stop=count)  # cells that others shared stay the sequence's own
             raise
 
     # Looking into KV.
@@ -207,13 +230,18 @@ class TorchEngine(BookKeeping):
     def look(self, payload: Payload, position: int | None = None) -> list[LayerKV]:
         """A payload's K and V, layer by layer, K turned to where its first token would stand at `position`.
 
-        The tensors are on the CPU; without a turn they share the payload's memory and must not be written.
-        Raises ForeignPayload, EngineError if the model's keys can't be moved.
+        The tensors are on the CPU; without a turn they share the payload's memory and must not be written. Raises
+        ForeignPayload, EngineError if the model's keys can't be moved or the payload is not whole.
         """
         by = 0 if position is None else position - payload.position
         if by:
             self._check_movable("a payload can only be read where it was computed")
         check_fingerprint(payload, self.spec)
+        if payload.lacks:
+            raise EngineError(
+                f"only a whole payload can be looked into; of {payload.lacks} of its {len(payload)} tokens the layers "
+                "with a sliding window are missing"
+            )
         data = self.layout.wrap(memoryview(payload.data), len(payload))
         pairs = enumerate(self.layout.split(data, len(payload)))
         return [
@@ -226,13 +254,19 @@ class TorchEngine(BookKeeping):
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)
 
+    def release(self, seq: SequenceId, length: int) -> None:
+        self._table.check_reach(seq, length)
+        self._table.release(seq, length)
+
+    def reach(self, seq: SequenceId) -> int:
+        return self._table.reach(seq)
+
     def check_integrity(self) -> None:
         self._table.check_integrity()
 
     def shutdown(self) -> None:
         """Frees the pool; the model stays as it is."""
-        self._pool.keys.clear()
-        self._pool.values.clear()
+        self._pool.shutdown()
 
     # The model underneath.
 
@@ -241,8 +275,9 @@ class TorchEngine(BookKeeping):
         spans = []
         for item, start in work:
             self._table.append(item.seq, item.tokens)
-            first = start if blind else 0
-            spans.append(Span(item.tokens, start, self._cells(item.seq)[first:], first, item.logits))
+            end = start + len(item.tokens)
+            keys = _between(self._table.keys(item.seq), start if blind else 0, end)
+            spans.append(Span(item.tokens, start, keys, item.logits))
         try:
             return self._compute(spans)
         except BaseException:
@@ -276,14 +311,16 @@ class TorchEngine(BookKeeping):
         self.num_computed += len(tokens)
         return list(output.logits[0].float().cpu().numpy())
 
-    def _cells(self, seq: SequenceId) -> Cells:
-        return np.array(self._table.cells(seq), dtype=np.int64)
+    def _cells(self, seq: SequenceId, start: int, stop: int) -> list[Cells]:
+        """Of each group, for those of the tokens [start, stop) that it holds."""
+        return [keys.cells for keys in _between(self._table.keys(seq), start, stop)]
 
-    def _turn(self, cells: Cells, by: int) -> None:
+    def _turn(self, cells: Sequence[Cells], by: int) -> None:
         if not by:
             return
-        index = self._pool.index(cells)
+        indexes = [self._pool.index(each) for each in cells]
         for layer, keys in enumerate(self._pool.keys):
+            index = indexes[self.groups.of[layer]]
             keys[index] = self._turned(layer, keys[index], by)
 
     def _turned(self, layer: int, keys: Tensor, by: int) -> Tensor:
@@ -302,6 +339,19 @@ class TorchEngine(BookKeeping):
             raise ContextFull(
                 f"a sequence of this engine has at most {self._max_length} tokens, {length} would be needed"
             )
+
+
+def _between(keys: Sequence[Keys], start: int, stop: int) -> tuple[Keys, ...]:
+    return tuple(each.between(start, stop) for each in keys)
+
+
+def _joined(parts: Sequence[Sequence[Cells]]) -> list[Cells]:
+    """Each group's cells of several ranges as one."""
+    return [np.concatenate(cells) for cells in zip(*parts, strict=True)]
+
+
+def _chosen(cells: Sequence[Cells], masks: Sequence[npt.NDArray[np.bool_]]) -> list[Cells]:
+    return [each[mask] for each, mask in zip(cells, masks, strict=True)]
 
 
 def _batches(spans: Sequence[Span], limit: int) -> Iterator[list[Span]]:
