@@ -16,9 +16,11 @@ from tests.kv.doubles import DictTier
 from rekindle.engine.toy import ToyEngine
 from rekindle.kv.store import Fetched, Store
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.blending import Blending, blends
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
+from rekindle.serve.scores import Scores
 from rekindle.tokens import as_tokens
 
 END = 3
@@ -80,10 +82,14 @@ class Stage:
         self.engine = ToyEngine(TOY_SPEC, num_cells)
         max_bytes = options.pop("store_bytes", 1 << 30)
         self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers)
+        head = as_tokens(options.pop("head", []))
+        self.scores = options.pop("scores", None) or Scores(TOY_SPEC.fingerprint, head)
+        self.blending = Blending(self.store, head, self.scores)
         self.fetches: list[tuple[Run, Future[Fetched]]] = []  # begun, and ended by `end_fetches`
         given = {"max_running": 8, "max_residents": 8, "prefill_budget": 64, "min_tokens": 20, "max_length": num_cells}
         begin = self.begin_fetch if tiers else None
-        self.scheduler = Scheduler(self.engine, self.store, Letters(), fetch=begin, **(given | options))  # type: ignore[arg-type]
+        options = given | {"fetch": begin, "blending": self.blending} | options
+        self.scheduler = Scheduler(self.engine, self.store, Letters(), **options)  # type: ignore[arg-type]
 
     def begin_fetch(self, run: Run) -> Future[Fetched]:
         self.fetches.append((run, Future()))
@@ -91,16 +97,18 @@ class Stage:
 
     def end_fetches(self) -> None:
         for run, future in self.fetches:
-            prompt = run.generation.prompt
-            future.set_result(self.store.fetch(prompt.tokens, prompt.salt, compute=self.scheduler.prefill_speed))
+            prompt, speed = run.generation.prompt, self.scheduler.prefill_speed
+            blended = self.blending.fetch(prompt, speed) if blends(run) else None
+            future.set_result(blended or self.store.fetch(prompt.tokens, prompt.salt, compute=speed))
         self.fetches.clear()
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int | None = 5, *, salt: bytes = b"", **options: object
+        self, prompt: Sequence[int] | Prompt, max_tokens: int | None = 5, *, salt: bytes = b"", **options: object
     ) -> Answer:
         options.setdefault("sampling", Sampling(temperature=0))
         options.setdefault("ignore_eos", True)
-        generation = Generation(prompt=Prompt(as_tokens(prompt), salt=salt), max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(as_tokens(prompt), salt=salt)
+        generation = Generation(prompt=prompt, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
         answer = Answer(None)  # type: ignore[arg-type]
         now = time.perf_counter()
         answer.run = Run(generation, answer.events.append, None, Clock(now, now))
@@ -119,7 +127,7 @@ class Stage:
                 return count
         raise AssertionError(f"not finished after {max_steps} steps")
 
-    def ask(self, prompt: Sequence[int], max_tokens: int | None = 5, **options: object) -> Answer:
+    def ask(self, prompt: Sequence[int] | Prompt, max_tokens: int | None = 5, **options: object) -> Answer:
         answer = self.submit(prompt, max_tokens, **options)  # type: ignore[arg-type]
         self.run()
         return answer

@@ -61,6 +61,7 @@ class OnItsOwn:
     head: int  # tokens before it there: the position of its first token
     length: int  # tokens of the chunk, from its first, whose KV is at hand
     scores: Floats | None = None  # [tokens of the chunk] how far each one's KV once differed from that in place
+    fetched: str = ""  # what of it was brought from slower tiers for this prompt, in words
 
 
 def make_blend_plan(prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None], blend: Blend) -> Plan:
@@ -121,7 +122,8 @@ def _walk(
             if position < start:
                 yield Compute(position, start, _why(position, start, choices, begin))
             source = own.head + start - chunk.start
-            reason = f"chunk {index} was computed on its own; moved by {start - source:+}"
+            origin = f"on its own; {own.fetched}" if own.fetched else "on its own"
+            reason = f"chunk {index} was computed {origin}; moved by {start - source:+}"
             yield Place(start, stop, reason, source=source, chunk=index)
             position = stop
     if position < exact.total:
@@ -178,10 +180,19 @@ class Memory:
 
     def add(self, key: bytes, scores: Floats) -> None:
         """One more meeting."""
-        count, mean = self._scores.pop(key, (0, np.zeros_like(scores)))
-        self._scores[key] = (count + 1, mean + (scores - mean) / np.float32(count + 1))
+        count, mean = self._scores.get(key, (0, np.zeros_like(scores)))
+        self.put(key, count + 1, mean + (scores - mean) / np.float32(count + 1))
+
+    def put(self, key: bytes, count: int, mean: Floats) -> None:
+        """What so many meetings have given."""
+        self._scores.pop(key, None)  # or else it would stay at its old place in the order
+        self._scores[key] = (count, mean)
         if len(self._scores) > self._max_chunks:
             del self._scores[next(iter(self._scores))]
+
+    def meetings(self, key: bytes) -> int:
+        """How many of them the scores are averaged over."""
+        return self._scores.get(key, (0, None))[0]
 
     def get(self, key: bytes) -> Floats | None:
         found = self._scores.get(key)

@@ -135,6 +135,17 @@ class Plan:
         places = (step.start for step in self.steps if isinstance(step, Place) and step.chunk is not None)
         return next(places, self.total)
 
+    @property
+    def begin(self) -> int:
+        """Tokens that are reused as an exact beginning, before the first that is computed or placed as part of a chunk."""
+        return min(self.ready, self.exact)
+
+    @property
+    def blended(self) -> int:
+        """Tokens of chunks that are placed: reused, but not exactly."""
+        places = (step for step in self.steps if isinstance(step, Place) and step.chunk is not None)
+        return sum(step.stop - step.start for step in places)
+
     def as_dict(self) -> dict[str, Any]:
         """For the wire: steps with their kind, span and reason; and chunks, if there are any."""
         kinds: dict[type, Literal["fork", "place", "compute"]] = {Fork: "fork", Place: "place", Compute: "compute"}

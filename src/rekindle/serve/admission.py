@@ -17,6 +17,7 @@ from rekindle.engine.protocol import Payload, SequenceId
 from rekindle.errors import EngineError
 from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
+from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, prepare
 from rekindle.serve.room import Room
 from rekindle.serve.run import Run
 from rekindle.serve.sampling import Vector
@@ -38,8 +39,9 @@ class Outcome(Enum):
 class Admission:
     """Starts waiting requests of a state."""
 
-    def __init__(self, state: State, room: Room, fetch: Fetch | None) -> None:
+    def __init__(self, state: State, room: Room, blending: Blending, fetch: Fetch | None) -> None:
         self._state = state
+        self._blending = blending
         self._room = room
         self._engine = state.engine
         self._store = state.store
@@ -50,7 +52,8 @@ class Admission:
         if self._state.policy.looks_at_reuse and run.generation.reuses:
             residents, match = self._known(run)
             held = max((common_length(run.prompt, resident.tokens) for resident in residents), default=0)
-            run.reusable = max(held, match.length)
+            known = self._look(run).known
+            run.reusable = max(held, match.length, sum(own.length for own in known if own is not None))
 
     def admit_one(self, fail: Callable[[Run, EngineError], object]) -> Run | None:
         """Start the first that can be; None if that is nobody. One whose KV can't be put back has to `fail`."""
@@ -108,23 +111,25 @@ class Admission:
         if (hold := run.generation.hold) is not None and hold.cut is not None:
             self._state.residents.cut(hold.name, hold.cut, run.salt)
         residents, match = self._known(run)
-        plan = make_plan(run.generation.prompt, residents, self._stored(run, match))
+        found = self._look(run)
+        plan = self._blending.plan(run, make_plan(run.generation.prompt, residents, self._stored(run, match)), found)
         if self._can_fetch_soon(run, plan) or self._begin_fetch(run, plan) or self._can_share_soon(run, plan):
             return Outcome.WAITS
         planned = time.perf_counter()
         logits = None if plan.computed else self._known_logits(plan, match)
         try:
-            restored = self._restore(run, plan, match, victims)
+            restored = self._restore(run, plan, match, found, victims)
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
             self._store.clear_memory()
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
-            restored = self._restore(run, plan, Match((), 0, None), victims)
+            restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
             return Outcome.NO_ROOM
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
         run.start(plan)
         self._store.used(match)
+        self._blending.used(plan, found)
         if logits is not None:
             run.marks[plan.total] = logits
         self._state.enter(run)
@@ -145,10 +150,14 @@ class Admission:
         """Running requests' sequences: they can be shared at once."""
         for other in self._state.running:
             if other.seq is not None and shares(other, run):
-                yield Resident(other.seq, self._engine.tokens(other.seq), frozenset(other.marks))
+                tokens = self._engine.tokens(other.seq)[: other.exact]
+                yield Resident(other.seq, tokens, frozenset(other.exact_marks))
+
+    def _look(self, run: Run) -> Found:
+        return self._blending.look(run, self._state.least_tokens(run)) if blends(run) else Found()
 
     def _stored(self, run: Run, match: Match) -> Stored:
-        fetched = Fetched() if run.fetch is None or run.fetch.exception() else run.fetch.result()
+        fetched = run.fetched
         words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
         has_logits, tier = match.logits is not None, next(reversed(fetched.tokens), "memory")
         return Stored(match.length, has_logits, self._store.block_tokens, words, tier, fetched.refused)
@@ -157,7 +166,11 @@ class Admission:
         """Logits after the prompt, of a plan that computes nothing."""
         source = next((step.seq for step in plan.steps if isinstance(step, Fork)), None)
         resident = None if source is None else self._state.residents.touch(source)
-        marks = [resident.marks] if resident else [other.marks for other in self._state.running if other.seq == source]
+        marks = (
+            [resident.marks]
+            if resident
+            else [other.exact_marks for other in self._state.running if other.seq == source]
+        )
         logits = next((each[plan.total] for each in marks if plan.total in each), match.logits)
         assert logits is not None
         return logits
@@ -166,7 +179,7 @@ class Admission:
 
     def _gain(self, run: Run, other: Run, plan: Plan) -> int:
         """Length of the common beginning if it is worth waiting for, else 0."""
-        common = common_length(run.prompt, other.prompt) if shares(run, other) else 0
+        common = min(other.exact, common_length(run.prompt, other.prompt)) if shares(run, other) else 0
         return common if common - plan.reused >= max(1, self._state.min_tokens) else 0
 
     def _wait_for(self, run: Run, others: dict[Run, int]) -> bool:
@@ -201,12 +214,16 @@ class Admission:
         if self._state.policy.looks_at_reuse:
             for other in self._state.waiting:
                 if shares(run, other):
-                    other.reusable = max(other.reusable, common_length(run.prompt, other.prompt))
+                    common = min(run.exact, common_length(run.prompt, other.prompt))
+                    other.reusable = max(other.reusable, common)
 
     # What is put back.
 
-    def _restore(self, run: Run, plan: Plan, match: Match, victims: list[Run]) -> bool:
-        """Fork and place as planned; False if there is no room. Then, and on an error, nothing is left behind."""
+    def _restore(self, run: Run, plan: Plan, match: Match, found: Found, victims: list[Run]) -> bool:
+        """Fork and place as planned; False if there is no room. Then, and on an error, nothing is left behind.
+
+        Parts of chunks are only prepared: their places come when the prompt has been read up to them.
+        """
         fork = next((step for step in plan.steps if isinstance(step, Fork)), None)
         if not self._room.make_sequence(keep=[] if fork is None else [fork.seq]):
             return False
@@ -216,11 +233,14 @@ class Admission:
                 self._state.residents.touch(fork.seq)
             placed = [block.position + len(block.tokens) for block in match.blocks]  # the last may go beyond the prompt
             cells = max(plan.total, *placed, 0) - (0 if fork is None else fork.stop) + 1
-            if not self._room.make(cells, [seq], victims):
+            cells = max(cells, cells_to_prepare(plan, found, len(self._blending.head)))
+            has_sequence = not plan.blended or self._room.make_sequence(keep=[] if fork is None else [fork.seq])
+            if not has_sequence or not self._room.make(cells, [seq], victims):
                 self._engine.close(seq)
                 return False
+            run.parts = prepare(self._engine, plan, found)
             for step in plan.steps:
-                if isinstance(step, Place):
+                if isinstance(step, Place) and step.chunk is None:
                     self._place(seq, step, match)
         except EngineError:
             self._engine.close(seq)

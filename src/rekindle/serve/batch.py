@@ -28,9 +28,11 @@ class Batch:
 def least_cells(state: State) -> int:
     """Cells that the next step must have: one for every answer, or where there is none, for some prompt to get on."""
     decoding = sum(1 for run in state.running if not run.reading)
-    reading = _by_urgency(state)
+    reading = by_urgency(state)
     if decoding or not reading:
         return decoding
+    if reading[0].due:
+        return len(reading[0].parts[0].payload)
     return 1 if reading[0].generation.use_kv_cache else len(reading[0].prompt)
 
 
@@ -40,9 +42,9 @@ def make_batch(state: State, pace: Pace) -> Batch:
     for run in state.running:
         if not run.reading:
             _add(batch, state, run, 1)
-    reading = _by_urgency(state)
+    reading = [run for run in by_urgency(state) if not run.due]
     hurried = any(run.generation.warm for run in reading)  # who comes has to wait for one step of it
-    unread = sum(len(run.prompt) - run.read for run in reading)
+    unread = sum(run.unread for run in reading)
     budget = pace.chunk(batch.num_decoding, len(reading), unread, hurried=hurried) if reading else 0
     for run in reading:
         room = state.engine.num_free_cells - batch.num_tokens
@@ -53,7 +55,7 @@ def make_batch(state: State, pace: Pace) -> Batch:
     return batch
 
 
-def _by_urgency(state: State) -> list[Run]:
+def by_urgency(state: State) -> list[Run]:
     """Requests whose prompts are being read. One that others wait for is as urgent as the most urgent of them."""
     ranks: dict[Run, Rank] = {run: state.rank(run) for run in state.running if run.reading}
     for waiting in state.waiting:

@@ -44,17 +44,12 @@ def sources_of(plan: Plan, fetched: Fetched) -> dict[str, int]:
                 counts["computed"] += length
             case Place():
                 for tier, brought in reversed(fetched.tokens.items()):
+            case Place(chunk=int()):
+                counts["blended"] += length
                     counts[tier] += min(brought, length)
                     length -= min(brought, length)
                 counts["memory"] += length
     return {source: count for source, count in counts.items() if count}
-
-
-def fetched_of(run: Run) -> Fetched:
-    """What a request has got from slower tiers."""
-    fetch = run.fetch
-    is_lost = fetch is None or not fetch.done() or fetch.cancelled() or fetch.exception() is not None
-    return Fetched() if fetch is None or is_lost else fetch.result()
 
 
 class Registry(prometheus.CollectorRegistry):
@@ -116,7 +111,7 @@ class Metrics(Observer):
 
     def admitted(self, run: Run, plan: Plan) -> None:
         self._queued.discard(run)
-        clock, fetched = run.clock, fetched_of(run)
+        clock, fetched = run.clock, run.fetched
         fetching = max(0.0, clock.fetch_ended - clock.fetch_started)
         self._queue.observe(max(0.0, clock.admitted - clock.submitted - fetching))
         if fetching or any(isinstance(step, Place) for step in plan.steps):

@@ -132,6 +132,11 @@ class TokenInfo:
     top: tuple[tuple[int, bytes, float], ...] = ()  # (id, bytes, logprob) of the most probable tokens, best first
 
 
+        if self.blend is not None and (not self.answers or self.pin_seconds is not None):
+            raise InvalidRequest(
+                "what is blended is not kept, so it can't be pinned or warmed, nor fed; pin or warm its chunks instead",
+                param="blend",
+            )
 @dataclass(frozen=True)
 class Piece:
     """Some more of the answer. Text is whole characters, held back while it may belong to a stop string."""
@@ -163,6 +168,7 @@ class Timings:
     lookup_ms: float  # planning: residents and store
     restore_ms: float  # putting stored KV back
     prefill_ms: float  # from the end of restoring to the first token
+    blended_tokens: int = 0  # of the cached ones, those of chunks that were placed: reused, but not exactly
     ttft_ms: float
     decode_ms: float  # from the first token to the last
     total_ms: float

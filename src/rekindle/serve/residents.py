@@ -35,6 +35,7 @@ from rekindle.tokens import Tokens, common_length
 
 _log = logging.getLogger(__name__)
 MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
+MAX_ASIDE = 4  # sequences whose chunks are still to be compared with themselves on their own
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Resident:
     holder: str | None = None  # who goes on with it
     passing: bool = False  # about to change: saved only if it has to leave
 
+    private: bool = False  # nobody may share it, and it is never saved: its KV is not what reading its tokens gives
 
 class Residents:
     """The idle sequences of one engine."""
@@ -64,11 +66,11 @@ class Residents:
         self._uses = 0
 
     def __len__(self) -> int:
-        return len(self._all)
+        return sum(not resident.private for resident in self._all)
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(resident.tokens) for resident in self._all)
+        return sum(len(resident.tokens) for resident in self._all if not resident.private)
 
     @property
     def seqs(self) -> list[SequenceId]:
@@ -76,7 +78,9 @@ class Residents:
 
     def views(self, salt: bytes) -> list[plan.Resident]:
         """What a tenant's plan may fork."""
-        return [plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt]
+        return [
+            plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt and not r.private
+        ]
 
     def touch(self, seq: SequenceId) -> Resident | None:
         """Mark as just used; None if it is none of these."""
@@ -106,7 +110,7 @@ class Residents:
         new = Resident(seq, self._engine.tokens(seq), salt, dict(marks), self._use(), spare=spare)
         if hold is not None:
             new.holder, new.passing = hold.name, hold.passing
-        mine = [r for r in self._all if r.holder is None or r.holder == new.holder]
+        mine = [r for r in self._all if not r.private and r.holder in (None, new.holder)]
         for old in [r for r in mine if r.salt == salt and _begins(r.tokens, new.tokens)]:
             new.marks |= {length: logits for length, logits in old.marks.items() if length not in new.marks}
             same = len(old.tokens) == len(new.tokens) and set(marks) <= set(old.marks)
@@ -121,12 +125,34 @@ class Residents:
             self.evict(for_cells=False)
 
     def evict(self, keep: Iterable[SequenceId] = (), *, for_cells: bool = True) -> bool:
+    def set_aside(self, seq: SequenceId) -> Resident:
+        """Take over a sequence for whoever asks, until it is released or has to leave, as the first of all."""
+        aside = [resident for resident in self._all if resident.private]
+        if len(aside) >= MAX_ASIDE:
+            self._end(aside[0])
+        new = Resident(seq, self._engine.tokens(seq), b"", {}, self._use(), saved=True, private=True)
+        self._all.append(new)
+        return new
+
+    def has(self, resident: Resident) -> bool:
+        """Whether it is still here; its sequence may be somebody else's by now."""
+        return any(each is resident for each in self._all)
+
+    def release(self, resident: Resident) -> None:
+        """End what was set aside, if it is still here."""
+        if self.has(resident):
+            self._end(resident)
+
         """Save the one that is worth least to the store and end it. False if there is none but those to keep."""
         kept = set(keep)
         leaving = [resident for resident in self._all if resident.seq not in kept]
         if not leaving:
             return False
         leaving = [resident for resident in leaving if resident.holder is None] or leaving
+        aside = next((resident for resident in leaving if resident.private), None)
+        if aside is not None:
+            self._end(aside)
+            return True
         victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
         self._end(victim)

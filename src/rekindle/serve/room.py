@@ -130,11 +130,13 @@ class Room:
 
     def _longest_shared(self, run: Run, pieces: Sequence[Payload]) -> tuple[SequenceId | None, int]:
         """Who holds most of the beginning of a swapped request, in whole pieces."""
-        held = run.tokens[: sum(len(payload) for payload in pieces)]
+        held = run.tokens[: min(run.exact, sum(len(payload) for payload in pieces))]
         best, longest = None, 0
         if run.generation.reuses:
             views = [
-                (r.seq, self._engine.tokens(r.seq)) for r in self._state.running if r.seq is not None and shares(r, run)
+                (r.seq, self._engine.tokens(r.seq)[: r.exact])
+                for r in self._state.running
+                if r.seq is not None and shares(r, run)
             ]
             views += [(view.seq, view.tokens) for view in self._residents.views(run.salt)]
             for seq, tokens in views:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
@@ -43,6 +44,23 @@ class Clock:
     last_token: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tokens [start, stop) of KV that is to be placed; its payload is turned to where that goes."""
+
+    payload: Payload
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def position(self) -> int:
+        """Of its first token in the prompt."""
+        return self.payload.position + self.start
+
+
 @dataclass(eq=False)
 class Run:
     """The state of one request. Owned by the scheduler; only `cancelled` is set from outside."""
@@ -56,11 +74,12 @@ class Run:
     swapped: list[Payload] | None = None  # its KV while it is swapped out, in order
     plan: Plan | None = None
     read: int = 0  # prompt tokens in the engine
+    parts: deque[Part] = field(default_factory=deque)  # of chunks, still to be placed
     pending: int | None = None  # sampled, its KV not computed yet
     generated: list[int] = field(default_factory=list)
     marks: dict[int, Vector] = field(default_factory=dict)  # sequence length -> logits after it
     prefill_calls: int = 0
-    parked: int = 0  # tokens of the prompt that this run computed before it made way for others
+    parked: int = 0  # tokens that the plan reuses and this run computed: before it made way, or for lack of cells
     fetch: Future[Fetched] | None = None  # of KV from slower tiers; started when something is missing
     text: list[str] = field(default_factory=list)
     context: Context = field(default_factory=copy_context)  # of whoever made the request: its id, its trace
@@ -111,22 +130,50 @@ class Run:
         return self.read < len(self.prompt)
 
     @property
+    def due(self) -> bool:
+        """Whether what comes next is not computed but placed."""
+        return bool(self.parts) and self.parts[0].position == self.read
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens to be computed still."""
+        return len(self.prompt) - self.read - sum(map(len, self.parts))
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt) + len(self.generated)
+
+    @property
+    def exact(self) -> int:
+        """Tokens from the first on whose KV is what reading them gives: all of them, unless chunks were placed."""
+        blended = self.plan is not None and self.plan.blended
+        return self.plan.exact if self.plan is not None and blended else self.length
+
+    @property
+    def exact_marks(self) -> dict[int, Vector]:
+        """Logits that others may use."""
+        return {length: logits for length, logits in self.marks.items() if length <= self.exact}
+
+    @property
+    def fetched(self) -> Fetched:
+        """What has come of its fetch from slower tiers."""
+        is_lost = self.fetch is None or not self.fetch.done() or self.fetch.cancelled() or self.fetch.exception()
+        return Fetched() if self.fetch is None or is_lost else self.fetch.result()
 
     def work(self, count: int) -> Tokens:
         """The next tokens to compute, at most `count`."""
         if not self.generation.use_kv_cache:
             return self.tokens
         if self.reading:
-            return self.prompt[self.read : self.read + count]
+            end = self.parts[0].position if self.parts else len(self.prompt)
+            return self.prompt[self.read : min(end, self.read + count)]
         assert self.pending is not None
         return as_tokens([self.pending])
 
     def start(self, plan: Plan) -> None:
         """What is planned to be reused is in the engine."""
-        self.plan, self.read = plan, plan.reused
+        self.plan, self.read = plan, plan.begin
         self.waits_for, self.reusable = None, 0
 
     def advance(self, logits: Vector, piece: Bytes, is_end: Callable[[int], bool]) -> FinishReason | None:
@@ -167,7 +214,12 @@ class Run:
         assert self.plan is not None or reason == "cancelled"
         plan = self.plan or Plan((), 0, None)
         cached = max(0, plan.reused - self.parked)
-        usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=cached, completion_tokens=len(self.generated))
+        usage = Usage(
+            prompt_tokens=len(self.prompt),
+            cached_tokens=cached,
+            blended_tokens=max(0, plan.blended - self.parked),
+            completion_tokens=len(self.generated),
+        )
         self.send(
             Done(
                 reason=reason,
@@ -176,7 +228,7 @@ class Run:
                 plan=plan,
                 text="".join(self.text),
                 tokens=tuple(self.generated),
-                kept=max(self.marks, default=0),
+                kept=max(self.exact_marks, default=0),
             )
         )
 

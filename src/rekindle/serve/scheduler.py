@@ -7,6 +7,7 @@ the others. What the words of a step mean is said where they are done:
     who gives way for lack of cells  room.py         idle sequences first: residents.py
     what is computed                 batch.py        how much of a prompt at once: pace.py
     what is sampled and sent         run.py
+    what is placed of chunks         blending.py     and learned of them in idle time: studies.py
 
 Prompts that are only to be warmed are read one at a time and while nobody else has work. When a request comes, what was
 read so far makes way at once, as a resident; it goes on from there.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rekindle.engine.protocol import Engine, Logits
@@ -27,6 +29,7 @@ from rekindle.kv.store import Store
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.serve.admission import Admission, Fetch
 from rekindle.serve.batch import Batch, least_cells, make_batch
+from rekindle.serve.blending import Blending, place_due
 from rekindle.serve.observe import Observer
 from rekindle.serve.pace import Pace
 from rekindle.serve.policies import Policy
@@ -35,7 +38,10 @@ from rekindle.serve.residents import Residents
 from rekindle.serve.room import Room
 from rekindle.serve.run import Run
 from rekindle.serve.sampling import Vector
+from rekindle.serve.scores import Scores
 from rekindle.serve.state import Counts, State
+from rekindle.serve.studies import Studies
+from rekindle.tokens import as_tokens
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Scheduler:
         fetch: Fetch | None = None,
         observer: Observer | None = None,
         policy: Policy | None = None,
+        blending: Blending | None = None,
     ) -> None:
         """At most `prefill_budget` prompt tokens beside answers, and no more than make a step `slowdown` times as long.
 
@@ -91,7 +98,10 @@ class Scheduler:
             min_tokens=min_tokens,
         )
         self._room = Room(self._state)
-        self._admission = Admission(self._state, self._room, fetch)
+        head = as_tokens([])
+        blending = blending or Blending(store, head, Scores(engine.spec.fingerprint, head))
+        self._admission = Admission(self._state, self._room, blending, fetch)
+        self._studies = Studies(self._state, blending, max_length=max_length, submit=self.submit)
         self._pace = Pace(limit=prefill_budget, slowdown=slowdown)
 
     @property
@@ -134,6 +144,7 @@ class Scheduler:
         batch = Batch()
         try:
             self._room.secure(least_cells(self._state), self._fail)
+            place_due(self._state)
             batch = make_batch(self._state, self._pace)
             logits = self._forward(batch)
         except EngineError as error:
@@ -144,9 +155,18 @@ class Scheduler:
         finished += self._emit(batch, logits)
         return Step(admitted, batch.num_tokens, finished + ended, batch.num_decoding)
 
+    def use_idle_time(self) -> bool:
+        """Do one thing more that nobody waits for; False if there is none."""
+        return self.residents.save_one() or self._studies.go_on()
+
+    def when_studied(self, tell: Callable[[], object]) -> None:
+        """Call this once when chunks that were met are computed on their own; at once if there are none."""
+        self._studies.when_done(tell)
+
     def clear_cache(self) -> None:
         """Forget residents and what is in memory; running requests go on."""
         self.residents.clear()
+        self._studies.clear()
         self._store.clear_memory()
 
     def let_go(self, holder: str) -> None:
@@ -241,6 +261,8 @@ class Scheduler:
     # Endings.
 
     def _end(self, run: Run, reason: FinishReason) -> None:
+        if reason != "cancelled":
+            self._studies.meet(run)
         self._leave(run)
         self._state.remove(run)
         run.finish(reason)
@@ -261,9 +283,10 @@ class Scheduler:
         if seq is None:
             return
         generation = run.generation
-        length = self._engine.length(seq)
+        length = min(self._engine.length(seq), run.exact)
+        self._engine.truncate(seq, length)
         if generation.reuses and (generation.hold or length >= self._state.least_tokens(run)) and length:
-            self.residents.add(seq, run.salt, run.marks, spare=generation.warm, hold=generation.hold)
+            self.residents.add(seq, run.salt, run.exact_marks, spare=generation.warm, hold=generation.hold)
             if generation.warm and run.marks:
                 self.residents.save(seq)
         else:

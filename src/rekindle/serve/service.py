@@ -37,6 +37,7 @@ from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
+from rekindle.serve.blending import Blending, blends, check_blend, own_prompt
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
 from rekindle.serve.marked import Wish, marked_prompt, wished_blend
@@ -47,6 +48,7 @@ from rekindle.serve.policies import Policy, policy_named
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
+from rekindle.serve.scores import Scores
 from rekindle.serve.traces import Traces, open_traces
 from rekindle.serve.transcripts import Transcripts
 from rekindle.serve.worker import Worker
@@ -154,6 +156,9 @@ class Service:
         if self.traces is not None:
             self.traces.bind(self.model_name)
             observers = observers if given else [*observers, self.traces]
+        self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
+        self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
+        self._blending = Blending(self._store, self.head, self._scores)
         scheduler = Scheduler(
             engine,
             self._store,
@@ -167,11 +172,11 @@ class Service:
             fetch=self._begin_fetch if self._store.tiers else None,
             observer=Observers([self.metrics, *observers]),
             policy=policy_named(settings.policy) if policy is None else policy,
+            blending=self._blending,
         )
         self._prefill_speed = scheduler.prefill_speed
         self._worker = Worker(scheduler, max_queue=settings.max_queue)
         self._grammars = Grammars(model.tokenizer)
-        self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
         gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
         self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
         self._transcripts = Transcripts()
@@ -298,7 +303,7 @@ class Service:
 
     def chunk_prompt(self, chunk: Tokens, *, salt: bytes = b"") -> Prompt:
         """A chunk on its own, behind the head that all chunks have: what is warmed so that it can be placed anywhere."""
-        return Prompt(np.concatenate([self.head, chunk]), salt=salt)
+        return own_prompt(self.head, chunk, salt)
 
     def chunk_prompts(
         self, texts: Sequence[str | Chunk | Document], *, salt: bytes = b"", chat: bool | None = None
@@ -365,6 +370,7 @@ class Service:
         watch: Watch | None = None
         try:
             self._check_length(generation.prompt)
+            check_blend(generation, self.engine_spec)
             watch = None if generation.pin_seconds is None else self._pinning.watch(generation, sink)
             run = self._run(generation, watch or sink)
             self._worker.submit(run)
@@ -399,7 +405,11 @@ class Service:
         """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
         prompt = run.generation.prompt
         compute = None if run.generation.warm else self._prefill_speed  # what is stored need not be computed to be warm
-        future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=compute)
+        future: Future[Fetched]
+        if blends(run):
+            future = self._fetchers.submit(self._blending.fetch, prompt, compute)
+        else:
+            future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=compute)
         future.add_done_callback(lambda _: self._worker.wake())
         return future
 
@@ -464,6 +474,7 @@ class Service:
         """
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
+        self._scores.clear()
         self._store.clear(every_model=every_model)
 
     def pin(self, prompt: Prompt, seconds: float, *, name: str | None = None) -> Pin:
@@ -538,6 +549,13 @@ class Service:
 
         self._worker.call(save)
         return self._store.behind.flush(timeout_seconds)
+
+    def study(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until chunks that were met are computed on their own, so that they can be placed; False if not by then."""
+        done = threading.Event()
+        self._worker.call(lambda scheduler: scheduler.when_studied(done.set))
+        self._worker.wake()
+        return done.wait(timeout_seconds)
 
     def evict_residents(self) -> None:
         """Let every idle sequence leave the engine for the store."""

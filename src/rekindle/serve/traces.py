@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rekindle.errors import RekindleError
-from rekindle.serve.metrics import fetched_of, sources_of
+from rekindle.serve.metrics import sources_of
 from rekindle.serve.observe import Observer
 from rekindle.serve.request import FinishReason, request_id
 from rekindle.serve.run import Run
@@ -141,11 +141,11 @@ def _phases(run: Run, now: float) -> Iterator[tuple[str, float, float, dict[str,
     clock, plan = run.clock, run.plan
     yield "queue", clock.submitted, clock.admitted or now, {}
     if clock.fetch_ended:
-        tokens = {f"rekindle.tokens.{tier}": count for tier, count in fetched_of(run).tokens.items()}
+        tokens = {f"rekindle.tokens.{tier}": count for tier, count in run.fetched.tokens.items()}
         yield "fetch", clock.fetch_started, clock.fetch_ended, tokens
     if plan is None:
         return
-    sources = {f"rekindle.tokens.{source}": count for source, count in sources_of(plan, fetched_of(run)).items()}
+    sources = {f"rekindle.tokens.{source}": count for source, count in sources_of(plan, run.fetched).items()}
     yield "restore", clock.planned, clock.restored, sources
     yield "prefill", clock.restored, clock.first_token or now, {"rekindle.model_calls": run.prefill_calls}
     if clock.first_token:

@@ -1,7 +1,7 @@
 """The one thread: it owns the scheduler and the engine, and steps as long as there is work.
 
 Everything reaches it as a command in its inbox, so no lock guards the engine. When nothing is to be computed it saves
-residents to the store, one at a time, and then waits for the next command.
+residents to the store and studies chunks that were met, one at a time, and then waits for the next command.
 
 An error that is not one request's ends the thread: the engine's state is unknown then. That is an alarm, never a hang:
 whoever waits is told, whoever comes later is refused, and `failure` says why.
@@ -121,7 +121,7 @@ class Worker:
                 if not self._stopping:
                     step = self._scheduler.step()
                     self._publish()
-                    if step.idle and not self._scheduler.residents.save_one():
+                    if step.idle and not self._scheduler.use_idle_time():
                         self._inbox_wait()
         except BaseException as error:  # of whatever kind: a thread that is gone answers nobody
             under_way = (*self._scheduler.waiting, *self._scheduler.running)

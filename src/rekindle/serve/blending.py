@@ -1,0 +1,250 @@
+"""Blended requests: KV of chunks from the store, placed wherever the chunks now stand.
+
+A chunk on its own is the prompt [head, chunk] and is kept like any other, so what is at hand of it is a matter of a
+look-up, in memory here and in slower tiers where blocks are fetched. What `reuse/blend.py` plans with that is carried out
+in three parts:
+
+    admission    the exact beginning, as for every prompt; then all blocks of which something will be placed are turned
+                 to where they will stand, by one `move`
+    each step    a part of a block goes into the sequence as soon as the prompt has been read up to it; what is computed
+                 in a step ends where the next part begins
+    the end      the sequence is cut back to its exact part before anybody else may see it
+
+Turned blocks lie in the process' memory, not in the engine, until they are placed: a request that is swapped out keeps
+them. A block that begins within the head is cut first, or it would reach over what stands before the chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rekindle.engine.protocol import Engine, Payload
+from rekindle.errors import EngineError, InvalidRequest
+from rekindle.kv.block import Block
+from rekindle.kv.keys import Key
+from rekindle.kv.speed import Speed
+from rekindle.kv.store import Fetched, Match, Store
+from rekindle.model.spec import ModelSpec
+from rekindle.reuse.blend import OnItsOwn, make_blend_plan
+from rekindle.reuse.plan import Place, Plan
+from rekindle.reuse.prompt import Prompt
+from rekindle.serve.batch import by_urgency
+from rekindle.serve.request import Generation
+from rekindle.serve.run import Part, Run
+from rekindle.serve.scores import Scores
+from rekindle.serve.state import State
+from rekindle.tokens import Tokens
+
+_log = logging.getLogger(__name__)
+OFFERED = ("none", "first", "remembered", "auto")  # the others have to look into the model's layers before they choose
+
+
+@dataclass(frozen=True)
+class FetchedChunks(Fetched):
+    """What came of a blended prompt's fetch; the fields of the class above are those of its exact beginning."""
+
+    chunks: tuple[Fetched, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What the store's memory has of a prompt's chunks, each on its own."""
+
+    known: list[OnItsOwn | None] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+    blocks: list[list[Block]] = field(default_factory=list)  # those that hold nothing but head and chunk
+
+
+def check_blend(generation: Generation, spec: ModelSpec) -> None:
+    """Raises InvalidRequest for what can't be blended here."""
+    blend = generation.blend
+    if blend is None:
+        return
+    if blend.select not in OFFERED:
+        raise InvalidRequest(
+            f"blend.select {blend.select!r} has to look into the model's layers before it chooses, which is only done to "
+            f"measure it (rekindle lab blend --engine torch); serving offers {', '.join(OFFERED)}",
+            param="blend.select",
+        )
+    if not spec.can_shift:
+        raise InvalidRequest(
+            f"{spec.name} ({spec.architecture}, {spec.kv_type}) can't be blended: its KV can't be moved to other "
+            "positions; leave blend out, and chunks are reused as part of exact beginnings only",
+            param="blend",
+        )
+
+
+def own_prompt(head: Tokens, chunk: Tokens, salt: bytes) -> Prompt:
+    """A chunk on its own."""
+    return Prompt(np.concatenate([head, chunk]), salt=salt)
+
+
+class Blending:
+    """Looks chunks up, plans with them and prepares what is placed. Owned by the scheduler, but for `fetch`."""
+
+    def __init__(self, store: Store, head: Tokens, scores: Scores) -> None:
+        self.head = head
+        self.scores = scores
+        self._store = store
+
+    def own_prompts(self, prompt: Prompt) -> list[Prompt]:
+        """Of each chunk."""
+        chunks = (prompt.tokens[chunk.start : chunk.stop] for chunk in prompt.chunks)
+        return [own_prompt(self.head, chunk, prompt.salt) for chunk in chunks]
+
+    def key(self, own: Prompt) -> Key:
+        """Names what is remembered of the chunk that this prompt is of."""
+        return self.scores.key(own.tokens[len(self.head) :], own.salt)
+
+    def blocks(self, own: Prompt, match: Match) -> list[Block]:
+        """Of what was found, that which goes on with nothing else, as another prompt's tail may do."""
+        return [block for block in match.blocks if block.position + len(block.tokens) <= len(own)]
+
+    def fetch(self, prompt: Prompt, compute: Speed | None) -> FetchedChunks:
+        """Bring the prompt's beginning, all its chunks and what is remembered of them into memory. For other threads."""
+        beginning = self._store.fetch(prompt.tokens, prompt.salt, compute=compute)
+        chunks = []
+        for chunk, own in zip(prompt.chunks, self.own_prompts(prompt), strict=True):
+            chunks.append(self._store.fetch(own.tokens, own.salt, compute=compute) if len(chunk) else Fetched())
+            if len(chunk):
+                self.scores.fetch(self.key(own), len(chunk))
+        return FetchedChunks(beginning.tokens, beginning.refused, tuple(chunks))
+
+    def look(self, run: Run, least_tokens: int) -> Found:
+        """What is at hand of a run's chunks; of a chunk with less than `least_tokens` nothing."""
+        prompt, found = run.generation.prompt, Found()
+        fetched = run.fetched.chunks if isinstance(run.fetched, FetchedChunks) else ()
+        for index, own in enumerate(self.own_prompts(prompt)):
+            match = self._store.match(own.tokens, own.salt)
+            blocks = self.blocks(own, match)
+            length = sum(len(block.tokens) for block in blocks) - len(self.head)
+            is_known = length >= max(1, least_tokens)
+            scores = self.scores.get(self.key(own)) if is_known else None
+            words = _words(fetched[index]) if fetched else ""
+            found.known.append(OnItsOwn(len(self.head), length, scores, words) if is_known else None)
+            found.matches.append(match)
+            found.blocks.append(blocks)
+        return found
+
+    def plan(self, run: Run, exact: Plan, found: Found) -> Plan:
+        """The exact plan with what was found placed; that plan itself if the run does not blend."""
+        blend = run.generation.blend
+        return make_blend_plan(run.generation.prompt, exact, found.known, blend) if blend and blends(run) else exact
+
+    def used(self, plan: Plan, found: Found) -> None:
+        """Tell the store which chunks a plan has placed."""
+        for chunk in plan.chunks:
+            if chunk.placed:
+                self._store.used(found.matches[chunk.index])
+
+
+def blends(run: Run) -> bool:
+    """Whether chunks are looked for."""
+    generation = run.generation
+    return generation.blend is not None and generation.reuses and bool(generation.prompt.chunks)
+
+
+def prepare(engine: Engine, plan: Plan, found: Found) -> deque[Part]:
+    """What a plan places of chunks, in order, turned to where it goes. Raises EngineError.
+
+    Needs a free sequence and `cells_to_prepare` free cells.
+    """
+    moves = _moves(plan, found)
+    payloads = [_payload(engine, found, chunk, block) for chunk, block in moves]
+    turned = dict(zip(moves, engine.move(payloads, list(moves.values())), strict=True)) if moves else {}
+    parts: deque[Part] = deque()
+    for step, block in _placed_blocks(plan, found):
+        payload = turned[_chunk(step), block.position]
+        start, stop = max(step.start, payload.position), min(step.stop, payload.position + len(payload))
+        parts.append(Part(payload, start - payload.position, stop - payload.position))
+    return parts
+
+
+def cells_to_prepare(plan: Plan, found: Found, head: int) -> int:
+    """Free cells that `prepare` needs, with a head of so many tokens."""
+    sizes = {(_chunk(step), block.position): len(block.tokens) for step, block in _placed_blocks(plan, found)}
+    return max(sum(sizes.values()), head + max(sizes.values())) if sizes else 0
+
+
+def _moves(plan: Plan, found: Found) -> dict[tuple[int, int], int]:
+    """(chunk, position of a block in the chunk's own prompt) -> where the block's first token of the chunk goes."""
+    moves = {}
+    for step, block in _placed_blocks(plan, found):
+        own, source = found.known[_chunk(step)], step.source
+        assert own is not None and source is not None
+        moves[_chunk(step), block.position] = max(block.position, own.head) + step.start - source
+    return moves
+
+
+def _placed_blocks(plan: Plan, found: Found) -> Iterator[tuple[Place, Block]]:
+    """Each step that places a part of a chunk, with each block that has some of it; a block may come twice."""
+    for step in plan.steps:
+        if isinstance(step, Place) and step.source is not None:
+            start, stop = step.source, step.source + step.stop - step.start
+            for block in found.blocks[_chunk(step)]:
+                if start < block.position + len(block.tokens) and block.position < stop:
+                    yield step, block
+
+
+def _chunk(step: Place) -> int:
+    assert step.chunk is not None
+    return step.chunk
+
+
+def _payload(engine: Engine, found: Found, chunk: int, position: int) -> Payload:
+    """A chunk's block at a position of its own prompt, without what it has of the head."""
+    own, blocks = found.known[chunk], [block for block in found.blocks[chunk] if block.position <= position]
+    assert own is not None
+    payloads = [Payload(b.tokens, b.position, b.payload, engine.spec.fingerprint) for b in blocks]
+    return payloads[-1] if position >= own.head else cut(engine, payloads, own.head)
+
+
+def cut(engine: Engine, payloads: Sequence[Payload], start: int) -> Payload:
+    """KV of a prompt in pieces that follow each other, from token `start` on, as one. Raises EngineError."""
+    seq = engine.open()
+    try:
+        for payload in payloads:
+            engine.place(seq, payload, payload.position)
+        return engine.export(seq, start, engine.length(seq))
+    finally:
+        engine.close(seq)
+
+
+def place_due(state: State) -> None:
+    """Chunks' KV goes where prompts have been read up to, as far as there are cells beside those for answers.
+
+    Where nobody is being answered, room has been made; what finds none even so is computed like any other text.
+    """
+    num_decoding = sum(not run.reading for run in state.running)
+    for run in [run for run in by_urgency(state) if run.due]:
+        while run.due and state.engine.num_free_cells >= len(run.parts[0].payload) + num_decoding:
+            try:
+                _place(state.engine, run)
+            except EngineError as error:
+                run.context.run(_log.warning, "a chunk's KV cannot be placed and is computed instead: %s", error)
+                _give_up(run, len(run.parts))
+        if run.due and not num_decoding:
+            _give_up(run, 1)
+            num_decoding = 1  # one is enough for a step that gets on
+
+
+def _place(engine: Engine, run: Run) -> None:
+    assert run.seq is not None
+    part = run.parts[0]
+    engine.place(run.seq, part.payload, run.read, start=part.start, stop=part.stop)
+    run.parts.popleft()
+    run.read += len(part)
+
+
+def _give_up(run: Run, count: int) -> None:
+    for _ in range(count):
+        run.parked += len(run.parts.popleft())
+
+
+def _words(fetched: Fetched) -> str:
+    return ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())

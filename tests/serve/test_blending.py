@@ -1,0 +1,389 @@
+"""Blended requests on the toy engine: what is placed, what is computed, and that nobody else ever sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.conftest import TOY_SPEC
+from tests.kv.doubles import DictTier
+from tests.serve.blending import HEAD, prompt_of, toy_answer
+from tests.serve.conftest import Answer, Stage, ids
+
+from rekindle.engine.protocol import Payload
+from rekindle.errors import BadRange, InvalidRequest
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.plan import Place, Plan, Stored, make_plan
+from rekindle.reuse.prompt import Prompt
+from rekindle.serve.metrics import sources_of
+from rekindle.serve.request import Generation
+from rekindle.serve.scores import Scores
+from rekindle.tokens import as_tokens
+
+A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
+BLEND = Blend("first", 0.2)
+
+
+def blend_stage(num_cells: int = 2000, **options: object) -> Stage:
+    return Stage(num_cells, **({"head": HEAD} | options))  # type: ignore[arg-type]
+
+
+def study(stage: Stage) -> None:
+    """All that is done when nobody asks for anything."""
+    while stage.scheduler.use_idle_time():
+        stage.run()
+
+
+def learned(*chunks: list[int], **options: object) -> Stage:
+    """A stage that has met these chunks, one by one."""
+    stage = blend_stage(**options)  # type: ignore[arg-type]
+    for chunk in chunks:
+        stage.ask(prompt_of([ids(9, 30), chunk]), 1, blend=BLEND)
+        study(stage)
+    stage.scheduler.residents.clear()
+    return stage
+
+
+def chunks_of(answer: Answer) -> list[tuple[int, int]]:
+    """(placed, recomputed) of each chunk."""
+    return [(chunk.placed, chunk.recomputed) for chunk in answer.done.plan.chunks]
+
+
+def fresh(prompt: Prompt, count: int = 5) -> list[int]:
+    return toy_answer(prompt, make_plan(prompt, [], Stored()), count)
+
+
+def test_a_chunk_is_computed_when_it_is_met_first_and_placed_from_then_on() -> None:
+    stage = blend_stage()
+    prompt = prompt_of([A, B])
+    first = stage.ask(prompt, blend=BLEND)
+    assert chunks_of(first) == [(0, 0), (0, 0)]
+    assert list(first.done.tokens) == fresh(prompt)
+    study(stage)
+    turned = prompt_of([B, D, A])
+    computed = stage.engine.num_computed
+    second = stage.ask(turned, 1, blend=BLEND)
+    assert chunks_of(second) == [(0, 0), (0, 0), (80, 20)]  # D is missing; B stands where it would on its own
+    assert stage.engine.num_computed - computed == second.done.plan.computed == 2 + 150 + 2 + 20 + 2 + 3
+    assert second.done.usage.blended_tokens == 80
+    assert second.done.usage.cached_tokens == 80 + 65
+    assert sources_of(second.done.plan, second.run.fetched)["blended"] == 80
+    assert list(second.done.tokens) == toy_answer(turned, second.done.plan, 1)
+
+
+def test_blended_answers_are_what_the_plan_gives_and_not_what_reading_gives() -> None:
+    stage = learned(A, B, C, D)
+    prompt = prompt_of([D, B, C, A])
+    answer = stage.ask(prompt, blend=Blend("none", 0))
+    assert chunks_of(answer) == [(0, 0), (64, 0), (45, 0), (100, 0)]
+    assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5) != fresh(prompt)
+
+
+def test_without_being_asked_for_nothing_is_blended() -> None:
+    stage = learned(A, B)
+    prompt = prompt_of([D, A, B])
+    answer = stage.ask(prompt)
+    assert not answer.done.plan.blended and not answer.done.plan.chunks
+    assert list(answer.done.tokens) == fresh(prompt)
+    assert not any(isinstance(step, Place) for step in answer.done.plan.steps)
+
+
+@pytest.mark.parametrize("select", ["none", "first", "remembered", "auto"])
+def test_a_blended_tail_reaches_nobody_else(select: str) -> None:
+    """Not the resident, not the store, not one who reads at the same time, not a pin; the exact beginning does."""
+    prompt = prompt_of([D, A, B])
+    stage = learned(A, B)
+    blended = stage.submit(prompt, 50, blend=Blend(select, 0.1))  # type: ignore[arg-type]
+    stage.run(until=lambda: blended.num_tokens > 3)
+    beside = stage.submit(prompt)  # while the other is being answered
+    stage.run()
+    exact = blended.done.plan.exact
+    assert blended.done.usage.blended_tokens > 100 and blended.done.kept == 0
+    if select == "none":
+        assert blended.done.tokens[:5] != beside.done.tokens  # or this test could not fail
+    for read in ("running", "resident", "stored"):
+        answer = beside if read == "running" else stage.ask(prompt)
+        assert list(answer.done.tokens) == fresh(prompt)
+        assert answer.done.usage.cached_tokens == (exact if read == "running" else len(prompt))
+        study(stage)
+        stage.scheduler.residents.clear()
+    alone = learned(A, B)
+    again = alone.ask(prompt, blend=Blend(select, 0.1))  # type: ignore[arg-type]
+    while alone.scheduler.residents.evict():
+        pass
+    assert alone.store.match(prompt.tokens).length == exact // 16 * 16
+    assert list(alone.ask(prompt).done.tokens) == fresh(prompt)
+    follow = Prompt(as_tokens([*prompt.tokens, *again.done.tokens, 9]))
+    assert list(alone.ask(follow).done.tokens) == fresh(follow)
+
+
+def test_two_salts_share_no_chunk() -> None:
+    stage = learned(A, B)
+    answer = stage.ask(prompt_of([D, A, B], salt=b"other"), blend=BLEND)
+    assert chunks_of(answer) == [(0, 0)] * 3
+    study(stage)
+    own = stage.ask(prompt_of([C, A, B], salt=b"other"), blend=BLEND)
+    assert [placed > 0 for placed, _ in chunks_of(own)] == [False, True, True]
+
+
+def test_edges() -> None:
+    stage = learned(A, B, C)
+    for chunks in ([], [[]], [[], A, []], [A], [A, A], [[], [], C], [C, B, A, C, B, A]):
+        for blend in (Blend("none", 0), BLEND, Blend("auto", 0.5), Blend("remembered", 1.0)):
+            prompt = prompt_of(chunks)
+            stage.scheduler.residents.clear()
+            answer = stage.ask(prompt, blend=blend)
+            assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5)
+            if blend.ratio == 1 or not answer.done.plan.blended:
+                assert list(answer.done.tokens) == fresh(prompt)
+            assert answer.done.usage.computed_tokens + answer.done.usage.cached_tokens == len(prompt)
+
+
+def test_chunks_side_by_side_and_nothing_but_chunks() -> None:
+    stage = learned(A, B, C)
+    prompt = prompt_of([C, A, B], gap=[])
+    answer = stage.ask(prompt, blend=Blend("none", 0))
+    assert chunks_of(answer) == [(0, 0), (100, 0), (64, 0)]
+    assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5)
+    bare = Prompt(as_tokens(B + A), chunks=prompt_of([B, A], gap=[]).chunks[:0])
+    bare = Prompt(bare.tokens, chunks=(type(prompt.chunks[0])(0, 64), type(prompt.chunks[0])(64, 164)))
+    answer = stage.ask(bare, blend=Blend("none", 0))  # the first stands before where it was: its head has no room there
+    assert chunks_of(answer) == [(64, 0), (99, 0)]
+    assert list(answer.done.tokens) == toy_answer(bare, answer.done.plan, 5)
+
+
+def test_what_does_not_fit_in_the_context_is_computed_or_refused() -> None:
+    stage = learned(D, A, num_cells=300)
+    prompt = prompt_of([ids(30, 20), D, A])  # 282 of 300 cells
+    answer = stage.ask(prompt, 10, blend=Blend("none", 0))
+    assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 10)
+    assert answer.done.usage.cached_tokens >= 240
+
+
+@pytest.mark.parametrize("head", [[], [1], ids(40, 15), ids(41, 16), ids(42, 37)])
+def test_heads_of_any_length(head: list[int]) -> None:
+    stage = Stage(head=head)
+    stage.ask(prompt_of([ids(9, 30), A, C]), 1, blend=BLEND)
+    study(stage)
+    for select, ratio in (("none", 0.0), ("remembered", 0.2)):
+        prompt = prompt_of([D, C, A])
+        answer = stage.ask(prompt, blend=Blend(select, ratio))  # type: ignore[arg-type]
+        assert answer.done.usage.blended_tokens >= 145 * (1 - ratio) - 1
+        assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5, head)
+        stage.scheduler.residents.clear()
+
+
+def test_remembered_scores_choose_what_is_computed() -> None:
+    """The toy's states differ wherever anything stands before a token, so all scores are 1."""
+    stage = learned(A)
+    own = stage.blending.own_prompts(prompt_of([A]))[0]
+    scores = stage.scores.get(stage.blending.key(own))
+    assert scores is not None and scores.tolist() == [1.0] * 100
+    answer = stage.ask(prompt_of([D, A]), blend=Blend("auto", 0.1))
+    assert answer.done.plan.chunks[1].why == "their KV differed most between in place and on its own"
+    assert chunks_of(answer)[1] == (90, 10)
+
+
+def test_a_chunk_that_is_met_behind_a_placed_one_is_learned_too() -> None:
+    stage = learned(A)
+    stage.ask(prompt_of([D, A, C]), blend=BLEND)
+    assert len(stage.scheduler.residents) == 1
+    study(stage)
+    own = stage.blending.own_prompts(prompt_of([C]))[0]
+    assert stage.scores.get(stage.blending.key(own)) is not None
+    assert len(stage.scheduler.residents.seqs) == len(stage.scheduler.residents)  # nothing is set aside any more
+
+
+def test_nobody_waits_for_a_study() -> None:
+    stage = blend_stage()
+    stage.ask(prompt_of([D, A]), 1, blend=BLEND)
+    while stage.scheduler.residents.save_one():
+        pass
+    assert stage.scheduler.use_idle_time()  # a chunk is to be warmed
+    request = stage.submit(ids(50, 40), 4)
+    computed = stage.engine.num_computed
+    stage.run(until=lambda: request.num_tokens == 4)
+    assert stage.engine.num_computed - computed == 40 + 3
+    stage.run()
+    study(stage)
+    assert chunks_of(stage.ask(prompt_of([C, A, D]), 1, blend=Blend("none", 0)))[1:] == [(100, 0), (150, 0)]
+
+
+def test_what_is_set_aside_leaves_first_and_the_chunk_is_warmed_all_the_same() -> None:
+    stage = blend_stage(num_cells=420)
+    stage.ask(prompt_of([D, A]), 1, blend=BLEND)
+    answer = stage.ask(ids(51, 400), 1)
+    assert answer.done.usage.computed_tokens == 400
+    study(stage)
+    assert len(stage.scores._memory) == 0
+    assert chunks_of(stage.ask(prompt_of([C, A]), 1, blend=Blend("none", 0)))[1:] == [(100, 0)]
+
+
+def test_a_chunk_is_queued_once_and_a_cleared_cache_forgets_what_is_queued() -> None:
+    stage = blend_stage()
+    for _ in range(3):
+        stage.ask(prompt_of([D, A, A]), 1, blend=BLEND)
+    assert len(stage.scheduler._studies._queue) == 2
+    stage.scheduler.clear_cache()
+    computed = stage.engine.num_computed
+    study(stage)
+    assert stage.engine.num_computed == computed
+    assert stage.engine.num_free_cells == stage.engine.num_cells
+
+
+def test_swapped_requests_go_on_where_they_were() -> None:
+    stage = learned(A, B, C, D, num_cells=760)
+    prompts = [prompt_of([[*ids(60 + number, 30)], D, A, B]) for number in range(3)]
+    answers = [stage.submit(prompt, 60, blend=Blend("first", 0.15)) for prompt in prompts]
+    stage.run()
+    assert stage.scheduler.counts.swaps > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.done.usage.blended_tokens > 200
+        assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 60)
+
+
+def test_a_swap_in_the_midst_of_placing() -> None:
+    stage = learned(A, B, D)
+    prompt = prompt_of([ids(9, 30), D, A, B])
+    answer = stage.submit(prompt, 5, blend=Blend("first", 0.15))
+    stage.run(until=lambda: 0 < len(answer.run.parts) < 20 and answer.run.read > 200)
+    stage.scheduler._room.swap_out(answer.run)
+    assert answer.run.parts and not stage.engine.num_held([answer.run.seq] if answer.run.seq else [])
+    stage.run()
+    assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5)
+
+
+def test_what_cannot_be_placed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = learned(A, B)
+    prompt = prompt_of([D, A, B])
+    answer = stage.submit(prompt, 5, blend=Blend("none", 0))
+    stage.run(until=lambda: bool(answer.run.parts))
+
+    def fail(seq: int, payload: Payload, position: int, **part: object) -> None:
+        raise BadRange("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "place", fail)
+        stage.run()
+    assert list(answer.done.tokens) == fresh(prompt)
+    assert answer.done.usage.blended_tokens == 0
+    assert answer.done.usage.computed_tokens == len(prompt) - answer.done.plan.begin
+
+
+def test_torn_blocks_of_a_chunk_are_computed() -> None:
+    stage = learned(A, B)
+    own = stage.blending.own_prompts(prompt_of([A]))[0]
+    for block in stage.store.match(own.tokens).blocks[:1]:
+        object.__setattr__(block, "payload", block.payload[:-1])
+    prompt = prompt_of([D, A, B])
+    answer = stage.submit(prompt, blend=Blend("none", 0))  # not `run`, which would find the store torn
+    while not stage.scheduler.step().idle:
+        pass
+    assert list(answer.done.tokens) == fresh(prompt)
+
+
+def test_chunks_come_from_slower_tiers_before_the_request_starts() -> None:
+    tier = DictTier()
+    first = blend_stage(tiers=[tier])
+    first.submit(prompt_of([A, D]), 1, blend=BLEND)
+    for _ in range(20):  # steps that fetch, and steps that study
+        while not first.scheduler.step().idle:
+            pass
+        first.end_fetches()
+        first.scheduler.use_idle_time()
+    assert not first.scheduler.use_idle_time()
+    first.store.behind.drain()
+    second = blend_stage(tiers=[tier])
+    answer = second.submit(prompt_of([C, A, D]), 5, blend=Blend("none", 0))
+    second.run(until=lambda: bool(second.fetches))
+    second.end_fetches()
+    second.run()
+    assert chunks_of(answer)[1:] == [(100, 0), (150, 0)]
+    reasons = [step.reason for step in answer.done.plan.steps if isinstance(step, Place)]
+    assert "tokens fetched from disk" in reasons[0], reasons
+
+
+def test_scores_live_on_in_files_and_bad_files_are_none(tmp_path: Path) -> None:
+    head = as_tokens(HEAD)
+    learned(A, scores=Scores(TOY_SPEC.fingerprint, head, tmp_path))
+    again = Scores(TOY_SPEC.fingerprint, head, tmp_path)
+    key = again.key(as_tokens(A), b"")
+    (file,) = tmp_path.rglob(key.hex())
+    assert again.get(key) is None
+    again.fetch(key, len(A) - 1)
+    assert again.get(key) is None
+    again.fetch(key, len(A))
+    scores = again.get(key)
+    assert scores is not None and scores.tolist() == [1.0] * len(A)
+    good = file.read_bytes()
+    for bad in (b"", b"foreign", good[:-1], bytes([good[0] ^ 1]) + good[1:], good[:-1] + bytes([good[-1] ^ 1])):
+        file.write_bytes(bad)
+        damaged = Scores(TOY_SPEC.fingerprint, head, tmp_path)
+        damaged.fetch(key, len(A))
+        assert damaged.get(key) is None
+    for other in (Scores(b"other model", head, tmp_path), Scores(TOY_SPEC.fingerprint, as_tokens([1, 2]), tmp_path)):
+        assert other.key(as_tokens(A), b"") != key
+    assert again.key(as_tokens(A), b"salt") != key
+    again.clear()
+    assert not any(path.is_file() for path in tmp_path.rglob("*")) and again.get(key) is None
+
+
+def test_what_is_refused() -> None:
+    prompt = prompt_of([A])
+    for options in ({"warm": True}, {"feed": True}, {"pin_seconds": 9.0}):
+        with pytest.raises(InvalidRequest, match="what is blended is not kept"):
+            Generation(prompt=prompt, blend=BLEND, **options)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="between 0 and 1, got 2"):
+        Blend("first", 2)
+    with pytest.raises(InvalidRequest, match=r"one of none, first, .* got 'best'"):
+        Blend("best")  # type: ignore[arg-type]
+
+
+POOL = [[], ids(70, 1), ids(71, 19), ids(72, 20), ids(73, 47), ids(74, 64), ids(75, 95), ids(76, 130)]
+chunk_lists = st.lists(st.sampled_from(POOL), max_size=5)
+asked = st.tuples(
+    chunk_lists,
+    st.sampled_from(["none", "first", "remembered", "auto", None]),
+    st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
+    st.sampled_from([b"", b"salt"]),
+    st.sampled_from(["", "study", "evict", "clear"]),
+)
+
+
+@given(st.lists(asked, min_size=1, max_size=8), st.sampled_from([560, 2000]), st.booleans())
+@settings(max_examples=60)
+def test_any_mix_of_requests(
+    requests: list[tuple[list[list[int]], str | None, float, bytes, str]], num_cells: int, one_by_one: bool
+) -> None:
+    """Blended answers are what their plans give, exact ones what reading gives, whatever came before or runs beside."""
+    stage = blend_stage(num_cells)
+    answers: list[tuple[Prompt, str | None, Answer]] = []
+    for chunks, select, ratio, salt, then in requests:
+        prompt = prompt_of(chunks, salt=salt)
+        if len(prompt) >= num_cells - 6:
+            continue
+        blend = None if select is None else Blend(select, ratio)  # type: ignore[arg-type]
+        answers.append((prompt, select, stage.submit(prompt, 5, blend=blend)))
+        if one_by_one or then:
+            stage.run()
+        if then == "study":
+            study(stage)
+        while then == "evict" and stage.scheduler.residents.evict():
+            pass
+        if then == "clear":
+            stage.scheduler.residents.clear()
+        stage.scheduler.check_integrity()
+    stage.run()
+    for prompt, select, answer in answers:
+        plan: Plan = answer.done.plan
+        if answer.run.parked:
+            assert num_cells == 560
+            continue
+        assert list(answer.done.tokens) == toy_answer(prompt, plan, 5)
+        if select is None or not plan.blended:
+            assert list(answer.done.tokens) == fresh(prompt)
+    study(stage)
+    stage.scheduler.clear_cache()
+    assert stage.engine.num_free_cells == stage.engine.num_cells
