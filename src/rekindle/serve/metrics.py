@@ -42,10 +42,10 @@ def sources_of(plan: Plan, fetched: Fetched) -> dict[str, int]:
                 counts["resident"] += length
             case Compute():
                 counts["computed"] += length
-            case Place():
-                for tier, brought in reversed(fetched.tokens.items()):
             case Place(chunk=int()):
                 counts["blended"] += length
+            case Place():
+                for tier, brought in reversed(fetched.tokens.items()):
                     counts[tier] += min(brought, length)
                     length -= min(brought, length)
                 counts["memory"] += length

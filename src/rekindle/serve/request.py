@@ -116,6 +116,11 @@ class Generation:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
         if any(not text for text in self.stop):
             raise InvalidRequest("a stop string must not be empty", param="stop")
+        if self.blend is not None and (not self.answers or self.pin_seconds is not None):
+            raise InvalidRequest(
+                "what is blended is not kept, so it can't be pinned or warmed, nor fed; pin or warm its chunks instead",
+                param="blend",
+            )
         if not self.reuses and (not self.answers or self.hold is not None or self.pin_seconds is not None):
             raise InvalidRequest(
                 "KV that is not kept cannot be pinned or warmed, nor held or fed", param="use_prefix_cache"
@@ -132,11 +137,6 @@ class TokenInfo:
     top: tuple[tuple[int, bytes, float], ...] = ()  # (id, bytes, logprob) of the most probable tokens, best first
 
 
-        if self.blend is not None and (not self.answers or self.pin_seconds is not None):
-            raise InvalidRequest(
-                "what is blended is not kept, so it can't be pinned or warmed, nor fed; pin or warm its chunks instead",
-                param="blend",
-            )
 @dataclass(frozen=True)
 class Piece:
     """Some more of the answer. Text is whole characters, held back while it may belong to a stop string."""
@@ -152,6 +152,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int  # prompt tokens whose KV was reused
     completion_tokens: int
+    blended_tokens: int = 0  # of the cached ones, those of chunks that were placed: reused, but not exactly
 
     @property
     def computed_tokens(self) -> int:
@@ -168,7 +169,6 @@ class Timings:
     lookup_ms: float  # planning: residents and store
     restore_ms: float  # putting stored KV back
     prefill_ms: float  # from the end of restoring to the first token
-    blended_tokens: int = 0  # of the cached ones, those of chunks that were placed: reused, but not exactly
     ttft_ms: float
     decode_ms: float  # from the first token to the last
     total_ms: float

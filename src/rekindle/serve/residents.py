@@ -34,8 +34,8 @@ from rekindle.serve.sampling import Vector
 from rekindle.tokens import Tokens, common_length
 
 _log = logging.getLogger(__name__)
-MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
 MAX_ASIDE = 4  # sequences whose chunks are still to be compared with themselves on their own
+MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
 
 
 @dataclass(eq=False)
@@ -51,8 +51,8 @@ class Resident:
     spare: bool = False  # worth nothing
     holder: str | None = None  # who goes on with it
     passing: bool = False  # about to change: saved only if it has to leave
-
     private: bool = False  # nobody may share it, and it is never saved: its KV is not what reading its tokens gives
+
 
 class Residents:
     """The idle sequences of one engine."""
@@ -124,7 +124,6 @@ class Residents:
         while len(self._all) > self._max:
             self.evict(for_cells=False)
 
-    def evict(self, keep: Iterable[SequenceId] = (), *, for_cells: bool = True) -> bool:
     def set_aside(self, seq: SequenceId) -> Resident:
         """Take over a sequence for whoever asks, until it is released or has to leave, as the first of all."""
         aside = [resident for resident in self._all if resident.private]
@@ -143,16 +142,17 @@ class Residents:
         if self.has(resident):
             self._end(resident)
 
+    def evict(self, keep: Iterable[SequenceId] = (), *, for_cells: bool = True) -> bool:
         """Save the one that is worth least to the store and end it. False if there is none but those to keep."""
         kept = set(keep)
         leaving = [resident for resident in self._all if resident.seq not in kept]
         if not leaving:
             return False
-        leaving = [resident for resident in leaving if resident.holder is None] or leaving
         aside = next((resident for resident in leaving if resident.private), None)
         if aside is not None:
             self._end(aside)
             return True
+        leaving = [resident for resident in leaving if resident.holder is None] or leaving
         victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
         self._end(victim)
