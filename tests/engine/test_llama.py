@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
-from rekindle.engine.llama import MAX_SEQUENCES, LlamaEngine
+from rekindle.engine.llama import MAX_SEQUENCES, SCRATCH, LlamaEngine
 from rekindle.engine.protocol import Payload, Work
 from rekindle.errors import EngineError, ForeignPayload, ModelError
 from rekindle.lab.models import make_model
@@ -109,3 +110,29 @@ def test_a_small_cache_has_the_cells_that_were_asked_for(num_cells: int) -> None
     assert (engine.num_cells, engine.num_free_cells) == (num_cells, 0)
     engine.shutdown()
     model.close()
+
+
+@pytest.mark.parametrize("shape", ["ember", "tiny-llama", "tiny-gemma3"])
+def test_blocks_that_follow_each_other_are_loaded_together(
+    shape: str, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the first ones without a scratch sequence; a block of another size is loaded by itself."""
+    loads: list[int] = []
+    load = llama_cpp.llama_state_seq_set_data
+
+    def counted(context: object, data: object, size: int, seq: int) -> int:
+        loads.append(seq)
+        return int(load(context, data, size, seq))
+
+    monkeypatch.setattr(llama_cpp, "llama_state_seq_set_data", counted)
+    with opened(tiny_models.get(shape, ember.weights_path())) as engine:
+        seq = read(engine)
+        blocks = [engine.export(seq, start, min(start + 12, 40)) for start in range(0, 40, 12)]
+        again = engine.open()
+        engine.place_all(again, blocks)
+        assert loads == [again, SCRATCH]
+        for block in blocks:
+            same = engine.export(again, block.position, block.position + len(block))
+            assert bytes(same.data) == bytes(block.data)
+        logits = engine.forward([Work(seq, TOKENS[:1])])[seq].copy()
+        assert np.abs(logits - engine.forward([Work(again, TOKENS[:1])])[again]).max() < 1e-3

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.batch import Batch, Span, split
+from rekindle.engine.pieces import PIECE, Joiner, unpack
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.saved import distances, saved_values
 from rekindle.engine.sequences import BookKeeping, SequenceTable
@@ -45,11 +45,12 @@ MAX_SEQUENCES = 127  # llama.cpp has 256 ids: the scratch, these, and a guard fo
 GUARD = 128  # id of a sequence's guard minus the sequence's own
 BATCH_TOKENS = 2048
 MICRO_BATCH_TOKENS = 512
-_PIECE = struct.Struct("<III")  # first index, tokens, bytes
 
 
 class LlamaEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
+
+    reads_idle_cells = True  # its mask has a column for each, up to the last in use
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class LlamaEngine(BookKeeping):
         self.num_calls = 0
         self.num_computed = 0
         self.spec = _spec(model, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
+        self._joiner = Joiner(num_cells, model.window, self.spec.fingerprint)
 
     # The seven verbs.
 
@@ -152,6 +154,9 @@ class LlamaEngine(BookKeeping):
             self._remove(seq, position)
             raise
         self._table.append(seq, payload.tokens[start:stop])
+
+    def place_all(self, seq: SequenceId, payloads: Iterable[Payload]) -> None:
+        super().place_all(seq, self._joiner.joined(payloads))
 
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
         check_moves(self._table, payloads, positions, self.spec)
@@ -287,19 +292,31 @@ class LlamaEngine(BookKeeping):
         """Tokens [start, stop) of a payload into a sequence, from `position` on. What was put before a failure stays."""
         by = position - (payload.position + start)
         try:
-            for offset, count, data in _unpack(payload):
+            for offset, count, data in unpack(payload):
                 first, end = max(start, offset), min(stop, offset + count)
                 if first >= end:
                     continue
-                self._load(data, payload.position + offset, count)
-                self._trim(SCRATCH, payload.position + first, payload.position + end)
+                begin, whole = payload.position + offset, end - first == count
+                if (
+                    whole and not begin and not position
+                ):  # no scratch needed: loading clears its destination, which is empty
+                    self._load(data, seq, 0, count)
+                    self._guard(seq, 0, count)
+                    continue
+                self._load(data, SCRATCH, begin, count)
+                if not whole:
+                    self._trim(SCRATCH, payload.position + first, payload.position + end)
                 if by:
                     self._shift(SCRATCH, 0, by)
                 self._share(SCRATCH, seq, payload.position + first + by, payload.position + end + by)
-                self._remove(SCRATCH, 0)
+                self._clear_scratch()
         except EngineError:
-            self._remove(SCRATCH, 0)
+            self._clear_scratch()
             raise
+
+    def _clear_scratch(self) -> None:
+        """Of what was loaded or saved through it, which has no guard."""
+        llama_cpp.llama_memory_seq_rm(self._memory, SCRATCH, -1, -1)
 
     def _save_all(self, seq: int, start: int, stop: int) -> memoryview:
         """The content of a payload; no shift may be pending."""
@@ -315,23 +332,24 @@ class LlamaEngine(BookKeeping):
         llama_cpp.llama_memory_seq_cp(self._memory, seq, SCRATCH, start, stop)
         try:
             size = llama_cpp.llama_state_seq_get_size(self._context, SCRATCH)
-            buffer = np.empty(_PIECE.size + size, dtype=np.uint8)
-            _PIECE.pack_into(buffer.data, 0, start, stop - start, size)
-            pointer = ctypes.cast(buffer.ctypes.data + _PIECE.size, ctypes.POINTER(ctypes.c_uint8))
+            buffer = np.empty(PIECE.size + size, dtype=np.uint8)
+            PIECE.pack_into(buffer.data, 0, start, stop - start, size)
+            pointer = ctypes.cast(buffer.ctypes.data + PIECE.size, ctypes.POINTER(ctypes.c_uint8))
             written = llama_cpp.llama_state_seq_get_data(self._context, pointer, size, SCRATCH)
         finally:
-            llama_cpp.llama_memory_seq_rm(self._memory, SCRATCH, -1, -1)
+            self._clear_scratch()
         if written != size:
             raise EngineError(f"llama.cpp saved {written} of {size} bytes; {llama_log.take_errors()}")
         return buffer.data
 
-    def _load(self, data: memoryview, position: int, count: int) -> None:
-        """A saved piece into the empty scratch. Raises ForeignPayload."""
+    def _load(self, data: memoryview, seq: int, position: int, count: int) -> None:
+        """A saved piece into an empty sequence. Raises ForeignPayload, and then that is empty still."""
         pointer = ctypes.cast(np.frombuffer(data, dtype=np.uint8).ctypes.data, ctypes.POINTER(ctypes.c_uint8))
-        read = llama_cpp.llama_state_seq_set_data(self._context, pointer, len(data), SCRATCH)
-        first = llama_cpp.llama_memory_seq_pos_min(self._memory, SCRATCH)
-        last = llama_cpp.llama_memory_seq_pos_max(self._memory, SCRATCH)
+        read = llama_cpp.llama_state_seq_set_data(self._context, pointer, len(data), seq)
+        first = llama_cpp.llama_memory_seq_pos_min(self._memory, seq)
+        last = llama_cpp.llama_memory_seq_pos_max(self._memory, seq)
         if read != len(data) or (first, last) != (position, position + count - 1):
+            llama_cpp.llama_memory_seq_rm(self._memory, seq, -1, -1)
             raise ForeignPayload(
                 f"llama.cpp took {read} of {len(data)} bytes for positions [{position}, {position + count}); "
                 f"{llama_log.take_errors() or 'the payload is torn'}"
@@ -340,24 +358,8 @@ class LlamaEngine(BookKeeping):
 
 def _values(payload: Payload) -> list[npt.NDArray[np.float32]]:
     """V of each layer, [tokens, width]."""
-    pieces = [saved_values(data) for _, _, data in _unpack(payload)]
+    pieces = [saved_values(data) for _, _, data in unpack(payload)]
     return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
-
-
-def _unpack(payload: Payload) -> list[tuple[int, int, memoryview]]:
-    """Pieces as (offset from the payload's first token, tokens, bytes). Raises ForeignPayload."""
-    data, pieces, offset, index = memoryview(payload.data), [], 0, 0
-    while offset + _PIECE.size <= len(data):
-        start, count, size = _PIECE.unpack_from(data, offset)
-        offset += _PIECE.size
-        pieces.append((start - payload.position, count, data[offset : offset + size]))
-        if start != payload.position + index or count == 0:
-            break
-        offset += size
-        index += count
-    if offset != len(data) or index != len(payload):
-        raise ForeignPayload(f"the payload is torn: {len(data)} bytes do not hold {len(payload)} tokens")
-    return pieces
 
 
 def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, num_ids: int) -> Any:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rekindle.engine.protocol import Range, SequenceId
-from rekindle.errors import BadRange, ContextFull, UnknownSequence
+from rekindle.engine.protocol import Engine, Payload, Range, SequenceId
+from rekindle.errors import BadRange, ContextFull, EngineError, UnknownSequence
 from rekindle.tokens import Tokens
 
 
@@ -190,6 +190,7 @@ class SequenceTable:
 class BookKeeping:
     """What every engine answers from its table; the meaning of each method is in `Engine`."""
 
+    reads_idle_cells = False
     _table: SequenceTable
 
     def open(self) -> SequenceId:
@@ -202,6 +203,15 @@ class BookKeeping:
     def reach(self, seq: SequenceId) -> int:
         self._table.row(seq)
         return 0
+
+    def place_all(self: Engine, seq: SequenceId, payloads: Iterable[Payload]) -> None:
+        length = self.length(seq)
+        try:
+            for payload in payloads:
+                self.place(seq, payload, self.length(seq))
+        except EngineError:
+            self.truncate(seq, length)
+            raise
 
     def tokens(self, seq: SequenceId) -> Tokens:
         return self._table.tokens(seq)
