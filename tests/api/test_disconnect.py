@@ -89,6 +89,7 @@ REQUESTS = {
     "chat": ("/v1/chat/completions", ASK, 1),
     "chat of three": ("/v1/chat/completions", ASK | {"n": 3}, 3),
     "completions": ("/v1/completions", {"prompt": ["Talk", "Talk more"]}, 2),
+    "responses": ("/v1/responses", {"input": "Talk for ever."}, 1),
     "generate": ("/generate", LONG, 1),
 }
 

@@ -20,6 +20,9 @@ from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
 from rekindle.api.origins import is_local
 from rekindle.api.requests import Requests
+from rekindle.api.responses import responses_router
+from rekindle.api.responses_kept import KeptResponses
+from rekindle.api.responses_socket import responses_socket_router
 from rekindle.api.sockets import LiveSessions, sockets_router
 from rekindle.api.status import status_router
 from rekindle.api.traces import telemetry
@@ -65,9 +68,12 @@ def create_app(service: Service) -> FastAPI:
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     live = app.state.live = LiveSessions(service)
+    kept = KeptResponses(settings.max_responses, settings.response_seconds)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
     for router in [
         *routers,
+        responses_router(runner, kept),
+        responses_socket_router(runner, kept),
         cache_router(runner),
         folder_router(service),
         status_router(service, load),

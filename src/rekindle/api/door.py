@@ -22,6 +22,7 @@ from rekindle.api.keys import ANYBODY, Keys, note
 from rekindle.api.load import Load, retry_after
 from rekindle.api.origins import check_host, check_origin
 from rekindle.api.refusals import refuse, respond
+from rekindle.api.requests import note_message
 from rekindle.errors import RekindleError, Stopping
 
 OPEN_ROUTES = frozenset({"/", "/health", "/ready"})
@@ -32,6 +33,13 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})  # these begin no work
 def arrived(request: HTTPConnection) -> float:
     """`time.perf_counter()` when the request's head was there and its body was not yet read."""
     return cast(float, request.scope[_ARRIVED])
+
+
+def message_of(socket: HTTPConnection) -> HTTPConnection:
+    """A message that has just come on a socket, as a request of its own, by whoever opened the socket."""
+    scope = dict(socket.scope) | {_ARRIVED: time.perf_counter()}
+    note_message(scope)
+    return HTTPConnection(scope)
 
 
 class Door:

@@ -147,11 +147,17 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
         given = request.headers.get("content-type", "none")
         return respond(415, f"expected the content type application/json, got {given}", code="wrong_content_type")
     status = 400 if request.url.path.startswith("/v1/") else 422
+    message, param, code = explained(first, location)
+    return respond(status, message, param=param, code=code)
+
+
+def explained(first: Mapping[str, Any], location: Sequence[str | int]) -> tuple[str, str | None, str]:
+    """Of pydantic's first error, with the location inside of the body: message, param and code of a refusal."""
     if not location:
         given = "nothing" if first["type"] == "missing" else _json_type(first["input"])
-        return respond(status, f"expected a JSON object as body, got {given}", code="invalid_type")
+        return f"expected a JSON object as body, got {given}", None, "invalid_type"
     param = _dotted(location)
-    return respond(status, f"{param}: {_reason(first)}", param=param, code=_code(first["type"]))
+    return f"{param}: {_reason(first)}", param, _code(first["type"])
 
 
 def explain(error: Mapping[str, Any], *, skip: int) -> tuple[str, str]:

@@ -134,6 +134,13 @@ def exchange_of(request: HTTPConnection) -> Exchange:
     return exchange
 
 
+def note_message(scope: Scope) -> None:
+    """A message on a socket that asks for an answer is a request of its own; who answers it calls `over` at the end."""
+    exchange = scope[_EXCHANGE] = Exchange(scope)
+    exchange.answering(200)
+    request_id.set(exchange.id)
+
+
 def id_header(scope: Scope) -> dict[str, str]:
     """For the one response that is made outside of `Requests`: to an error that nobody expected."""
     exchange = scope.get(_EXCHANGE)

@@ -25,6 +25,8 @@ SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
         "host",
         "port",
         "max_body_bytes",
+        "max_responses",
+        "response_seconds",
         "api_key",
         "api_key_file",
         "max_per_key",

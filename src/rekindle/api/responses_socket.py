@@ -1,0 +1,199 @@
+"""WS /v1/responses: responses over one connection, as OpenAI's WebSocket mode has it.
+
+    in    response.create    the fields of POST /v1/responses; `stream` is of no meaning here, and with `"generate": false`
+                             the prompt is only read, for the next turn to begin faster
+    out   the response's events, and `error`
+
+Messages are answered one after another; with a `stream_id` those of different streams side by side, and each event names
+its stream. What is not stored can be gone on from on the same connection, as long as that is open. A message that makes no
+sense is answered with an error, and nothing else happens. Hanging up cancels what is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Field, ValidationError
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from rekindle.api.answers import Runner
+from rekindle.api.door import message_of
+from rekindle.api.refusals import explained, refusal_of
+from rekindle.api.requests import exchange_of
+from rekindle.api.responses import events_of, turn_of
+from rekindle.api.responses_events import WireEvent
+from rekindle.api.responses_kept import KeptResponses
+from rekindle.api.responses_wire import ResponseRequest
+from rekindle.api.wire import Str
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError, Stopping
+
+MAX_WAITING = 64  # messages of one connection
+LOCAL_RESPONSES = 64  # of one connection that are not stored
+SEND_SECONDS = 30.0  # for one event to go out
+WATCH_SECONDS = 0.25
+GOING_AWAY, TOO_SLOW = 1001, 1008
+_log = logging.getLogger(__name__)
+
+
+class CreateMessage(ResponseRequest):
+    """`response.create`."""
+
+    type: Literal["response.create"]
+    generate: bool | None = Field(None, description="false: read the prompt, and answer nothing")
+    stream_id: Annotated[Str, Field(max_length=64)] | None = None
+
+
+def decode(text: str | None) -> CreateMessage:
+    """A message from its text. Raises InvalidRequest that says what was expected."""
+    if text is None:
+        raise InvalidRequest("expected a text message, got a binary one")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("expected a message in JSON, got something else") from None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "response.create":
+        given = f"type {kind[:40]!r}" if isinstance(kind, str) else "something else"
+        raise InvalidRequest(f'expected a JSON object of type "response.create", got {given}', param="type")
+    try:
+        return CreateMessage.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message, param, _ = explained(first, first["loc"])
+        raise InvalidRequest(message, param=param) from None
+
+
+def responses_socket_router(runner: Runner, kept: KeptResponses) -> APIRouter:
+    """This endpoint."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.websocket("/v1/responses")
+    async def responses(socket: WebSocket) -> None:
+        await socket.accept()
+        await _Connection(socket, runner, kept).run()
+
+    return router
+
+
+class _Connection:
+    """One socket: a reader, and a worker for each stream that has something to do."""
+
+    def __init__(self, socket: WebSocket, runner: Runner, kept: KeptResponses) -> None:
+        self._socket, self._runner, self._kept = socket, runner, kept
+        self._local = KeptResponses(LOCAL_RESPONSES, float("inf"))
+        self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by stream; of those that are worked on
+        self._workers: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()
+        self._over = asyncio.Event()
+        self._why = (GOING_AWAY, "")
+
+    async def run(self) -> None:
+        """Until either side hangs up."""
+        tasks = [asyncio.ensure_future(work) for work in (self._read(), self._watch())]
+        try:
+            await self._over.wait()
+        finally:
+            for task in (*tasks, *self._workers):
+                task.cancel()
+            await asyncio.gather(*tasks, *self._workers, return_exceptions=True)
+            await self._hang_up()
+
+    def _end(self, code: int, reason: str) -> None:
+        if not self._over.is_set():
+            self._why = (code, reason)
+            self._over.set()
+
+    async def _hang_up(self) -> None:
+        if self._socket.application_state is WebSocketState.CONNECTED and self._why[1]:
+            try:
+                async with asyncio.timeout(1):
+                    await self._socket.close(*self._why)
+            except (RuntimeError, TimeoutError, WebSocketDisconnect):
+                _log.debug("the other side of a socket is gone")
+
+    async def _watch(self) -> None:
+        """When the server is being stopped, what is under way is answered first."""
+        while not (self._runner.load.draining and not self._workers):
+            await asyncio.sleep(WATCH_SECONDS)
+        self._end(GOING_AWAY, "the server is being stopped; come back later")
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                self._end(GOING_AWAY, "")
+                return
+            try:
+                self._take(decode(message.get("text")))
+            except RekindleError as error:
+                await self._send([_refused(error)], _stream_of(message.get("text")))
+
+    def _take(self, message: CreateMessage) -> None:
+        """Raises Overloaded, or Stopping."""
+        if self._runner.load.draining:
+            raise Stopping("the server is being stopped and takes nothing new; try again later")
+        if sum(map(len, self._waiting.values())) >= MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} messages of this connection wait already; try again later")
+        waiting = self._waiting.get(message.stream_id)
+        if waiting is not None:
+            waiting.append(message)
+            return
+        self._waiting[message.stream_id] = deque([message])
+        worker = asyncio.ensure_future(self._work(message.stream_id))
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
+
+    async def _work(self, stream: str | None) -> None:
+        """Answer what waits in one stream."""
+        waiting = self._waiting[stream]
+        try:
+            while waiting:
+                await self._answer(waiting.popleft())
+        finally:
+            del self._waiting[stream]
+
+    async def _answer(self, message: CreateMessage) -> None:
+        request = message_of(self._socket)
+        keep = self._kept if message.is_kept else self._local
+        try:
+            generate = message.generate is not False
+            turn = await turn_of(self._runner, request, message, self._local, self._kept, generate=generate)
+            with await self._runner.submit(request, [turn.generation]) as answers:
+                async for events in events_of(turn, answers, keep):
+                    await self._send(events, message.stream_id)
+        except RekindleError as error:
+            await self._send([_refused(error)], message.stream_id)
+        finally:
+            exchange_of(request).over()
+
+    async def _send(self, events: list[WireEvent], stream: str | None) -> None:
+        try:
+            async with self._sending, asyncio.timeout(SEND_SECONDS):
+                for event in events:
+                    told = event if stream is None else event | {"stream_id": stream}
+                    text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+                    await self._socket.send_text(text.encode("utf-8", "replace").decode())
+        except TimeoutError:
+            self._end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds")
+        except (RuntimeError, WebSocketDisconnect):
+            self._end(GOING_AWAY, "")
+
+
+def _refused(error: RekindleError) -> WireEvent:
+    status, body = refusal_of(error)
+    return {"type": "error", "status": status, **body}
+
+
+def _stream_of(text: str | None) -> str | None:
+    """The stream that a refused message names, if it can be told."""
+    try:
+        value = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+    stream: Any = value.get("stream_id") if isinstance(value, dict) else None
+    return stream[:64] if isinstance(stream, str) else None

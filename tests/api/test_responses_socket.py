@@ -1,0 +1,207 @@
+"""`WS /v1/responses` as the official client sees it, and with plain sockets what that client would not send."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import openai
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from rekindle.api import responses_socket as module
+from rekindle.api.server import running
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+
+from .test_disconnect import Listener
+
+LONG = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. " * 3
+GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 8}
+ENDS = ("response.completed", "response.incomplete", "response.failed", "error")
+WAIT_SECONDS = 60
+
+
+@pytest.fixture
+def socket(url: str) -> Iterator[ClientConnection]:
+    with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+        yield socket
+
+
+def send(socket: ClientConnection, **fields: Any) -> None:
+    socket.send(json.dumps({"type": "response.create"} | GREEDY | fields))
+
+
+def receive(socket: ClientConnection) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(socket.recv(timeout=WAIT_SECONDS))
+    return event
+
+
+def answer(socket: ClientConnection) -> dict[str, Any]:
+    """The event that ends the next response."""
+    while (event := receive(socket))["type"] not in ENDS:
+        pass
+    return event
+
+
+@pytest.mark.filterwarnings("ignore:connect:DeprecationWarning")  # of what that client does inside
+def test_with_the_official_client_on_the_real_engines(ember: openai.OpenAI) -> None:
+    with ember.responses.connect() as connection:
+        ids: list[str] = []
+        for text in (f"{LONG} Who paints in orange?", "And who works as a farmer?"):
+            last = {"previous_response_id": ids[-1]} if ids else {}
+            connection.response.create(model="ember", input=text, **last, **GREEDY)
+            events = []
+            while not events or events[-1].type not in ENDS:
+                events.append(connection.recv())
+            assert [event.sequence_number for event in events] == list(range(len(events)))
+            response = events[-1].response
+            assert response.output_text == "".join(e.delta for e in events if e.type == "response.output_text.delta")
+            ids.append(response.id)
+        details = response.usage.input_tokens_details
+        assert response.usage.input_tokens - details.cached_tokens <= 16 < details.cached_tokens
+        assert ember.responses.retrieve(ids[1]).output_text == response.output_text  # kept, as with POST
+
+
+def test_a_prompt_may_be_read_before_it_is_needed(socket: ClientConnection) -> None:
+    send(socket, input=LONG, instructions="Be short.", generate=False)
+    kinds = [receive(socket) for _ in range(3)]
+    assert [event["type"] for event in kinds] == ["response.created", "response.in_progress", "response.completed"]
+    prepared = kinds[-1]["response"]
+    assert prepared["output"] == [] and prepared["usage"]["output_tokens"] == 0
+    read = prepared["usage"]["input_tokens"]
+    send(socket, input="Who?", instructions="Be short.", previous_response_id=prepared["id"])
+    usage = answer(socket)["response"]["usage"]
+    assert usage["input_tokens_details"]["cached_tokens"] >= read - 4  # all but the beginning of the answer
+    assert usage["input_tokens"] > read
+
+
+def test_what_is_not_stored_is_known_on_its_own_connection(socket: ClientConnection, client: openai.OpenAI) -> None:
+    send(socket, input=LONG, store=False)
+    first = answer(socket)["response"]
+    send(socket, input="More.", store=False, previous_response_id=first["id"])
+    second = answer(socket)["response"]
+    assert second["usage"]["input_tokens_details"]["cached_tokens"] > 50
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first["id"])
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="ember", input="More.", previous_response_id=second["id"])
+
+
+def test_streams_are_answered_side_by_side_and_in_their_order(socket: ClientConnection) -> None:
+    send(socket, input="One.", stream_id="slow", max_output_tokens=300, ignore_eos=True)
+    send(socket, input="Two.", stream_id="slow", max_output_tokens=2)
+    send(socket, input="Three.", stream_id="quick", max_output_tokens=2)
+    send(socket, input="Four.", max_output_tokens=2)
+    ends: list[dict[str, Any]] = []
+    while len(ends) < 4:
+        event = receive(socket)
+        if event["type"] in ENDS:
+            ends.append(event)
+    streams = [event.get("stream_id") for event in ends]
+    assert streams.index("quick") < streams.index("slow") and streams[-1] == "slow"
+    slow = [event["response"]["usage"]["output_tokens"] for event in ends if event.get("stream_id") == "slow"]
+    assert slow == [300, 2]
+    assert "stream_id" not in ends[streams.index(None)]
+
+
+NONSENSE: dict[str, tuple[str | bytes, str | None, str]] = {
+    "no JSON": ("{", None, "expected a message in JSON"),
+    "no object": ("[]", "type", "response.create"),
+    "another type": ('{"type": "response.steer"}', "type", "got type 'response.steer'"),
+    "binary": (b"x", None, "binary"),
+    "no input": ('{"type": "response.create"}', "input", "required"),
+    "a wrong field": ('{"type": "response.create", "input": "x", "temperature": "hot"}', "temperature", "a number"),
+    "an unknown response": (
+        '{"type": "response.create", "input": "x", "previous_response_id": "resp_1"}',
+        "previous_response_id",
+        "send the whole conversation",
+    ),
+    "half a character": ('{"type": "response.create", "input": "\\ud800"}', "input[0].content[0].text", "surrogate"),
+}
+
+
+@pytest.mark.parametrize(("text", "param", "words"), NONSENSE.values(), ids=NONSENSE)
+def test_nonsense_is_refused_and_the_connection_goes_on(
+    socket: ClientConnection, text: str | bytes, param: str | None, words: str
+) -> None:
+    socket.send(text)
+    event = receive(socket)
+    assert event["type"] == "error" and event["status"] == 400
+    assert event["error"]["param"] == param and words in event["error"]["message"], event
+    send(socket, input="Hello.")
+    assert answer(socket)["type"] != "error"
+
+
+def test_a_refusal_names_its_stream(socket: ClientConnection) -> None:
+    send(socket, input=5, stream_id="a")
+    assert receive(socket)["stream_id"] == "a"
+    send(socket, input="x", previous_response_id="resp_1", stream_id="b")
+    event = receive(socket)
+    assert event["stream_id"] == "b" and event["error"]["code"] == "previous_response_not_found"
+
+
+def test_too_many_messages_are_refused(socket: ClientConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 2)
+    send(socket, input="Long.", max_output_tokens=300, ignore_eos=True)
+    receive(socket)  # it has begun, and waits no more
+    for _ in range(3):
+        send(socket, input="Hello.")
+    while (event := receive(socket))["type"] != "error":
+        assert "completed" not in event["type"]
+    assert event["status"] == 429 and "wait already" in event["error"]["message"]
+
+
+def test_hanging_up_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Service.open(Settings(engine="toy", context=16384, store="none")) as service, running(service) as url:
+        listener = Listener(service, monkeypatch)
+        with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+            send(socket, input="Talk for ever.", max_output_tokens=10_000, ignore_eos=True)
+            send(socket, input="Never begun.")
+            listener.wait(lambda events: len(events) >= 5)
+        listener.wait(lambda events: listener.ends == ["cancelled"])
+        assert service.health()["running"] == 0
+
+
+def test_a_server_that_is_stopped_answers_first_and_then_hangs_up() -> None:
+    settings = Settings(engine="toy", context=1024, store="none", drain_seconds=30)
+    with Service.open(settings) as service:
+        server = running(service)
+        url = server.__enter__()
+        with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+            send(socket, input="Talk.", max_output_tokens=400, ignore_eos=True)
+            receive(socket)
+            stopping = threading.Thread(target=server.__exit__, args=(None, None, None))
+            stopping.start()
+            with pytest.raises(ConnectionClosed) as caught:
+                while True:
+                    receive(socket)
+            assert caught.value.rcvd is not None and caught.value.rcvd.code in (1001, 1012)
+            stopping.join()
+
+
+def test_each_message_has_a_time_limit_of_its_own() -> None:
+    settings = Settings(engine="toy", context=1024, store="none", request_timeout=0.5)
+    with ExitStack() as stack:
+        url = stack.enter_context(running(stack.enter_context(Service.open(settings))))
+        socket = stack.enter_context(connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None))
+        began = time.monotonic()
+        while time.monotonic() - began < 1.0:  # the connection is older than a request may take
+            send(socket, input="Hello.")
+            assert answer(socket)["type"] != "error"
+
+
+def test_a_key_is_needed() -> None:
+    settings = Settings(engine="toy", context=512, store="none", api_key="right")
+    with Service.open(settings) as service, running(service) as url:
+        address = url.replace("http", "ws", 1) + "/v1/responses"
+        with pytest.raises(InvalidStatus, match="401"):
+            connect(address, proxy=None).close()
+        with connect(address, additional_headers={"Authorization": "Bearer right"}, proxy=None) as socket:
+            send(socket, input="Hello.")
+            assert answer(socket)["type"] != "error"
