@@ -109,6 +109,24 @@ def test_a_prompt_may_come_from_stdin(bench: Bench) -> None:
     assert json.loads(out)["prompts"][0]["computed"] > 5
 
 
+def test_chunks_are_computed_on_their_own_and_placed_later(bench: Bench) -> None:
+    (bench.path / "parts.txt").write_text(" # # ".join(DOCUMENTS[name] for name in ("one.txt", "two.txt")))
+    documents = [{"title": "About Grevmar", "text": DOCUMENTS["two.txt"]}, STORY * 4]
+    (bench.path / "parts.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    files = ["--chunks-from", bench.file("parts.txt"), "--chunks-from", bench.file("parts.jsonl")]
+    found = bench.json("warm", "--chunk", STORY * 6, *files, "--chunk-separator", " # # ")
+    names = [each["name"] for each in found["prompts"]]
+    assert names[1:] == [f"{bench.file('parts.txt')} (1)", f"{bench.file('parts.txt')} (2)", "About Grevmar", names[4]]
+    assert found["computed"] > 400 and bench.json("warm", "--chunk", STORY * 6)["computed"] == 0
+    with rekindle.load(threads=1, context=1024, store=str(bench.store)) as llm:
+        chunks = [rekindle.Chunk(DOCUMENTS["two.txt"].strip()), rekindle.Chunk(STORY * 6)]
+        llm.generate([*chunks, "Who lives in Babmouth?"], max_tokens=2, blend={"select": "none"})
+        assert llm.last is not None and [bool(chunk.placed) for chunk in llm.last.plan.chunks] == [True, True]
+        titled = [{"title": "About Grevmar", "text": DOCUMENTS["two.txt"]}]
+        llm.chat([{"role": "user", "content": "Who?"}], documents=titled, max_tokens=2, blend={"select": "none"})
+        assert llm.last.plan.chunks[0].placed > 150
+
+
 def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
     (bench.path / "long.txt").write_text(STORY * 100)
     found = bench.json("warm", bench.file("long.txt"), bench.file("two.txt"), "-p", STORY, expect=1)
@@ -126,6 +144,11 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
         (["warm", "-p", " "], "the prompt is empty"),
         (["warm", "-p", "x", "--raw", "--system", "y"], "--system is for conversations"),
         (["warm", "-p", "x", "--store", "none"], "the store has no folder"),
+        (["warm", "--chunk", " "], "the prompt is empty"),
+        (["warm", "--chunks-from", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["warm", "--chunks-from", "{bytes}"], "it is not UTF-8 text"),
+        (["warm", "--chunks-from", "{empty}"], "holds no chunk"),
+        (["warm", "--chunks-from", "{json}"], "an array of texts or documents is expected"),
         (["pin", "-p", "x", "--ttl", "soon"], "expected a time such as 30s"),
         (["stats", "--store", "none"], "the store has no folder"),
         (["stats", "--store", "x", "--url", "y"], "expected --store or --url, got both"),
@@ -141,7 +164,9 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
 def test_mistakes_are_told(filled: Bench, arguments: list[str], message: str) -> None:
     (filled.path / "bytes").write_bytes(b"\xff\xfe\x00")
     (filled.path / "empty").write_text(" \n")
-    named = [each.format(bytes=filled.file("bytes"), empty=filled.file("empty")) for each in arguments]
+    (filled.path / "object.json").write_text('{"text": "x"}')
+    files = {name: filled.file(name) for name in ("bytes", "empty")} | {"json": filled.file("object.json")}
+    named = [each.format(**files) for each in arguments]
     code = 1 if "--model" in arguments else 2
     filled(*named, expect=code)
     assert message in filled.err and "Traceback" not in filled.err

@@ -243,8 +243,10 @@ class RekindleOptions(Ours):
 
     @property
     def blend_wish(self) -> Wish:
-        """None if nothing is said."""
-        return None if self.blend is None else self.blend.wish
+        """None if nothing is said; what is to be pinned is read exactly unless blending is asked for."""
+        if self.blend is None:
+            return None if self.pin is None else False
+        return self.blend.wish
 
 
 class OpenAIFields(SamplingFields):

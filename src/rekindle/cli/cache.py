@@ -44,6 +44,19 @@ AsChat = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="instructions before the document or the message")]
+Chunks = Annotated[
+    list[str] | None,
+    typer.Option("--chunk", help="a text that is computed on its own, to be placed anywhere; may be repeated"),
+]
+ChunkFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--chunks-from",
+        help="a file of such chunks: .json or .jsonl of texts or documents, or text, split by --chunk-separator; "
+        "may be repeated",
+        metavar="FILE",
+    ),
+]
 Salt = Annotated[str | None, typer.Option("--salt", help="the cache_salt of the requests that need it")]
 
 
@@ -143,6 +156,8 @@ def warm(
     settings: Settings,
     files: Files = None,
     prompt: Prompts = None,
+    chunk: Chunks = None,
+    chunks_from: ChunkFiles = None,
     chat: AsChat = None,
     system: System = None,
     salt: Salt = None,
@@ -150,10 +165,19 @@ def warm(
     api_key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the KV of files or prompts ahead of time and store it. What is stored already is not computed again."""
+    """Compute the KV of files, prompts or chunks ahead of time and store it. What is stored is not computed again."""
     from rekindle.cli.cache_warm import Texts, warm_texts
 
-    texts = Texts.read(files or [], prompt or [], chat=chat, system=system, salt=salt)
+    texts = Texts.read(
+        files or [],
+        prompt or [],
+        chat=chat,
+        system=system,
+        salt=salt,
+        chunks=chunk or [],
+        chunks_from=chunks_from or [],
+        separator=settings.chunk_separator,
+    )
     if not warm_texts(settings, texts, url, api_key, as_json=as_json):
         raise typer.Exit(FAILED)
 

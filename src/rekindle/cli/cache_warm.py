@@ -1,7 +1,8 @@
 """`rekindle cache warm` and `pin`: prompts whose KV is to be there before they are asked.
 
 A file is a document: in a chat it is the system message, just as `rekindle chat --file` sends it, so what is stored is what
-every such chat begins with. A prompt is a user's message, as `rekindle generate` sends it. Raw, both are plain text.
+every such chat begins with. A prompt is a user's message, as `rekindle generate` sends it. Raw, both are plain text. A
+chunk is computed on its own, so that requests that blend can place it wherever it stands.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rekindle.cli.cache_chunks import read_chunks
 from rekindle.cli.cache_place import client_of, folder_of, understood
 from rekindle.cli.cache_show import console, count, rows, size
 from rekindle.cli.chat import opening
@@ -26,6 +28,7 @@ from rekindle.cli.client import Client
 from rekindle.cli.generate import read_prompt
 from rekindle.cli.refusals import complain
 from rekindle.errors import InvalidRequest
+from rekindle.model.chunks import Document
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import in_words, seconds_of
 from rekindle.serve.service import Service
@@ -40,10 +43,13 @@ class Text:
 
     name: str  # what to call it in messages
     text: str
-    messages: tuple[dict[str, str], ...]  # the same as a conversation
+    messages: tuple[dict[str, str], ...] = ()  # the same as a conversation
+    chunk: Document | None = None  # it is computed on its own
 
     def body(self, as_chat: bool) -> dict[str, Any]:
         """For the wire."""
+        if self.chunk is not None:
+            return {"documents": [{"title": self.chunk.title, "text": self.chunk.text}], "chat": as_chat}
         return {"messages": list(self.messages)} if as_chat else {"prompt": self.text}
 
 
@@ -57,7 +63,16 @@ class Texts:
 
     @classmethod
     def read(
-        cls, files: Sequence[Path], prompts: Sequence[str], *, chat: bool | None, system: str | None, salt: str | None
+        cls,
+        files: Sequence[Path],
+        prompts: Sequence[str],
+        *,
+        chat: bool | None,
+        system: str | None,
+        salt: str | None,
+        chunks: Sequence[str] = (),
+        chunks_from: Sequence[Path] = (),
+        separator: str | None = None,
     ) -> Self:
         """All files are read before anything is computed. Raises InvalidRequest."""
         if chat is False and system is not None:
@@ -66,8 +81,16 @@ class Texts:
             )
         texts = [_of_file(file, system) for file in files]
         texts += [_of_prompt(read_prompt(prompt), system) for prompt in prompts]
+        given = [read_prompt(chunk) for chunk in chunks]
+        texts += [Text(name=_short(text), text=text, chunk=Document(text)) for text in given]
+        for file in chunks_from:
+            found = read_chunks(file, separator)
+            texts += [Text(name=name, text=document.text, chunk=document) for name, document in found]
         if not texts:
-            raise InvalidRequest("expected files or --prompt TEXT, got neither", param="files")
+            raise InvalidRequest(
+                "expected files or --prompt TEXT (to warm, also --chunk TEXT or --chunks-from FILE), got none of them",
+                param="files",
+            )
         return cls(each=tuple(texts), chat=True if system is not None else chat, salt=salt)
 
 
@@ -78,12 +101,16 @@ def _of_file(file: Path, system: str | None) -> Text:
 
 def _of_prompt(prompt: str, system: str | None) -> Text:
     before = [{"role": "system", "content": system}] if system else []
-    name = " ".join(prompt.split())
     return Text(
-        name=f"“{name[:40]}{'…' if len(name) > 40 else ''}”",
+        name=_short(prompt),
         text=prompt,
         messages=(*before, {"role": "user", "content": prompt}),
     )
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return f"“{words[:40]}{'…' if len(words) > 40 else ''}”"
 
 
 class Place(Protocol):
@@ -140,6 +167,8 @@ class Here:
             self.faults.append(f"{count(stats.dropped, 'block')} could not be written")
 
     def _prompt(self, text: Text) -> Prompt:
+        if text.chunk is not None:
+            return self._service.chunk_prompts([text.chunk], salt=self._salt, chat=self._as_chat)[0]
         if self._as_chat:
             return self._service.opening_prompt(text.messages, salt=self._salt)
         return self._service.text_prompt(text.text, salt=self._salt)
