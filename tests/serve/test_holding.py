@@ -56,7 +56,8 @@ def test_what_passes_is_saved_only_when_it_is_let_go() -> None:
     feed(stage, TALK)
     assert not stage.scheduler.residents.save_one()
     stage.scheduler.residents.let_go("one")
-    assert stage.scheduler.residents.save_one()
+    while stage.scheduler.residents.save_one():
+        pass
     assert stage.store.match(as_tokens(TALK), b"").length == len(TALK)
 
 

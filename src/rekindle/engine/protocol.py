@@ -53,6 +53,7 @@ class Engine(Protocol):
     """Computes KV and logits. Errors are `EngineError`s: ContextFull, BadRange, UnknownSequence, ForeignPayload."""
 
     spec: ModelSpec
+    reads_idle_cells: bool  # whether computing takes longer for cells in use that none of the sequences computed sees
 
     # The seven verbs.
 

@@ -35,6 +35,7 @@ from rekindle.tokens import Tokens, common_length
 
 _log = logging.getLogger(__name__)
 MAX_ASIDE = 4  # sequences whose chunks are still to be compared with themselves on their own
+PIECE_BLOCKS = 4  # store blocks that are saved at once in idle time: a few milliseconds, so that who comes hardly waits
 MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
 
 
@@ -51,6 +52,7 @@ class Resident:
     spare: bool = False  # worth nothing
     holder: str | None = None  # who goes on with it
     passing: bool = False  # about to change: saved only if it has to leave
+    looked_to: int = 0  # tokens that were looked through so far while it is saved in pieces
     private: bool = False  # nobody may share it, and it is never saved: its KV is not what reading its tokens gives
 
 
@@ -155,8 +157,7 @@ class Residents:
         leaving = [resident for resident in leaving if resident.holder is None] or leaving
         victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
-        self._end(victim)
-        self._observer.evicted(len(victim.tokens))
+        self.leave(victim)
         return True
 
     def _value(self, resident: Resident) -> float:
@@ -175,11 +176,34 @@ class Residents:
             self._save_or_log(resident)
 
     def save_one(self) -> bool:
-        """Save one resident that is not in the store yet; it stays. False if there is none."""
+        """Save a piece of one resident that is not in the store yet; it stays. False if there is none."""
         unsaved = next((each for each in self._all if not each.saved and not each.passing), None)
         if unsaved is not None:
-            self._save_or_log(unsaved)
+            self.save_piece(unsaved)
         return unsaved is not None
+
+    def save_piece(self, resident: Resident) -> None:
+        """Save some blocks more of it; it stays, and it is saved when nothing is left."""
+        tokens, salt = resident.tokens, resident.salt
+        missing = [start for start in self._store.missing(tokens, salt) if start >= resident.looked_to]
+        if len(missing) <= PIECE_BLOCKS:
+            self._save_or_log(resident)
+            return
+        resident.looked_to = missing[PIECE_BLOCKS]
+        try:
+            self._store.put(tokens, self._export(resident, missing[:PIECE_BLOCKS]), salt=salt)
+        except EngineError as error:
+            _log.warning("a resident sequence could not be saved: %s", error)
+            resident.saved = True
+
+    def idle(self) -> list[Resident]:
+        """Those that nobody holds, and that anybody may go on with."""
+        return [each for each in self._all if each.holder is None and not each.private]
+
+    def leave(self, resident: Resident) -> None:
+        """End one that is in the store."""
+        self._end(resident)
+        self._observer.evicted(len(resident.tokens))
 
     def cut(self, holder: str, cut: Cut, salt: bytes) -> None:
         """Make a hole in what somebody holds, and let it go on under another salt; nothing if it is not here.
@@ -224,13 +248,17 @@ class Residents:
         missing = self._store.missing(tokens, resident.salt)
         if resident.saved and not missing:  # the store may have lost some since
             return
-        payloads = {start: self._engine.export(seq, start, start + size).data for start in missing}
         empty = memoryview(b"")
         tails = [
             (length, self._engine.export(seq, length - length % size, length).data if length % size else empty, logits)
             for length, logits in sorted(resident.marks.items())
         ]
-        self._store.put(tokens, payloads, salt=resident.salt, tails=tails)
+        self._store.put(tokens, self._export(resident, missing), salt=resident.salt, tails=tails)
+
+    def _export(self, resident: Resident, starts: Iterable[int]) -> dict[int, memoryview]:
+        """The blocks that begin there."""
+        size = self._store.block_tokens
+        return {start: self._engine.export(resident.seq, start, start + size).data for start in starts}
 
 
 def _begins(one: Tokens, other: Tokens) -> bool:

@@ -4,7 +4,7 @@ A batch holds one token of every decoding request and as much prefill as they ca
 the others. What the words of a step mean is said where they are done:
 
     who is started, and from what    admission.py    in the order of a policy: policies.py
-    who gives way for lack of cells  room.py         idle sequences first: residents.py
+    who gives way for lack of cells  room.py         idle sequences first: residents.py; before that: rent.py
     what is computed                 batch.py        how much of a prompt at once: pace.py
     what is sampled and sent         run.py
     what is placed of chunks         blending.py     and learned of them in idle time: studies.py
@@ -33,6 +33,7 @@ from rekindle.serve.blending import Blending, place_due
 from rekindle.serve.observe import Observer
 from rekindle.serve.pace import Pace
 from rekindle.serve.policies import Policy
+from rekindle.serve.rent import Rent
 from rekindle.serve.request import Failed, FinishReason
 from rekindle.serve.residents import Residents
 from rekindle.serve.room import Room
@@ -98,6 +99,7 @@ class Scheduler:
             min_tokens=min_tokens,
         )
         self._room = Room(self._state)
+        self._rent = Rent(engine, store, self._state.residents)
         head = as_tokens([])
         blending = blending or Blending(store, head, Scores(engine.spec.fingerprint, head))
         self._admission = Admission(self._state, self._room, blending, fetch)
@@ -143,6 +145,7 @@ class Scheduler:
         admitted, ended = self._admit()
         batch = Batch()
         try:
+            self._collect_rent()
             self._room.secure(least_cells(self._state), self._fail)
             place_due(self._state)
             batch = make_batch(self._state, self._pace)
@@ -202,9 +205,14 @@ class Scheduler:
                     ended += 1
         return admitted, ended
 
+    def _collect_rent(self) -> None:
+        reading = [run for run in self.running if run.reading]
+        self._rent.collect(sum(run.unread for run in reading), len(self.running) - len(reading))
+
     def _forward(self, batch: Batch) -> Logits:
         if not batch.work:
             return {}
+        self._rent.count(batch.num_tokens)
         started = time.perf_counter()
         logits = self._engine.forward(batch.work)
         seconds = time.perf_counter() - started
