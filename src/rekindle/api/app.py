@@ -19,6 +19,7 @@ from rekindle.api.load import Load
 from rekindle.api.metrics import metrics_router
 from rekindle.api.openai import models_router
 from rekindle.api.origins import is_local
+from rekindle.api.realtime import realtime_router
 from rekindle.api.requests import Requests
 from rekindle.api.responses import responses_router
 from rekindle.api.responses_kept import KeptResponses
@@ -79,6 +80,7 @@ def create_app(service: Service) -> FastAPI:
         status_router(service, load),
         metrics_router(service),
         sockets_router(service, live, load),
+        realtime_router(service, live, load),
     ]:
         app.include_router(router)
     return app

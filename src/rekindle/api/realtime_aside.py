@@ -1,0 +1,77 @@
+"""An answer beside the conversation: to other instructions or another input than the session's.
+
+Its prompt is a whole one, as of a chat completion, so it reuses what is stored of it and disturbs nothing that the session
+holds. Only what comes of it may be put into the conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rekindle.api.realtime_items import Item
+from rekindle.api.realtime_response import Response
+from rekindle.errors import RekindleError
+from rekindle.reuse.prompt import Prompt
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
+from rekindle.serve.service import Service, Ticket
+
+
+def messages_of(instructions: str, items: Sequence[Item]) -> list[dict[str, str]]:
+    """As chat templates know them: messages of one role that follow each other are one."""
+    messages = [{"role": "system", "content": instructions}] if instructions.strip() else []
+    for item in items:
+        if messages and messages[-1]["role"] == item.role:
+            messages[-1]["content"] += f"\n{item.text}"
+        else:
+            messages.append({"role": item.role, "content": item.text})
+    return messages
+
+
+class Aside:
+    """One such answer. Belongs to the sessions' thread."""
+
+    def __init__(self, response: Response, *, is_adopted: bool, ended: Callable[[Aside], str | None]) -> None:
+        """`ended` is called before the response is told to be done, and gives the id of the item before it.
+
+        Adopted ones become part of the conversation.
+        """
+        self.response = response
+        self.is_adopted = is_adopted
+        self.text = ""
+        self._ended = ended
+        self._ticket: Ticket | None = None
+
+    def ask(
+        self,
+        service: Service,
+        prompt: Prompt,
+        max_tokens: int | None,
+        sampling: Sampling,
+        post: Callable[[Callable[[], None]], object],  # do this on the sessions' thread
+    ) -> None:
+        """Raises what `submit` raises. The worker's events come back by way of `post`."""
+        generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling)
+
+        def hand_over(event: Event) -> None:
+            post(lambda: self._hear(event))
+
+        self._ticket = service.submit(generation, hand_over)
+
+    def cancel(self) -> None:
+        """Its end comes in a moment, with what there is of it."""
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Piece):
+            self.text += event.text
+            self.response.say(event.text)
+        elif isinstance(event, Done):
+            self.text = event.text
+            self._end("interrupted" if event.reason == "cancelled" else event.reason, event, None)
+        elif isinstance(event, Failed):
+            self._end("", None, event.error)
+
+    def _end(self, reason: str, done: Done | None, error: RekindleError | None) -> None:
+        previous = self._ended(self)
+        self.response.end(reason, self.text, previous=previous, done=done, error=error)
