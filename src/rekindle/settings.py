@@ -108,7 +108,7 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
     max_responses: int = Field(1024, ge=0, description="responses of /v1/responses that are kept, to go on from")
-    response_seconds: float = Field(
+    response_ttl_seconds: float = Field(
         24 * 3600.0, gt=0, allow_inf_nan=False, description="how long a response of /v1/responses is kept"
     )
     api_key: tuple[SecretStr, ...] = Field(

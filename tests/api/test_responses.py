@@ -173,6 +173,15 @@ def test_going_on_is_the_same_conversation_as_sending_it_all(ember: openai.OpenA
     assert same.usage.prompt_tokens == second.usage.input_tokens
 
 
+def test_going_on_after_many_others_were_answered(client: openai.OpenAI, service: Service) -> None:
+    """The toy engine answers with tokens that no tokenizer would make of their text."""
+    first = client.responses.create(input=LONG, **GREEDY)
+    service._transcripts.clear()
+    second = client.responses.create(input="More.", previous_response_id=first.id, **GREEDY)
+    kept = first.usage.input_tokens + first.usage.output_tokens
+    assert second.usage.input_tokens_details.cached_tokens >= kept - 1
+
+
 def test_two_may_go_on_from_one(client: openai.OpenAI) -> None:
     first = client.responses.create(input=LONG, **GREEDY)
     one, other = (

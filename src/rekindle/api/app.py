@@ -69,7 +69,7 @@ def create_app(service: Service) -> FastAPI:
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
     live = app.state.live = LiveSessions(service)
-    kept = KeptResponses(settings.max_responses, settings.response_seconds)
+    kept = KeptResponses(settings.max_responses, settings.response_ttl_seconds)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
     for router in [
         *routers,

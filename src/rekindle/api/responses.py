@@ -48,11 +48,13 @@ class Turn:
     generation: Generation
     conversation: list[dict[str, str]]  # with what is new
 
-    def kept(self, body: dict[str, Any], answer: str | None) -> Kept:
-        """What is kept of it; without an answer where none was generated."""
+    def kept(self, body: dict[str, Any], done: Done) -> Kept:
+        """What is kept of it."""
         items = [message.as_item(new_id("msg")) for message in self.request.input]
-        answered = [] if answer is None else [{"role": "assistant", "content": answer}]
-        return Kept(body, items, self.conversation + answered)
+        if not self.generation.answers:
+            return Kept(body, items, self.conversation)
+        answered = [*self.conversation, {"role": "assistant", "content": done.text}]
+        return Kept(body, items, answered, self.generation.prompt, done.tokens)
 
 
 async def turn_of(
@@ -64,7 +66,10 @@ async def turn_of(
     salt = caller_of(connection).salt(body.cache_salt)
     before: list[dict[str, str]] = []
     if body.previous_response_id is not None:
-        before = previous(salt, body.previous_response_id, *places).conversation
+        kept = previous(salt, body.previous_response_id, *places)
+        before = kept.conversation
+        if kept.prompt is not None:  # it may be long ago, and others have been answered since
+            service.remember(kept.prompt, before[-1]["content"], kept.answer)
     conversation = [*before, *body.messages]
     messages = body.prompted(conversation)
     num_characters = sum(len(message["content"]) for message in messages)
@@ -101,12 +106,9 @@ async def events_of(turn: Turn, answers: Answers, keep: KeptResponses | None) ->
 
 
 def _end(turn: Turn, done: Done, keep: KeptResponses | None) -> list[WireEvent]:
-    if turn.generation.answers:
-        told, answer = turn.writer.closing(done), done.text
-    else:
-        told, answer = [turn.writer.last(turn.writer.prepared(done))], None
+    told = turn.writer.closing(done) if turn.generation.answers else [turn.writer.last(turn.writer.prepared(done))]
     if keep is not None:
-        keep.add(turn.salt, turn.kept(told[-1]["response"], answer))
+        keep.add(turn.salt, turn.kept(told[-1]["response"], done))
     return told
 
 
@@ -126,7 +128,7 @@ def responses_router(runner: Runner, kept: KeptResponses) -> APIRouter:
             (answer,) = await while_connected(request, answers.whole())
         whole = turn.writer.whole(answer.done, answer.tokens)
         if keep is not None:
-            keep.add(turn.salt, turn.kept(whole, answer.done.text))
+            keep.add(turn.salt, turn.kept(whole, answer.done))
         return Json(whole)
 
     @router.post("/input_tokens")

@@ -2,7 +2,7 @@
 
 A response is known by its id to whoever has the salt that it was made under, and to nobody else: to all others there is
 none. The number is bounded (what was used least recently goes) and so is the age. Nothing here is KV: that is where it
-always is, in the engine and in the store, and is found again because the conversation's text is what it was.
+always is, in the engine and in the store, and is found again because the conversation's tokens are what they were.
 
 Belongs to the event loop.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rekindle.errors import InvalidRequest
+from rekindle.reuse.prompt import Prompt
 
 _SHOWN = 80  # characters of an id in messages
 
@@ -40,6 +41,8 @@ class Kept:
     body: dict[str, Any]  # as it was sent
     items: list[dict[str, Any]]  # the input of its request
     conversation: list[dict[str, str]]  # all messages up to and with its answer, without instructions
+    prompt: Prompt | None = None  # what was read
+    answer: tuple[int, ...] = ()  # what was generated
 
 
 class KeptResponses:

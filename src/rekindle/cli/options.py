@@ -26,7 +26,7 @@ SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
         "port",
         "max_body_bytes",
         "max_responses",
-        "response_seconds",
+        "response_ttl_seconds",
         "api_key",
         "api_key_file",
         "max_per_key",

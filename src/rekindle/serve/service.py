@@ -415,18 +415,24 @@ class Service:
 
     def _remembering(self, generation: Generation, sink: Sink) -> Sink:
         """Note the whole text of a finished sequence before its end is told."""
-        prompt = generation.prompt
-        if prompt.text is None:
+        if generation.prompt.text is None:
             return sink
 
         def remember(event: Event) -> None:
-            if isinstance(event, Done) and event.text and self.model.tokenizer.decode(event.tokens) == event.text:
-                tokens = np.concatenate([prompt.tokens, as_tokens(event.tokens)])
-                owner = (prompt.salt, prompt.bos, bool(prompt.chunks))
-                self._transcripts.add(owner, f"{prompt.text}{event.text}", tokens)
+            if isinstance(event, Done):
+                self.remember(generation.prompt, event.text, event.tokens)
             sink(event)
 
         return remember
+
+    def remember(self, prompt: Prompt, text: str, ids: Sequence[int]) -> None:
+        """Have texts that begin with this prompt and its answer begin with the tokens that those were read and made in.
+
+        That happens to every answer by itself; it is forgotten when others are remembered.
+        """
+        if prompt.text is not None and text and self.model.tokenizer.decode(ids) == text:
+            tokens = np.concatenate([prompt.tokens, as_tokens(ids)])
+            self._transcripts.add((prompt.salt, prompt.bos, bool(prompt.chunks)), f"{prompt.text}{text}", tokens)
 
     def events(self, generation: Generation) -> Iterator[Event]:
         """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels."""
