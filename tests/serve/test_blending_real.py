@@ -1,0 +1,199 @@
+"""Blended requests on real engines and the built-in model: counts, quality, isolation, and what a restart remembers."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rekindle
+from rekindle.errors import InvalidRequest
+from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve.local import LLM
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
+from rekindle.tokens import Tokens
+
+TOP = 8  # logprobs that are compared
+ROUNDING = {"llama": 0.05, "torch": 0.001}  # of logprobs, that depend on how a prompt was cut into batches
+
+
+@cache
+def story() -> BlendTask:
+    """Four chunks of some 100 to 500 tokens, with questions that cross them."""
+    return next(task for task in ember_tasks(7) if len(task.chunks) == 4 and len(task.asked) > 1)
+
+
+def prompt_of(asked: Asked, *, met: bool = False, salt: bytes = b"") -> Prompt:
+    task = story()
+    parts: list[tuple[Tokens, bool]] = [(task.before, False)]
+    for index in task.met if met else range(len(task.chunks)):
+        parts += [(task.chunks[index], True), (task.mark, False)]
+    return join([*parts, (asked.tokens, False)], salt=salt)
+
+
+def load(engine: str, **settings: object) -> LLM:
+    return rekindle.load(**({"engine": engine, "threads": 1, "store": "none"} | settings))  # type: ignore[arg-type]
+
+
+def wish(prompt: Prompt, blend: Blend | None = None, *, max_tokens: int = 12, **options: Any) -> Generation:
+    return Generation(prompt=prompt, max_tokens=max_tokens, sampling=Sampling(temperature=0), blend=blend, **options)
+
+
+def ask(llm: LLM, prompt: Prompt, blend: Blend | None = None, **options: Any) -> Done:
+    return ask_for(llm, wish(prompt, blend, **options))
+
+
+def ask_for(llm: LLM, generation: Generation) -> Done:
+    *_, done = llm.service.events(generation)
+    assert isinstance(done, Done)
+    return done
+
+
+def first_logprobs(llm: LLM, prompt: Prompt, blend: Blend | None, **options: object) -> dict[int, float]:
+    """Of the most probable first tokens."""
+    generation = Generation(
+        prompt=prompt,
+        max_tokens=1,
+        sampling=Sampling(temperature=0, top_logprobs=TOP),
+        blend=blend,
+        **options,  # type: ignore[arg-type]
+    )
+    (info,) = next(
+        event.tokens for event in llm.service.events(generation) if isinstance(event, Piece) and event.tokens
+    )
+    return {token: logprob for token, _, logprob in info.top}
+
+
+def distance(one: dict[int, float], other: dict[int, float]) -> float:
+    shared = set(one) & set(other)
+    assert len(shared) >= TOP // 2
+    return max(abs(one[token] - other[token]) for token in shared)
+
+
+@pytest.fixture(scope="module", params=["llama", "torch"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with load(request.param) as llm:
+        yield llm
+
+
+@pytest.fixture
+def learned(llm: LLM) -> LLM:
+    """It has met the story's chunks in another order, and nothing else."""
+    llm.clear_cache()
+    met = ask(llm, prompt_of(story().asked[0], met=True), Blend())
+    assert met.usage.cached_tokens == 0 and met.plan.chunks and not met.plan.blended
+    assert llm.service.study(60)
+    return llm
+
+
+def test_moved_chunks_are_placed_and_the_rest_is_computed(learned: LLM) -> None:
+    prompt = prompt_of(story().asked[0])
+    before = learned.service.num_computed
+    done = ask(learned, prompt, Blend("first", 0.15), max_tokens=1)
+    assert learned.service.num_computed - before == done.usage.computed_tokens == done.plan.computed
+    assert done.usage.blended_tokens > 0.7 * len(prompt)
+    assert all(chunk.placed or chunk.exact for chunk in done.plan.chunks)
+    for chunk in done.plan.chunks:
+        share = chunk.recomputed / (chunk.placed + chunk.recomputed) if chunk.placed else 0.15
+        assert share == pytest.approx(0.15, abs=0.01)
+    remembered = ask(learned, prompt, Blend("auto", 0.15), max_tokens=1)
+    assert any("differed most" in (chunk.why or "") for chunk in remembered.plan.chunks)
+    learned.service.check_integrity()
+
+
+def test_questions_across_chunks_are_answered_as_by_full_prefill(learned: LLM) -> None:
+    for asked in story().asked:
+        prompt = prompt_of(asked)
+        blended = ask(learned, prompt, Blend("remembered", 0.15))
+        assert blended.text.strip() in [answer.strip() for answer in asked.answers]
+        assert blended.tokens == ask(learned, prompt, use_prefix_cache=False).tokens
+
+
+def test_at_ratio_1_all_is_full_prefill_and_without_recomputing_it_is_not(
+    learned: LLM, request: pytest.FixtureRequest
+) -> None:
+    rounding = ROUNDING[request.node.callspec.params["llm"]]
+    prompt = prompt_of(story().asked[0])
+    full = first_logprobs(learned, prompt, None, use_prefix_cache=False)
+    harmed = first_logprobs(learned, prompt, Blend("none", 0))
+    assert distance(full, harmed) > 10 * rounding
+    assert distance(full, first_logprobs(learned, prompt, Blend("auto", 1.0))) < rounding
+
+
+def test_a_blended_tail_never_reaches_an_exact_request(learned: LLM, request: pytest.FixtureRequest) -> None:
+    rounding = ROUNDING[request.node.callspec.params["llm"]]
+    prompt = prompt_of(story().asked[0])
+    full = first_logprobs(learned, prompt, None, use_prefix_cache=False)
+    blended = ask(learned, prompt, Blend("none", 0), max_tokens=4)
+    exact = blended.plan.exact
+    assert exact < 0.6 * len(prompt) and blended.kept == 0
+    assert learned.service.settle(60)
+    learned.service.evict_residents()
+    done = ask(learned, prompt, max_tokens=1)
+    assert done.usage.cached_tokens <= exact and done.usage.blended_tokens == 0
+    assert distance(full, first_logprobs(learned, prompt, None)) < rounding
+    learned.service.check_integrity()
+
+
+def test_another_salt_has_no_chunk(learned: LLM) -> None:
+    done = ask(learned, prompt_of(story().asked[0], salt=b"other"), Blend(), max_tokens=1)
+    assert done.usage.cached_tokens == 0 and not done.plan.blended
+
+
+@pytest.mark.parametrize("engine", ["llama", "torch"])
+def test_a_restart_knows_chunks_and_what_was_learned_of_them(engine: str, tmp_path: Path) -> None:
+    asked = story().asked[0]
+    with load(engine, store=str(tmp_path)) as llm:
+        ask(llm, prompt_of(asked, met=True), Blend(), max_tokens=1)
+        assert llm.service.study(60)
+        before = ask(llm, prompt_of(asked), Blend("auto", 0.15))
+    with load(engine, store=str(tmp_path)) as llm:
+        after = ask(llm, prompt_of(asked), Blend("auto", 0.15))
+        assert after.tokens == before.tokens
+        assert after.usage.blended_tokens >= before.usage.blended_tokens > 0
+        places = [step.reason for step in after.plan.steps if "moved by" in step.reason]
+        assert all("fetched from disk" in reason for reason in places)
+        assert any("differed most" in (chunk.why or "") for chunk in after.plan.chunks)
+        llm.service.check_integrity()
+
+
+@pytest.mark.parametrize("engine", ["llama", "torch"])
+def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
+    """Three at once, in cells for less than two with their answers, say what each says alone."""
+    prompts = [prompt_of(story().asked[number]) for number in (0, 1, 0)]
+    prompts[2] = replace(prompts[2], tokens=np.append(prompts[2].tokens, prompts[2].tokens[-2:]))
+    longest = max(map(len, prompts))
+    with load(engine, context=2 * longest + 30) as llm:
+        ask(llm, prompt_of(story().asked[0], met=True), Blend(), max_tokens=1)
+        assert llm.service.study(60)
+        wishes = [wish(prompt, Blend("first", 0.15), max_tokens=120, ignore_eos=True) for prompt in prompts]
+        alone = [ask_for(llm, each) for each in wishes]
+        llm.service.evict_residents()
+        inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        for number, each in enumerate(wishes):
+            llm.service.submit(each, partial(lambda number, event: inbox.put((number, event)), number))
+        together: dict[int, Done] = {}
+        while len(together) < len(wishes):
+            number, event = inbox.get(timeout=60)
+            assert not isinstance(event, Failed)
+            if isinstance(event, Done):
+                together[number] = event
+        assert llm.service.metrics.registry.get_sample_value("rekindle_swaps_total")
+        for number, one in enumerate(alone):
+            assert together[number].usage.blended_tokens > 0.7 * len(prompts[number])
+            assert together[number].tokens[:12] == one.tokens[:12]
+        llm.service.check_integrity()
+
+
+def test_selections_that_have_to_look_are_refused(llm: LLM) -> None:
+    for select in ("deviation", "query"):
+        with pytest.raises(InvalidRequest, match="serving offers none, first, remembered, auto"):
+            ask(llm, prompt_of(story().asked[0]), Blend(select, 0.15))  # type: ignore[arg-type]
