@@ -14,7 +14,7 @@ import pytest
 
 from rekindle.errors import ModelError
 from rekindle.model import fingerprint as module
-from rekindle.model.fingerprint import fingerprint, weights_digest
+from rekindle.model.fingerprint import FileStates, fingerprint, weights_digest
 
 Reads = Callable[[], list[str]]
 
@@ -153,6 +153,32 @@ def test_all_parts_of_a_split_model_count(tmp_path: Path, notes: Path) -> None:
     second.unlink()
     with pytest.raises(ModelError, match=r"cannot read .*00002-of-00002"):
         weights_digest(first, notes)
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_files_became_is_remembered_for_their_state_and_how_they_were_loaded(file: Path, notes: Path) -> None:
+    made: list[bytes] = []
+
+    def make() -> bytes:
+        made.append(bytes([len(made)]) * 16)
+        return made[-1]
+
+    coarse, fine = {"dtype": "bfloat16"}, {"dtype": "float32"}
+    before = FileStates([file], notes)
+    assert before.digest(coarse, make) == FileStates([file], notes).digest(coarse, make) == made[0]
+    assert before.digest(fine, make) == made[1]
+    assert FileStates([file, file], notes).digest(fine, make) == made[2]
+    os.utime(file, ns=(0, 10**9))
+    assert FileStates([file], notes).digest(coarse, make) == made[3]
+    assert before.digest(coarse, make) == made[0]  # it was of the file's old state
+    assert weights_digest(file, notes) == plain(b"weights")
+    with pytest.raises(ModelError, match="cannot read"):
+        FileStates([file, file.with_name("none")], notes)
+
+
+def test_what_files_became_just_now_is_not_remembered(file: Path, notes: Path) -> None:
+    states = FileStates([file], notes)
+    assert [states.digest({}, lambda each=each: each * 16) for each in (b"a", b"b")] == [b"a" * 16, b"b" * 16]
 
 
 def test_a_missing_file_is_the_models_error(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+import rekindle
 from rekindle.engine.protocol import Work
 from rekindle.errors import InvalidRequest, ModelError, PromptTooLong
 from rekindle.kv.catalog import read_catalog
 from rekindle.lab.torch_models import tiny_model
 from rekindle.model import ember
+from rekindle.serve.local import LLM
+from rekindle.serve.request import Done, Generation, Sampling
 from rekindle.tokens import as_tokens
 from rekindle.torch import Cache, attach, from_dynamic_cache, generate, to_dynamic_cache
 
@@ -50,6 +53,13 @@ def own_answer(model: Any, ids: list[int], count: int, **options: Any) -> list[i
         given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False, pad_token_id=0, **options
     )
     return answer[0, len(ids) :].tolist()
+
+
+def served(llm: LLM, messages: list[dict[str, str]]) -> Done:
+    generation = Generation(prompt=llm.service.chat_prompt(messages), max_tokens=20, sampling=Sampling(temperature=0))
+    *_, done = llm.service.events(generation)
+    assert isinstance(done, Done)
+    return done
 
 
 def noise(seed: int, count: int) -> list[int]:
@@ -126,6 +136,21 @@ def test_kv_of_one_process_is_used_by_the_next(model: Any, tokenizer: Any, tmp_p
     catalog = read_catalog(tmp_path)
     (fingerprint,) = catalog.fingerprints()
     assert catalog.labels[fingerprint]["kv_type"] == "float32"
+
+
+def test_a_server_and_the_library_share_a_folder(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """In both directions: what one has computed the other does not compute."""
+    with Cache(tmp_path) as cache:
+        ours = generate(model, tokenizer, WORK, cache=cache)
+        assert (ours.reused, ours.model_calls) == (0, 1)
+    with rekindle.load(str(ember.hf_path()), threads=1, store=str(tmp_path), dtype="float32") as llm:
+        assert llm.service.engine_spec.fingerprint == attach(model, tokenizer).spec.fingerprint
+        theirs = served(llm, WORK)
+        assert (theirs.usage.computed_tokens, theirs.text) == (0, ours.text)
+        served(llm, TOWN)
+    with Cache(tmp_path) as cache:
+        again = generate(model, tokenizer, TOWN, cache=cache)
+        assert (again.computed, again.model_calls, again.text) == (0, 0, " Nouraix is based in Viniton.")
 
 
 def test_another_type_or_other_weights_find_nothing(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rekindle.cli.info import PROBE_CELLS, ModelInfo, Reuse, Rope
 from rekindle.errors import ModelError
+from rekindle.model.fingerprint import FileStates
 from rekindle.model.hf import HfModel
 from rekindle.model.hf_load import choose_dtype, load_weights
 from rekindle.model.model import Model
@@ -21,18 +22,18 @@ _KINDS = {False: "half pairs (NeoX)", True: "adjacent pairs"}
 
 def describe_folder(asked: str, model: Model, folder: HfModel) -> ModelInfo:
     """Raises ModelError if it can't be loaded."""
+    files = FileStates(folder.loaded_files)
     loaded = load_weights(folder, device="cpu")
     from rekindle.engine.torch.engine import TorchEngine  # after the weights, which say what to install
-    from rekindle.model.fingerprint import files_digest
+    from rekindle.engine.torch.identity import file_weights_digest
 
     config = loaded.config.get_text_config()
     kv_type = choose_dtype(folder, "cpu", "auto")
     engine: TorchEngine | None = None
     obstacle: str | None = None
     try:
-        engine = TorchEngine(
-            loaded, num_cells=PROBE_CELLS, max_sequences=8, name=model.name, weights=files_digest(folder.weight_files)
-        )
+        weights = file_weights_digest(loaded, files)
+        engine = TorchEngine(loaded, num_cells=PROBE_CELLS, max_sequences=8, name=model.name, weights=weights)
     except ModelError as error:
         obstacle = str(error)
     can_shift = engine is not None and engine.spec.can_shift

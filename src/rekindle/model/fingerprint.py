@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -45,18 +46,55 @@ def files_digest(files: Sequence[Path], folder: Path | None = None) -> bytes:
 
 def _file_digest(path: Path, folder: Path) -> bytes:
     try:
-        now, stat = time.time_ns(), path.stat()
-        identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        note = folder / f"{_digest(json.dumps(identity).encode()).hex()}.json"
+        now, identity = time.time_ns(), _identity(path)
+        note = _note(folder, identity)
         known = _read(note, identity)
         if known is None:
             with path.open("rb") as file:
                 known = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)).digest()
-            if now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+            if now - max(identity[2:]) > _SETTLED_NS:
                 _write(note, identity, known)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     return known
+
+
+def _identity(path: Path) -> list[Any]:
+    """What tells that a file is still the same: path, size, and the times of change in nanoseconds."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _note(folder: Path, identity: list[Any]) -> Path:
+    return folder / f"{_digest(json.dumps(identity).encode()).hex()}.json"
+
+
+class FileStates:
+    """Files as they were when this was made, and digests of what became of them when they were loaded.
+
+    Made before they are loaded, so that what is remembered is of these states or older, never of later ones.
+    """
+
+    def __init__(self, files: Sequence[Path], folder: Path | None = None) -> None:
+        """Raises ModelError."""
+        self._folder = folder or cache_folder() / "digests"
+        now = time.time_ns()
+        self._identities = [_identity(path) for path in files]
+        self._settled = all(now - max(identity[2:]) > _SETTLED_NS for identity in self._identities)
+
+    def digest(self, facts: Mapping[str, object], make: Callable[[], bytes]) -> bytes:
+        """What `make` returns, 16 bytes, made once for each state of the files and these facts of how they were loaded."""
+        identity = [*self._identities, [json.dumps(facts, sort_keys=True)]]
+        note = _note(self._folder, identity)
+        known = _read(note, identity)
+        if known is None:
+            known = make()
+            if self._settled:
+                _write(note, identity, known)
+        return known
 
 
 def fingerprint(facts: Mapping[str, object]) -> bytes:
@@ -68,7 +106,7 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
-def _read(note: Path, identity: list[object]) -> bytes | None:
+def _read(note: Path, identity: list[Any]) -> bytes | None:
     try:
         content = json.loads(note.read_text("utf-8"))
         digest = bytes.fromhex(content["digest"])
@@ -77,7 +115,7 @@ def _read(note: Path, identity: list[object]) -> bytes | None:
         return None
 
 
-def _write(note: Path, identity: list[object], digest: bytes) -> None:
+def _write(note: Path, identity: list[Any], digest: bytes) -> None:
     """Best effort: without a writable cache folder the digest is computed at each start."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)

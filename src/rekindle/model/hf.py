@@ -67,6 +67,11 @@ class HfModel:
             raise ModelError(f"{path} holds no tensors; get the model again from where it came")
 
     @property
+    def loaded_files(self) -> list[Path]:
+        """What the loaded weights depend on."""
+        return [self.path / CONFIG, *self.weight_files]
+
+    @property
     def architecture(self) -> str:
         """As transformers calls it, e.g. "llama"."""
         return str(self._text_config.get("model_type") or self.config.get("model_type") or "unknown")

@@ -13,7 +13,7 @@ from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Store
 from rekindle.kv.tier import Tier
-from rekindle.model.fingerprint import cache_folder, files_digest
+from rekindle.model.fingerprint import FileStates, cache_folder
 from rekindle.model.gguf import GgufModel
 from rekindle.model.hf import HfModel
 from rekindle.model.model import Model, file_state
@@ -83,11 +83,12 @@ def _torch_engine(settings: Settings, model: Model, folder: HfModel) -> Engine:
         raise InvalidRequest("gpu_layers is for llama.cpp; the torch engine takes device", param="gpu_layers")
     from rekindle.model.hf_load import load_weights
 
+    files = FileStates(folder.loaded_files)
     loaded = load_weights(folder, device=settings.device, dtype=settings.dtype, threads=_num_threads(settings))
     from rekindle.engine.torch.engine import TorchEngine  # here, because importing torch takes seconds
+    from rekindle.engine.torch.identity import file_weights_digest
 
     num_cells = _num_cells(settings, model)
-    digest = files_digest(folder.weight_files)
     try:
         return TorchEngine(
             loaded,
@@ -95,7 +96,7 @@ def _torch_engine(settings: Settings, model: Model, folder: HfModel) -> Engine:
             max_sequences=_num_sequences(settings),
             max_length=min(num_cells, model.train_context),
             name=model.name,
-            weights=digest,
+            weights=file_weights_digest(loaded, files),
         )
     except (RuntimeError, MemoryError) as error:  # PyTorch has no better name for it on a CPU
         reason = str(error).partition("\n")[0] or "out of memory"

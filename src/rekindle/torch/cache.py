@@ -1,8 +1,9 @@
 """KV of prompts, kept for models that the caller holds: in memory and, if a folder is named, on disk.
 
 The folder has the format of the server's store, so its commands (`rekindle cache ls`, `verify`, `prune`) read it too.
-What is written is on disk when the call returns; there is no thread. KV is shared with other processes that hold the same
-model, but not with a server's: that one knows its weights by their files, and here nobody can tell what files they are of.
+What is written is on disk when the call returns; there is no thread. KV is shared with whoever computes with the same
+weights in the same type: other processes that hold the model, and a server's torch engine that has loaded it from files
+(`rekindle serve --model FOLDER --engine torch --store kv`), in both directions.
 
 An engine is made of a model when it is first met, and again when its parameters were changed since, which torch counts.
 """

@@ -1,6 +1,7 @@
 """What the KV of a torch engine depends on, as a fingerprint.
 
-The weights, the architecture's code (so the version of transformers) and what of the config it computes with, the type, the
+The weights as they were loaded, whoever loaded them, so that a model which a program holds and the same one in a server
+share their KV. The architecture's code (so the version of transformers) and what of the config it computes with, the type, the
 layout of payloads, and how each layer's keys turn, as it was found and not as the config names it. The version of torch
 counts too, without the suffix that names its build: its kernels round each in their own way, but CPU and GPU may share.
 """
@@ -16,7 +17,7 @@ from torch import nn
 
 from rekindle.engine.torch.payload import LAYOUT
 from rekindle.engine.torch.survey import Survey
-from rekindle.model.fingerprint import fingerprint
+from rekindle.model.fingerprint import FileStates, fingerprint
 
 # Names of files, versions and habits of generation: they change nothing that is computed.
 _IRRELEVANT = {
@@ -42,6 +43,12 @@ def weights_digest(model: nn.Module) -> bytes:
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def file_weights_digest(model: Any, files: FileStates) -> bytes:
+    """The same of a model that was loaded from these files since their states were taken: read once for each state."""
+    facts = {"dtype": str(model.dtype), "torch": version("torch"), "transformers": version("transformers")}
+    return files.digest(facts, lambda: weights_digest(model))
 
 
 def identify(model: Any, weights: bytes, found: Survey) -> bytes:
