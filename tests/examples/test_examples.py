@@ -46,6 +46,34 @@ def check_times(report: dict[str, Any]) -> None:
     assert report["stats"]["time_saved_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_rag() -> None:
+    options = ("--tokens", "2000", "--questions", "3", "--passages", "3", "--threads", "1")
+    report = report_of(run("rag", *options, "--select", "first"))
+    answers = report["answers"]
+    assert len(answers) == 3 and report["warm_seconds"] > 0
+    for each in answers:
+        exact, blended = each["exact"], each["blended"]
+        assert blended["prompt"] == exact["prompt"] > 1000
+        assert exact["answer"] and exact["computed"] + blended["computed"] <= 1.2 * exact["prompt"]
+    first = answers[0]
+    assert first["exact"]["computed"] > 0.9 * first["exact"]["prompt"]
+    assert 0 < first["blended"]["computed"] < 0.2 * first["exact"]["computed"]
+    assert first["exact"]["answer"] == first["question"]["expected"]
+
+
+@pytest.mark.slow
+def test_rag_about_a_folder(tmp_path: Path) -> None:
+    asked = ("--question", "Which firm does Vodris belong to?", "--passages", "12", "--select", "first")
+    result = run("rag", str(EXAMPLES / "village"), *asked, "--threads", "1", "--ratio", "1")
+    (answer,) = report_of(result)["answers"]
+    assert answer["exact"]["answer"] == answer["blended"]["answer"] == "Vodris belongs to Nouraix."
+    assert "12 passages" in result.stdout
+    for options, message in (([str(tmp_path), "--question", "Who?"], "has no .txt"), ([str(EXAMPLES)], "expected a q")):
+        refused = run("rag", *options)
+        assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
 @needs_torch
 @pytest.mark.slow
 def test_comparison() -> None:
