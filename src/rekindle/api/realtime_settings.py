@@ -13,7 +13,8 @@ from typing import Any
 
 from rekindle.api.realtime_wire import ResponseIn, RetentionRatio, SessionIn
 from rekindle.serve.request import Sampling
-from rekindle.serve.sessions.session import Options, Session
+from rekindle.serve.sessions.options import Options
+from rekindle.serve.sessions.session import Session
 
 _MOST_KEPT = 0.95  # of a window: more would slide all the time
 
