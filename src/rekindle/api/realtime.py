@@ -219,7 +219,7 @@ class _Talk:
 
     async def _resume(self, event: wire.SessionResume) -> None:
         """Go on in another session."""
-        wish = _Wish(self._commands.conversation.session.salt, handle=event.handle)
+        wish = _Wish(self._commands.conversation.session.salt, event.session, event.handle)
 
         def switch(sessions: Sessions) -> None:
             before = self._commands

@@ -307,9 +307,18 @@ class SessionPin(_OurEvent):
 
 
 class SessionResume(_OurEvent):
+    """Go on in another session, by its handle or its name."""
+
     type: Literal["rekindle.session.resume"]
-    handle: Id
+    handle: Id | None = None
+    session: Annotated[Str, Field(min_length=1, max_length=64)] | None = None
     last_event_id: Id | None = None
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if self.handle is None and self.session is None:
+            raise InvalidRequest("expected a handle or the name of a session, got neither", param="handle")
+        return self
 
 
 Incoming = (
