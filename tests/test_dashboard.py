@@ -81,7 +81,7 @@ def test_panels_have_places_of_their_own() -> None:
 
 def test_it_has_its_rows_and_asks_for_its_data_source() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Requests", "Latency", "Tokens by source", "Cache", "Tiers", "Cells"]
+    assert rows == ["Requests", "Latency", "Tokens by source", "Cache", "Tiers", "Cells", "Live sessions"]
     assert {panel["datasource"]["uid"] for panel in PANELS} == {"${datasource}"}
     variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD))) - {"__rate_interval", "__all"}

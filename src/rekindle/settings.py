@@ -104,6 +104,29 @@ class Settings(BaseModel):
     chunk_separator: str | None = Field(
         None, min_length=1, description="what stands between the chunks of a plain prompt, such as ' # # '"
     )
+    max_sessions: int = Field(
+        256, ge=1, le=100_000, description="live sessions; for one more, one that nobody listens to makes way"
+    )
+    session_idle_seconds: float = Field(
+        300.0, gt=0, description="a live session that was not used for so long leaves the engine for the store"
+    )
+    session_policy: Literal["slide", "rebuild", "refuse"] = Field(
+        "slide",
+        description="what a live session does when its window is full: oldest turns go, and the rest "
+        "slides down or is read again; or new messages are refused",
+    )
+    session_retention: float = Field(
+        0.8, gt=0, le=0.95, description="how much of a live session's window is left when its oldest turns go"
+    )
+    session_slides: int = Field(
+        4, ge=1, description="how often KV of a live session slides before it is placed anew from the store"
+    )
+    session_ttl_seconds: float = Field(
+        30 * 24 * 3600, gt=0, description="a saved session that was not used for so long is deleted"
+    )
+    session_files: int = Field(
+        1000, ge=1, description="saved sessions that each API key may have; for one more, the oldest is deleted"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on, 0 for a free one")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")

@@ -22,6 +22,13 @@ from rekindle.settings import PREFIX, SEVERAL, Settings
 
 SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
     {
+        "max_sessions",
+        "session_idle_seconds",
+        "session_policy",
+        "session_retention",
+        "session_slides",
+        "session_ttl_seconds",
+        "session_files",
         "host",
         "port",
         "max_body_bytes",

@@ -20,7 +20,8 @@ from rekindle.errors import RekindleError
 from rekindle.serve.request import Done, Generation, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, Failure, News, System
-from rekindle.serve.sessions.session import Options, Session, WindowPolicy
+from rekindle.serve.sessions.options import Options, WindowPolicy
+from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 
 GREEDY = Sampling(temperature=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import prometheus_client as prometheus
 from prometheus_client.metrics_core import Metric as Family
@@ -24,8 +24,10 @@ from rekindle.serve.metric_list import BY_NAME, PREFIX
 from rekindle.serve.observe import Observer
 from rekindle.serve.request import FinishReason
 from rekindle.serve.run import Run
+from rekindle.serve.slide import Slid
 
 SOURCES = ("resident", "memory", "disk", "network", "blended", "computed")
+SESSION_STATES = ("hot", "hibernating")
 OUTCOMES = ("stop", "length", "cancelled", "failed", "refused")
 
 
@@ -85,6 +87,12 @@ class Metrics(Observer):
         self._sources = {source: prompt_tokens.labels(source) for source in SOURCES}
         self._swaps = self._counter("swaps")
         self._evictions = self._counter("resident_evictions")
+        self._sessions = self._gauge("sessions")
+        self.watch_sessions(lambda: dict.fromkeys(SESSION_STATES, 0))
+        self._moves = self._counter("session_window_moves")
+        self._dropped = self._counter("session_dropped_tokens")
+        slid = self._counter("session_slid_tokens")
+        self._slid = {how: slid.labels(how) for how in ("turned", "placed")}
         self._runs: dict[Run, int] = {}  # tokens of its answer that have been counted
         self._queued: set[Run] = set()
         self._swapped: set[Run] = set()
@@ -101,7 +109,8 @@ class Metrics(Observer):
         return prometheus.Counter(PREFIX + name, metric.help, metric.labels, registry=self.registry)
 
     def _gauge(self, name: str) -> prometheus.Gauge:
-        return prometheus.Gauge(PREFIX + name, BY_NAME[name].help, registry=self.registry)
+        metric = BY_NAME[name]
+        return prometheus.Gauge(PREFIX + name, metric.help, metric.labels, registry=self.registry)
 
     # What happens to requests.
 
@@ -164,6 +173,10 @@ class Metrics(Observer):
     def evicted(self, tokens: int) -> None:
         self._evictions.inc()
 
+    def slid(self, slid: Slid) -> None:
+        self._slid["turned"].inc(slid.turned)
+        self._slid["placed"].inc(slid.placed)
+
     # What only others know.
 
     def refused(self) -> None:
@@ -173,6 +186,16 @@ class Metrics(Observer):
     def answered(self, method: str, route: str, status: int) -> None:
         """An HTTP request got its answer. `route` must be one of few: not a path that somebody made up."""
         self._http.labels(method, route, str(status)).inc()
+
+    def window_moved(self, dropped_tokens: int) -> None:
+        """The oldest turns of a live session went, as its window was full."""
+        self._moves.inc()
+        self._dropped.inc(dropped_tokens)
+
+    def watch_sessions(self, count: Callable[[], Mapping[str, int]]) -> None:
+        """Ask this, whenever somebody asks, how many live sessions there are in each state of `SESSION_STATES`."""
+        for state in SESSION_STATES:
+            self._sessions.labels(state).set_function(lambda state=state: count()[state])  # type: ignore[misc]
 
     # For people.
 

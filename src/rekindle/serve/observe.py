@@ -25,6 +25,7 @@ from rekindle.serve.request import FinishReason
 if TYPE_CHECKING:
     from rekindle.serve.run import Run
     from rekindle.serve.scheduler import Step
+    from rekindle.serve.slide import Slid
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class Observer:
 
     def evicted(self, tokens: int) -> None:
         """An idle sequence of so many tokens left the engine."""
+
+    def slid(self, slid: Slid) -> None:
+        """The oldest turns of a live session were cut out, and what followed has come to its new place."""
 
     def stepped(self, step: Step) -> None:
         """A step has ended, an idle one included."""
@@ -95,6 +99,9 @@ class Observers(Observer):
 
     def evicted(self, tokens: int) -> None:
         self._tell(lambda observer: observer.evicted(tokens))
+
+    def slid(self, slid: Slid) -> None:
+        self._tell(lambda observer: observer.slid(slid))
 
     def stepped(self, step: Step) -> None:
         self._tell(lambda observer: observer.stepped(step))

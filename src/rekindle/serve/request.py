@@ -16,6 +16,7 @@ from rekindle.kv.pins import Pin
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Plan
 from rekindle.reuse.prompt import Prompt
+from rekindle.tokens import Tokens
 
 FinishReason = Literal["stop", "length", "cancelled"]
 MAX_TOP_LOGPROBS = 20
@@ -58,13 +59,28 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name.partition("[")[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the KV of some tokens is stored as it was first computed: [start, stop) of this sequence under this salt."""
+
+    salt: bytes
+    tokens: Tokens
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
 class Cut:
-    """A hole in a held sequence: its tokens [start, stop) go, what follows slides down. Beyond its end is no harm."""
+    """A hole in a held sequence: its tokens [start, stop) go, what follows slides down. Beyond its end is no harm.
+
+    What follows begins with the tokens of `anew`, in this order, which are placed as they were first computed where the
+    store still has them, so that their keys are rotated once and not once more.
+    """
 
     salt: bytes  # under which the sequence is held before the cut; afterwards under its request's
     start: int
     stop: int
+    anew: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)

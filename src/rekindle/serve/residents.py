@@ -31,6 +31,7 @@ from rekindle.reuse import plan
 from rekindle.serve.observe import Observer
 from rekindle.serve.request import Cut, Hold
 from rekindle.serve.sampling import Vector
+from rekindle.serve.slide import slide
 from rekindle.tokens import Tokens, common_length
 
 _log = logging.getLogger(__name__)
@@ -211,15 +212,15 @@ class Residents:
         Where the engine can't, it stays as it is, and whoever looks for its KV under the new salt finds none.
         """
         for held in [each for each in self._all if each.holder == holder and each.salt == cut.salt]:
-            stop = min(cut.stop, len(held.tokens))
+            self._save_or_log(held)  # as it is now: what slides often is placed anew from that
             try:
-                if cut.start < stop:
-                    self._engine.drop(held.seq, cut.start, stop)
+                slid = slide(self._engine, self._store, held.seq, cut)
             except EngineError as error:
                 _log.warning("a live sequence could not slide and is computed again: %s", error)
                 return
             held.tokens, held.salt, held.saved = self._engine.tokens(held.seq), salt, False
             held.marks = {length: logits for length, logits in held.marks.items() if length <= cut.start}
+            self._observer.slid(slid)
 
     def let_go(self, holder: str) -> None:
         """Nobody goes on with this for now: it is saved when there is time, and leaves like any other."""

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from rekindle.serve.request import Done, Generation, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, Failure, News, Token
+from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.script import Message
-from rekindle.serve.sessions.session import Options, Session
+from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 
 T = TypeVar("T")
@@ -83,9 +84,8 @@ def head(text: str) -> list[Message]:
 
 def settled(service: Service, talker: Talker) -> int:
     """Tokens computed, once everything that was asked to be read has been."""
-    talker.call(lambda: None)
     busy = [True]
-    while busy[-1]:
+    while busy[-1] or talker.call(lambda: talker.session.status["reading"]):  # what comes next waits with the session
         service._worker.call(lambda scheduler: busy.append(bool(scheduler.waiting or scheduler.running)))
     talker.call(lambda: None)
     return service.num_computed

@@ -15,7 +15,8 @@ from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
 
 from rekindle.errors import SessionError
 from rekindle.serve.service import Service
-from rekindle.serve.sessions.session import Options, Session
+from rekindle.serve.sessions.options import Options
+from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
 

@@ -44,6 +44,57 @@ def test_a_sliding_window_computes_only_what_is_new(toy: Service, sessions: Sess
     assert talker.session.status["forgotten_turns"] == forgotten(talker)[-1].detail["last_turn"]
 
 
+@pytest.fixture
+def keeping(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """A service whose sessions place anew what has slid so often."""
+    with Service.open(Settings(engine="toy", store="none", block_tokens=16, session_slides=request.param)) as service:
+        yield service
+        service.check_integrity()
+
+
+def slid_tokens(service: Service) -> dict[str, int]:
+    samples = (sample for family in service.metrics.registry.collect() for sample in family.samples)
+    return {
+        each.labels["how"]: int(each.value) for each in samples if each.name == "rekindle_session_slid_tokens_total"
+    }
+
+
+@pytest.mark.parametrize("keeping", [1, 3], indirect=True)
+def test_what_has_slid_often_is_placed_anew_and_nothing_is_computed_for_it(keeping: Service) -> None:
+    before = keeping.num_computed
+    with Sessions(keeping) as sessions:
+        options = {"window": 500, "answer_tokens": 20, "retention": 0.95}  # so each turn slides often
+        talker = Talker(sessions, head=head("Read."), options=options)
+        new = len(talker.tokens())
+        most = 0
+        for number in range(60):
+            talker.ask(f"{number} {TEXT}", 20)
+            context = talker.session.context
+            turn = context.turns[-1]
+            new += len(turn.said) + len(turn.answer) + len(context.script.closing)
+            most = max(most, *(turn.slides for turn in context.turns))
+        assert settled(keeping, talker) - before == new
+        assert most <= keeping.settings.session_slides + 1  # one that went along before it was in whole blocks
+    assert slid_tokens(keeping)["placed"] > 0
+
+
+@pytest.mark.parametrize("keeping", [1], indirect=True)
+def test_what_the_store_has_lost_slides_once_more(keeping: Service) -> None:
+    before = keeping.num_computed
+    with Sessions(keeping) as sessions:
+        talker = talker_of(sessions, "slide")
+        new = len(talker.tokens())
+        for _ in range(40):
+            talker.ask(TEXT, 20)
+            turn = talker.session.context.turns[-1]
+            new += len(turn.said) + len(turn.answer) + len(talker.session.context.script.closing)
+            settled(keeping, talker)
+            keeping._store.clear_memory()
+        assert len(forgotten(talker)) >= 3
+        assert settled(keeping, talker) - before == new
+    assert slid_tokens(keeping)["placed"] == 0
+
+
 def test_a_slide_goes_down_to_the_retention_so_that_the_next_is_far(sessions: Sessions) -> None:
     talker = talker_of(sessions, "slide")
     while len(forgotten(talker)) < 3:

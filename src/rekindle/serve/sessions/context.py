@@ -8,8 +8,11 @@ is tokenised again but the draft, which has to be: the tokens of a word depend o
 
 When the window is full, whole turns go, oldest first, and so many of them that it will be a while until the next time: down
 to `retention` of the window. The KV of those that follow slides down with them. It is then no longer what reading the
-remaining tokens would give, for they were read with the others before them, so it goes on under a salt of its own. A token
-slides at most about 1 / (1 - retention) times until it goes itself, which bounds the drift of repeated rotation.
+remaining tokens would give, for they were read with the others before them, so it goes on under a salt of its own.
+
+Each slide rotates keys that were rotated before, and each rotation rounds them. So it is noted in which sequence, under
+which salt, a turn stood when it was read: there the store has its KV as it was then, and when turns have slid often they
+are placed anew from that, rotated once.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Self
 
 import numpy as np
 
-from rekindle.serve.request import Cut
+from rekindle.serve.request import Cut, Origin
 from rekindle.serve.sessions.script import Message, Script
 from rekindle.tokens import Tokens, as_tokens
 
@@ -37,6 +41,9 @@ class Turn:
     said: Tokens  # the user's words and the beginning of the answer
     text: str = ""  # of the answer
     answer: list[int] = field(default_factory=list)
+    slides: int = 0  # how often its keys were rotated since they were computed
+    origin: Origin | None = None  # where it was stored before it slid, or as soon as it was in whole blocks
+    origin_slides: int = 0  # how often they were rotated there
 
     @property
     def as_dict(self) -> dict[str, Any]:
@@ -46,6 +53,7 @@ class Turn:
             "said": self.said.tolist(),
             "text": self.text,
             "answer": self.answer,
+            "slides": self.slides,
         }
 
     @classmethod
@@ -175,16 +183,23 @@ class Context:
     def length_of(self, turns: list[Turn]) -> int:
         return sum(map(self._num_tokens, turns))
 
-    def forget(self, turns: list[Turn], *, slide: bool) -> None:
-        """Lose these turns, the oldest; what follows slides, or is read again."""
-        assert turns == self.turns[: len(turns)]
+    def forget(self, turns: list[Turn]) -> None:
+        """Lose these turns, the oldest; what follows is read again."""
+        self._lose(turns)
+        self.salt, self.cut = self.base_salt, None
+
+    def slide(self, turns: list[Turn], *, most_slides: int, block_tokens: int) -> None:
+        """Lose these turns, the oldest; what follows slides, or is placed anew where it would slide too often."""
         start, count = len(self.script.opening), self.length_of(turns)
-        self.turns = self.turns[len(turns) :]
-        self.forgotten += len(turns)
-        if slide:
-            self._cut(start, count, self.base_salt + os.urandom(_PRIVATE_BYTES))
-        else:
-            self.salt, self.cut = self.base_salt, None
+        if self.cut is None:  # what waits to be cut was never read as it stands now, and is stored nowhere
+            self._note_origins(block_tokens)
+        self._lose(turns)
+        is_due = self.cut is not None and bool(self.cut.anew)
+        placed = self._placeable() if is_due or any(turn.slides >= most_slides for turn in self.turns) else []
+        for turn in self.turns:
+            turn.slides = 1 + (turn.origin_slides if turn in placed else turn.slides)
+        anew = tuple(turn.origin for turn in placed if turn.origin is not None)
+        self._cut(start, count, self.base_salt + os.urandom(_PRIVATE_BYTES), anew)
 
     def clear(self) -> None:
         """Go back to the head, whose KV is what reading it gives, however often the rest has slid."""
@@ -193,11 +208,38 @@ class Context:
         if self.salt != self.base_salt:
             self._cut(len(self.script.opening), last, self.base_salt)
 
-    def _cut(self, start: int, count: int, salt: bytes) -> None:
+    def _lose(self, turns: list[Turn]) -> None:
+        assert turns == self.turns[: len(turns)]
+        self.turns = self.turns[len(turns) :]
+        self.forgotten += len(turns)
+
+    def _note_origins(self, block_tokens: int) -> None:
+        """Of turns that have none, or were cut since: those that are in whole blocks have one now."""
+        tokens, start = self.tokens, len(self.script.opening)
+        whole = len(tokens) // block_tokens * block_tokens
+        for turn in self.turns:
+            stop = start + self._num_tokens(turn)
+            if not self._is_at_origin(turn):
+                turn.origin = Origin(self.salt, tokens, start, stop) if stop <= whole else None
+                turn.origin_slides = turn.slides
+            start = stop
+
+    def _is_at_origin(self, turn: Turn) -> bool:
+        origin = turn.origin
+        return origin is not None and np.array_equal(origin.tokens[origin.start : origin.stop], self.turn_tokens(turn))
+
+    def _placeable(self) -> list[Turn]:
+        """The oldest turns as far as their origins are known, up to the last that has slid since it was there."""
+        known = list(takewhile(self._is_at_origin, self.turns))
+        while known and known[-1].slides <= known[-1].origin_slides:
+            known.pop()
+        return known
+
+    def _cut(self, start: int, count: int, salt: bytes, anew: tuple[Origin, ...] = ()) -> None:
         """Before the held sequence is used it is cut; a cut that was not made yet becomes a longer one."""
         before = self.cut
         if before is None:
-            self.cut = Cut(self.salt, start, start + count)
+            self.cut = Cut(self.salt, start, start + count, anew)
         else:
-            self.cut = Cut(before.salt, start, before.stop + count)
+            self.cut = Cut(before.salt, start, before.stop + count, anew)
         self.salt = salt

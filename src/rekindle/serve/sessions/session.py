@@ -18,8 +18,8 @@ import codecs
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -30,40 +30,16 @@ from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Exchange, Turn
 from rekindle.serve.sessions.line import Line, Post, Work
 from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
+from rekindle.serve.sessions.options import Options, WindowPolicy
 from rekindle.serve.sessions.script import Message, Script
+from rekindle.serve.sessions.window import Window
 
 MAIN = "main"  # the context that a session begins with
 MAX_CONTEXTS = 16
 REMEMBERED_NEWS = 2048  # for listeners that come back
-MAX_RETENTION = 0.95
 _AMENDED = ("head", "script", "salt", "cut", "turns", "open", "forgotten")  # of a context
-_UNSLIDABLE = ("q4_0",)  # K cells whose rotation loses too much: 0.14 at the largest after one shift
 
-WindowPolicy = Literal["slide", "rebuild", "refuse"]
 Listener = Callable[[int, News], None]  # with the news' number, from 1; must not block
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How much of the past a session keeps, and how it answers."""
-
-    policy: WindowPolicy = "slide"
-    window: int | None = None  # tokens in all; default: the model's context
-    answer_tokens: int | None = None  # kept free for an answer; default: an eighth of the window, at most 512
-    retention: float = 0.8  # how much of the window is left when the oldest turns go
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        if self.policy not in ("slide", "rebuild", "refuse"):
-            raise InvalidRequest(f"policy: expected slide, rebuild or refuse, got {self.policy!r}", param="policy")
-        if not 0 < self.retention <= MAX_RETENTION:
-            raise InvalidRequest(
-                f"retention: expected more than 0 and at most {MAX_RETENTION}, got {self.retention}", param="retention"
-            )
-        for name in ("window", "answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequest(f"{name}: expected at least 1, got {value}", param=name)
 
 
 class Session:
@@ -100,10 +76,17 @@ class Session:
     @property
     def policy(self) -> WindowPolicy:
         """As asked, or what this model allows."""
-        spec, kv_type = self._service.engine_spec, self._service.settings.kv_type
-        if self.options.policy == "slide" and (not spec.can_shift or kv_type in _UNSLIDABLE):
-            return "rebuild"
-        return self.options.policy
+        return self._window.policy
+
+    @property
+    def window(self) -> int:
+        """Tokens in all."""
+        return self._window.size
+
+    @property
+    def answer_tokens(self) -> int:
+        """Kept free for an answer."""
+        return self._window.answer_tokens
 
     @property
     def work(self) -> Work:
@@ -136,12 +119,10 @@ class Session:
 
     def configure(self, options: Options) -> None:
         """From now on keep and answer like this; what was said stays until room is needed. Raises SessionError."""
-        most = self._service.max_tokens
-        window = min(options.window or most, most - 1)
-        answer_tokens = options.answer_tokens or max(1, min(512, window // 8))
+        window = Window(self._service, options)
         for context in self.contexts.values():
-            _check_head(context.script, window - answer_tokens)
-        self.options, self.window, self.answer_tokens = options, window, answer_tokens
+            _check_head(context.script, window.size - window.answer_tokens)
+        self.options, self._window = options, window
 
     # Listening.
 
@@ -440,25 +421,12 @@ class Session:
 
     def _fit(self, context: Context, extra: int, *, is_read: bool = True) -> None:
         """Make room for so many more tokens. Raises SessionError."""
-        length = context.num_tokens
-        if length + extra <= self.window:
+        move = self._window.fit(context, extra, is_read=is_read)
+        if move is None:
             return
-        if self.policy == "refuse":
-            raise SessionError(
-                f"the window of {self.window} tokens is full: {length} are used and {extra} needed; rewind or reset"
-            )
-        gone = context.oldest(length + extra - int(self.options.retention * self.window))
-        if length - context.length_of(gone) + extra > self.window:
-            raise SessionError(
-                f"head and message need {length - context.length_of(gone) + extra} tokens with room for an answer; "
-                f"the window has {self.window}"
-            )
-        first, last, count = gone[0].number, gone[-1].number, context.length_of(gone)
-        slide = self.policy == "slide" and is_read
-        context.forget(gone, slide=slide)
-        how = "what follows slid down" if slide else "what follows is read again"
-        detail = {"first_turn": first, "last_turn": last, "tokens": count, "policy": self.policy}
-        self._tell(System("forgotten", f"turns {first} to {last} are forgotten; {how}", detail))
+        self._service.metrics.window_moved(move.tokens)
+        how = "what follows slid down" if move.policy == "slide" else "what follows is read again"
+        self._tell(System("forgotten", f"turns {move.first_turn} to {move.last_turn} are forgotten; {how}", vars(move)))
 
     def _warn(self, message: str) -> None:
         self._tell(System("warning", message))

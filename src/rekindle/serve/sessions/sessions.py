@@ -25,9 +25,10 @@ from rekindle.errors import Overloaded, RekindleError, SessionError, Stopping
 from rekindle.serve.request import Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Turn
+from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.saved import SavedSessions
 from rekindle.serve.sessions.script import Message, Script
-from rekindle.serve.sessions.session import MAIN, Options, Session
+from rekindle.serve.sessions.session import MAIN, Session
 
 T = TypeVar("T")
 MAX_SESSIONS = 256
