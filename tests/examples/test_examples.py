@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from rekindle.api.server import running
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 needs_torch = pytest.mark.skipif(
     not (find_spec("torch") and find_spec("transformers")), reason="needs torch and transformers"
@@ -156,6 +160,60 @@ def test_transformers_cache_with_another_model(tmp_path: Path) -> None:
     assert report["dtype"] == "torch.bfloat16"
     assert [each["kind"] for each in report["requests"]] == ["cold", "hit", "hit with suffix"]
     assert report["requests"][1]["equal"]
+
+
+VOICE = ("--speed", "8")
+
+
+def check_conversation(report: dict[str, Any]) -> None:
+    greeting, *questions = report["turns"]
+    assert greeting["was_stopped"] and greeting["answer"] in " Hello. Ask me about the people, the firms and the towns"
+    assert [turn["answer"].strip() for turn in questions] == [
+        "Hudik paints in gold.",
+        "Grevmar works as a gardener.",
+        "Bubris lives in Patham.",
+    ]
+    for turn in report["turns"]:
+        assert turn["transcripts"] == len(turn["said"].split()) + 1
+        assert turn["computed_tokens"] <= 4 < turn["computed_tokens_unread"] < 20 < turn["prompt_tokens"]
+
+
+def test_voice_pipeline_in_this_process() -> None:
+    result = run("voice_pipeline", *VOICE)
+    check_conversation(report_of(result))
+    for words in ("hears     What collar", "user      What colour", "objects   ", "were left to read", "TTFT *"):
+        assert words in result.stdout
+
+
+def test_voice_pipeline_over_the_socket() -> None:
+    settings = Settings(threads=1, store="none", api_key="right")
+    with Service.open(settings) as service, running(service) as url:
+        check_conversation(report_of(run("voice_pipeline", *VOICE, "--url", url, "--api-key", "right")))
+
+
+RECOGNISER = """
+import json
+for each in ({"partial": ""}, {"partial": "who paints in"}, {"text": "Who paints in gold?"}, {"text": ""}):
+    print(json.dumps(each), flush=True)
+"""
+
+
+def test_voice_pipeline_with_a_recogniser_and_a_voice(tmp_path: Path) -> None:
+    """Programs that speak the formats of Vosk and of espeak-ng take the places of the real ones."""
+    (tmp_path / "recogniser.py").write_text(RECOGNISER)
+    voice = tmp_path / "espeak-ng"
+    voice.write_text(f"#!/bin/sh\ncat > {tmp_path}/said\n")
+    voice.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    listen = f"{sys.executable} {tmp_path}/recogniser.py"
+    (turn,) = report_of(run("voice_pipeline", *VOICE, "--speak", "--listen", listen, env=environment))["turns"]
+    assert (turn["said"], turn["transcripts"]) == ("Who paints in gold?", 2)
+    assert turn["answer"].strip() == (tmp_path / "said").read_text().strip() == "Hudik paints in gold."
+
+
+def test_voice_pipeline_without_a_voice(tmp_path: Path) -> None:
+    result = run("voice_pipeline", "--speak", env={"PATH": str(tmp_path)})
+    assert result.returncode == 1 and result.stderr.startswith("--speak needs espeak-ng")
 
 
 @pytest.mark.parametrize("name", ["comparison", "multilayer", "transformers_cache"])
