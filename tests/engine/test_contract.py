@@ -312,8 +312,11 @@ def test_what_was_released_goes_on_as_before(bench: Bench) -> None:
     tokens = bench.random(24, 220)
     seq = bench.read(tokens)
     before, free = next_logits(bench, seq), bench.engine.num_free_cells
+    gain = bench.engine.num_releasable(seq, 210)
     bench.engine.release(seq, 210)
     bench.engine.check_integrity()
+    assert bench.engine.num_free_cells == free + gain
+    assert bench.engine.num_releasable(seq, 210) == 0
     reach = bench.engine.reach(seq)
     assert reach in (0, 210)
     assert (bench.engine.num_free_cells > free) == (reach > 0)
@@ -354,6 +357,7 @@ def test_releasing_leaves_forks_alone(bench: Bench) -> None:
     tokens = bench.random(27, 200)
     seq = bench.read(tokens)
     fork = bench.engine.fork(seq, 150)
+    assert bench.engine.num_releasable(seq, 150) == 0, "another sequence holds them too"
     bench.engine.release(seq, 200)
     bench.engine.release(seq, 200)
     assert bench.engine.reach(fork) == 0
@@ -398,8 +402,7 @@ def test_what_nobody_will_see_is_not_placed(bench: Bench) -> None:
     pieces = [bench.engine.export(seq, start, start + 60) for start in range(0, 240, 60)]
     bench.engine.close(seq)
     lean, wide = bench.engine.open(), bench.engine.open()
-    for piece in pieces[:3]:
-        bench.engine.place(lean, piece, piece.position, until=200)
+    bench.engine.place_all(lean, pieces[:3], until=200)
     bench.engine.place(lean, pieces[3], 180, stop=25, until=200)
     reach, held = bench.engine.reach(lean), bench.engine.num_held([lean])
     assert reach in (0, 200)
@@ -449,6 +452,7 @@ REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], objec
     ("place with a gap", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 70)),
     ("release beyond the end", BadRange, lambda b, s: b.engine.release(s, 61)),
     ("release of unknown", UnknownSequence, lambda b, s: b.engine.release(99, 0)),
+    ("releasable of unknown", UnknownSequence, lambda b, s: b.engine.num_releasable(99, 0)),
     ("reach of unknown", UnknownSequence, lambda b, s: b.engine.reach(99)),
     ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),
     ("place a part beyond", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 60, start=3, stop=9)),

@@ -155,8 +155,8 @@ class LlamaEngine(BookKeeping):
             raise
         self._table.append(seq, payload.tokens[start:stop])
 
-    def place_all(self, seq: SequenceId, payloads: Iterable[Payload]) -> None:
-        super().place_all(seq, self._joiner.joined(payloads))
+    def place_all(self, seq: SequenceId, payloads: Iterable[Payload], *, until: int = 0) -> None:
+        super().place_all(seq, self._joiner.joined(payloads), until=until)
 
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
         check_moves(self._table, payloads, positions, self.spec)

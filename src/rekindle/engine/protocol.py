@@ -95,7 +95,7 @@ class Engine(Protocol):
         BadRange, ContextFull, ForeignPayload; EngineError if it would have to shift and the model can't.
         """
 
-    def place_all(self, seq: SequenceId, payloads: Iterable[Payload]) -> None:
+    def place_all(self, seq: SequenceId, payloads: Iterable[Payload], *, until: int = 0) -> None:
         """Put these at the end of a sequence, one behind the other, as `place` would each; all of them or none.
 
         An engine for which a call is dear (llama.cpp) makes fewer of them. Raises as `place` does.
@@ -141,6 +141,9 @@ class Engine(Protocol):
         Afterwards the sequence can be forked, truncated and computed anew from `reach` on or not at all, and payloads of
         tokens that were given up lack a part. Other sequences that share the cells keep them. Raises BadRange.
         """
+
+    def num_releasable(self, seq: SequenceId, length: int) -> int:
+        """Cells that `release` at this length would free. Raises UnknownSequence."""
 
     def reach(self, seq: SequenceId) -> int:
         """The least length, but for 0, at which the sequence can go on; 0 as long as nothing was given up.

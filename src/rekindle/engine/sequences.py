@@ -204,11 +204,15 @@ class BookKeeping:
         self._table.row(seq)
         return 0
 
-    def place_all(self: Engine, seq: SequenceId, payloads: Iterable[Payload]) -> None:
+    def num_releasable(self, seq: SequenceId, length: int) -> int:
+        self._table.row(seq)
+        return 0
+
+    def place_all(self: Engine, seq: SequenceId, payloads: Iterable[Payload], *, until: int = 0) -> None:
         length = self.length(seq)
         try:
             for payload in payloads:
-                self.place(seq, payload, self.length(seq))
+                self.place(seq, payload, self.length(seq), until=until)
         except EngineError:
             self.truncate(seq, length)
             raise

@@ -62,6 +62,7 @@ class Resident:
     seq: int
     tokens: Tokens
     logits_at: frozenset[int] = frozenset()  # lengths after which the logits are kept
+    reach: int = 0  # the least length at which it can be forked
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def make_plan(prompt: Prompt, residents: Sequence[Resident], stored: Stored) -> 
     placed = min(stored.length, usable)
     if placed > forked and forked % stored.block_tokens:
         forked -= forked % stored.block_tokens  # blocks can only follow at a block's beginning
+    if best is not None and forked < best.reach:
+        best, shared, forked = None, 0, 0
     steps: list[Step] = []
     if best is not None and forked:
         steps.append(Fork(best.seq, 0, forked, f"sequence {best.seq} is resident and begins with these tokens"))
@@ -193,6 +196,8 @@ def _longest(prompt: Prompt, residents: Sequence[Resident]) -> tuple[Resident | 
     best, best_rank = None, (0, False)
     for resident in residents:
         shared = common_length(prompt.tokens, resident.tokens)
+        if shared < resident.reach:
+            continue
         rank = (shared, shared == len(prompt) and shared in resident.logits_at)
         if rank > best_rank:
             best, best_rank = resident, rank

@@ -122,6 +122,14 @@ class CellTable(SequenceTable):
         for part in self._windowed():
             part.cut(seq, 0, floor - old)
 
+    def num_releasable(self, seq: SequenceId, length: int) -> int:
+        """Cells that `release` would free, rounded down."""
+        floor, old = min(length, self.length(seq)) - self._groups.window + 1, self._floors[seq]
+        if not self._groups.window or floor <= old:
+            return 0
+        count = (floor - old) * self._groups.num_windowed
+        return (count - sum(part.num_shared(seq, 0, floor - old) for part in self._windowed())) // self._groups.count
+
     def truncate(self, seq: SequenceId, length: int) -> None:
         self.check_range(seq, 0, length)
         if length < self.length(seq):

@@ -16,7 +16,7 @@ is given up, and its cells serve any other layer (`groups.py`). A window's queri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,6 +172,15 @@ class TorchEngine(BookKeeping):
         self._pool.load(memoryview(payload.data), cells, len(payload), lacks=payload.lacks, stop=stop)
         self._turn(cells, position - (payload.position + start))
 
+    def place_all(self, seq: SequenceId, payloads: Iterable[Payload], *, until: int = 0) -> None:
+        given = list(payloads)  # looked at first: what a window no longer sees can't be taken back
+        self._table.check_room(sum(map(len, given)))
+        self._check_length(self.length(seq) + sum(map(len, given)))
+        for payload in given:
+            check_fingerprint(payload, self.spec)
+            self.layout.check(memoryview(payload.data), len(payload), payload.lacks)
+        super().place_all(seq, given, until=until)
+
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
         check_moves(self._table, payloads, positions, self.spec)
         return [self._moved(payload, position) for payload, position in zip(payloads, positions, strict=True)]
@@ -257,6 +266,9 @@ class TorchEngine(BookKeeping):
     def release(self, seq: SequenceId, length: int) -> None:
         self._table.check_reach(seq, length)
         self._table.release(seq, length)
+
+    def num_releasable(self, seq: SequenceId, length: int) -> int:
+        return self._table.num_releasable(seq, length)
 
     def reach(self, seq: SequenceId) -> int:
         return self._table.reach(seq)

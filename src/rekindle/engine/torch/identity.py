@@ -1,9 +1,10 @@
 """What the KV of a torch engine depends on, as a fingerprint.
 
 The weights as they were loaded, whoever loaded them, so that a model which a program holds and the same one in a server
-share their KV. The architecture's code (so the version of transformers) and what of the config it computes with, the type, the
-layout of payloads, and how each layer's keys turn, as it was found and not as the config names it. The version of torch
-counts too, without the suffix that names its build: its kernels round each in their own way, but CPU and GPU may share.
+share their KV. The architecture's code (so the version of transformers) and what of the config it computes with, the
+type, the layout of payloads, and how each layer's keys turn, as it was found and not as the config names it. The version
+of torch counts too, without the suffix that names its build: its kernels round each in their own way, but CPU and GPU may
+share.
 """
 
 from __future__ import annotations
