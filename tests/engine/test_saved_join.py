@@ -9,8 +9,10 @@ import pytest
 from tests.engine.test_llama import TOKENS, opened, read
 
 from rekindle.engine.pieces import Joiner, unpack
-from rekindle.engine.saved_join import MAX_JOINED_BYTES, join, worth_joining
+from rekindle.engine.protocol import Payload
+from rekindle.engine.saved_join import MAX_JOINED_BYTES, MAX_STATE_BYTES, join
 from rekindle.model import ember
+from rekindle.tokens import as_tokens
 
 
 @pytest.mark.parametrize("shape", ["ember", "tiny-llama", "tiny-qwen3", "tiny-gemma3"])
@@ -20,7 +22,7 @@ def test_a_joined_state_is_the_state_of_the_whole(shape: str, kv_type: str, tiny
         seq = read(engine)
         whole = engine.export(seq, 0, 24)
         blocks = [engine.export(seq, start, start + 8) for start in range(0, 24, 8)]
-        (joined,) = Joiner(256, 0, engine.spec.fingerprint).joined(blocks)
+        (joined,) = Joiner(engine.spec.fingerprint).joined(blocks)
         assert bytes(joined.data) == bytes(whole.data)
         assert joined.position == 0 and (joined.tokens == TOKENS[:24]).all()
 
@@ -30,10 +32,10 @@ def test_what_does_not_follow_or_differs_stays_alone() -> None:
         seq = read(engine)
         blocks = [engine.export(seq, start, start + 8) for start in (0, 16, 24)]
         tail = engine.export(seq, 32, 37)
-        joiner = Joiner(256, 0, engine.spec.fingerprint)
+        joiner = Joiner(engine.spec.fingerprint)
         lengths = [len(payload) for payload in joiner.joined([*blocks, tail])]
         assert lengths == [8, 16, 5]
-        assert [len(payload) for payload in Joiner(256, 0, b"another").joined(blocks)] == [8, 8, 8]
+        assert [len(payload) for payload in Joiner(b"another").joined(blocks)] == [8, 8, 8]
 
 
 def test_states_of_other_kinds_or_torn_are_not_joined(tiny_models: dict[str, Path]) -> None:
@@ -52,8 +54,8 @@ def test_states_of_other_kinds_or_torn_are_not_joined(tiny_models: dict[str, Pat
         assert join([one, memoryview(strange)], room) is None
 
 
-def test_large_states_in_small_caches_are_left_as_they_are() -> None:
-    assert worth_joining(66_000, 512, window=False)
-    assert not worth_joining(1 << 20, 2048, window=False)
-    assert worth_joining(1 << 20, 32_768, window=False)
-    assert not worth_joining(7 << 20, 1 << 20, window=True)
+def test_large_states_stay_alone() -> None:
+    size = MAX_STATE_BYTES + 1
+    tokens = as_tokens(range(8))
+    large = [Payload(tokens, 8 * index, memoryview(bytes(size)), b"") for index in range(3)]
+    assert list(Joiner(b"").joined(large)) == large

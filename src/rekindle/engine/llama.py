@@ -82,7 +82,7 @@ class LlamaEngine(BookKeeping):
         self.num_calls = 0
         self.num_computed = 0
         self.spec = _spec(model, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
-        self._joiner = Joiner(num_cells, model.window, self.spec.fingerprint)
+        self._joiner = Joiner(self.spec.fingerprint)
 
     # The seven verbs.
 

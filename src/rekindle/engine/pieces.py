@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from rekindle.engine.protocol import Payload
-from rekindle.engine.saved_join import MAX_JOINED_BYTES, join, worth_joining
+from rekindle.engine.saved_join import MAX_JOINED_BYTES, MAX_STATE_BYTES, join
 from rekindle.errors import ForeignPayload
 
 PIECE = struct.Struct("<III")  # first index, tokens, bytes
@@ -37,11 +37,9 @@ def unpack(payload: Payload) -> list[tuple[int, int, memoryview]]:
 
 
 class Joiner:
-    """Joins payloads for an engine of so many cells, with a sliding window or none. Not thread-safe."""
+    """Joins an engine's small payloads. Not thread-safe."""
 
-    def __init__(self, num_cells: int, window: int, fingerprint: bytes) -> None:
-        self._num_cells = num_cells
-        self._window = window
+    def __init__(self, fingerprint: bytes) -> None:
         self._fingerprint = fingerprint
         self._room = np.empty(0, np.uint8)
 
@@ -61,8 +59,8 @@ class Joiner:
             size == len(last.data)
             and payload.position == last.position + len(last)
             and payload.fingerprint == last.fingerprint == self._fingerprint
+            and size <= MAX_STATE_BYTES
             and (len(group) + 1) * size <= MAX_JOINED_BYTES
-            and worth_joining(size, self._num_cells, window=self._window > 0)
         )
 
     def _join(self, group: Sequence[Payload]) -> Iterator[Payload]:

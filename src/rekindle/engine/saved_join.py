@@ -4,11 +4,9 @@
     cells 64-127 │ K, V of layer 0, 1, …  ->  all cells │ K, V of layer 0, 1, …   all states, in order
 
 To load a state costs llama.cpp something whatever is in it: it makes room for bookkeeping of 256 sequences, and looks at
-all cells of the cache a few times. To join is to copy once more. So it pays where states are small or the cache is large;
-`worth_joining` says where. Layouts are those that `saved` describes.
-
-Measured, in microseconds for each state of 64 tokens, loaded one by one and joined: 66 KB 49 and 20; 1.2 MB (two caches)
-200 and 190 in 4,352 cells; 1.4 MB 129 and 157 in 2,304 cells, 156 and 147 in 8,192.
+all cells of the cache a few times. To join is to copy once more. So it pays for small states. Measured, in microseconds of
+processor time for each state of 64 tokens, loaded one by one and joined: 66 KB 49 and 23 in a cache of 8,192 cells, 83 and
+28 in one of 32,768; 1.2 and 1.4 MB about the same both ways, and in small caches up to a quarter more when joined.
 """
 
 from __future__ import annotations
@@ -22,9 +20,8 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
+MAX_STATE_BYTES = 256 << 10  # that are worth joining
 MAX_JOINED_BYTES = 4 << 20  # more would not stay in a processor's cache until it is loaded
-_CALL_BYTES = 384 << 10  # that could be copied in the time that a call takes at least
-_CELL_BYTES, _WINDOW_CELL_BYTES = 60, 160  # and for each cell of the cache; sliding windows have two caches and guards
 
 _FRONT = 8  # bytes: magic, flags
 _COUNTS = struct.Struct("<II")  # streams, cells
@@ -49,12 +46,6 @@ class _Cache(NamedTuple):
     tensors: tuple[_Alike, ...]
 
 
-def worth_joining(state_bytes: int, num_cells: int, *, window: bool) -> bool:
-    """Whether states of this size load faster joined, in a cache of so many cells."""
-    per_cell = _WINDOW_CELL_BYTES if window else _CELL_BYTES
-    return 2 * state_bytes <= MAX_JOINED_BYTES and state_bytes < _CALL_BYTES + per_cell * num_cells
-
-
 def join(states: Sequence[memoryview], room: Bytes) -> int | None:
     """Write one state into `room`, of the cells of all states in their order; returns its bytes.
 
@@ -74,7 +65,7 @@ def join(states: Sequence[memoryview], room: Bytes) -> int | None:
     end = _FRONT
     for cache in caches:
         assert cache is not None
-        if not _same_kind(cache, sources):
+        if not _same_kind(cache, states):
             return None
         end = _join_cache(cache, sources, room, end)
     return end
@@ -105,18 +96,14 @@ def _caches(state: memoryview) -> Iterator[_Cache | None]:
         yield _Cache(cells, start, tuple(tensors)) if offset <= len(state) else None
 
 
-def _same_kind(cache: _Cache, sources: Sequence[Bytes]) -> bool:
-    """Whether all states have what this one's first state says between its rows."""
-    begin, end = cache.start - _COUNTS.size, cache.start + cache.cells * _CELL
-    first = sources[0]
-    for source in sources[1:]:
-        if not (source[begin : cache.start] == first[begin : cache.start]).all():
-            return False
-        if not (source[end : end + _KINDS.size] == first[end : end + _KINDS.size]).all():
-            return False
-        if not all((_heads(source, a, cache.cells) == _heads(first, a, cache.cells)).all() for a in cache.tensors):
-            return False
-    return True
+def _same_kind(cache: _Cache, states: Sequence[memoryview]) -> bool:
+    """Whether all states have, before and behind their rows, what this one's has: then all else lies alike too."""
+    end = cache.start + cache.cells * _CELL
+    parts = [slice(cache.start - _COUNTS.size, cache.start), slice(end, end + _KINDS.size)]
+    for alike in cache.tensors:
+        last = alike.start + (alike.num - 1) * (_TENSOR.size + cache.cells * alike.row_bytes)
+        parts += [slice(start, start + _TENSOR.size) for start in (alike.start, last)]
+    return all(state[part] == states[0][part] for state in states[1:] for part in parts)
 
 
 def _join_cache(cache: _Cache, sources: Sequence[Bytes], room: Bytes, end: int) -> int:

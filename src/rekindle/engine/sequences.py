@@ -32,7 +32,11 @@ class FreeCells:
 
     def take(self, count: int, after: int | None) -> list[int]:
         """Hand out `count` cells, of which there must be as many; `after` is the cell that they will follow."""
-        return [self._cells.pop() for _ in range(count)]
+        start = len(self._cells) - count
+        taken = self._cells[start:]
+        del self._cells[start:]
+        taken.reverse()
+        return taken
 
     def give(self, cells: Sequence[int]) -> None:
         """Take cells back."""
