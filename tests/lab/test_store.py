@@ -75,7 +75,7 @@ def test_restoring_into_the_engine_is_measured(tmp_path: Path) -> None:
     )
     assert report.restore is not None
     assert report.restore.num_bytes > 3 * 64 * 1_000
-    assert "match, place each block" in shown(report)
+    assert "match, place all blocks" in shown(report)
 
 
 def test_arms_take_turns_and_the_first_round_does_not_count() -> None:

@@ -33,7 +33,7 @@ def engine_arms(model: str, num_blocks: int, rounds: int) -> Comparison:
 
 
 def _measure(engine: LlamaEngine, name: str, num_blocks: int, rounds: int) -> Comparison:
-    num_tokens = num_blocks * BLOCK_TOKENS
+    num_tokens, fingerprint = num_blocks * BLOCK_TOKENS, engine.spec.fingerprint
     tokens = as_tokens(np.random.default_rng(1).integers(3, engine.spec.vocab_size, num_tokens))
     seq = engine.open()
     engine.forward([Work(seq, tokens, logits=False)])
@@ -51,16 +51,12 @@ def _measure(engine: LlamaEngine, name: str, num_blocks: int, rounds: int) -> Co
         current.append(engine.open())
 
     def restore() -> None:
-        for block in store.match(tokens).blocks:
-            engine.place(
-                current[0],
-                Payload(block.tokens, block.position, block.payload, engine.spec.fingerprint),
-                block.position,
-            )
+        blocks = store.match(tokens).blocks
+        engine.place_all(current[0], [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks])
 
     arms = [
         Arm("memcpy", lambda: np.copyto(target, source)),
-        Arm("match, place each block", restore, ours=True, prepare=renew),
+        Arm("match, place all blocks", restore, ours=True, prepare=renew),
     ]
     size = num_bytes // num_blocks
     what = f"engine restore: {name}"

@@ -250,8 +250,7 @@ class Admission:
 
     def _place(self, seq: SequenceId, step: Place, match: Match) -> None:
         fingerprint = self._engine.spec.fingerprint
-        for block in match.blocks:
-            if step.start <= block.position < step.stop:
-                payload = Payload(block.tokens, block.position, block.payload, fingerprint)
-                self._engine.place(seq, payload, block.position)
+        blocks = [block for block in match.blocks if step.start <= block.position < step.stop]
+        assert blocks[0].position == self._engine.length(seq)
+        self._engine.place_all(seq, [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks])
         self._engine.truncate(seq, step.stop)  # the last block may go on with other tokens

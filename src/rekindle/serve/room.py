@@ -118,8 +118,8 @@ class Room:
             if not self.make(min(cells + slack, self._engine.num_cells - shared), [seq], victims):
                 self._engine.close(seq)
                 return False
-            for payload in rest:
-                self._engine.place(seq, payload, payload.position)
+            assert not rest or rest[0].position == self._engine.length(seq)
+            self._engine.place_all(seq, rest)
         except EngineError:
             self._engine.close(seq)
             raise
