@@ -54,7 +54,7 @@ def test_where_more_are_read_than_answered_a_step_may_take_longer(answers: int, 
         pace.learn(answers, 0, 0.020)
         chunk = pace.chunk(answers, prompts)
         pace.learn(answers, chunk, 0.020 + 0.001 * chunk)
-    assert pace.chunk(answers, prompts) == 20 * times
+    assert 20 * times / 1.6 < pace.chunk(answers, prompts) <= 20 * times, "as much as the sizes of batches allow"
 
 
 def test_short_prompts_for_which_more_wait_than_are_stalled_are_read_at_once() -> None:
@@ -74,12 +74,90 @@ def test_the_setting_is_an_upper_bound() -> None:
 
 def test_where_prompts_are_cheap_the_chunk_soon_reaches_the_limit() -> None:
     steps = read(Pace(limit=512, slowdown=2.5), fast_prefill, 20_000)
-    assert [chunk for chunk, _ in steps[:9]] == [0, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [chunk for chunk, _ in steps[:6]] == [0, 3, 15, 63, 255, 512]
 
 
 def test_a_prompt_gets_on_where_any_chunk_is_too_long() -> None:
-    steps = read(Pace(limit=512, slowdown=2.5), lambda answers, chunk, position: 0.01 + chunk, 400)
+    steps = read(Pace(limit=512, slowdown=2.5), lambda answers, chunk, position: 0.01 + chunk, 100 * MIN_CHUNK)
     assert {chunk for chunk, _ in steps} == {0, MIN_CHUNK}
+
+
+def dear_rows(answers: int, chunk: int, position: int) -> float:
+    """As measured: llama.cpp, one core, gemma3-270m in q8_0, by the rows of the batch."""
+    rows = {1: 13.5, 2: 30.8, 4: 39.6, 6: 45.2, 8: 43.0, 12: 48.8, 16: 51.9, 24: 72.5, 32: 91.4, 64: 145.1, 128: 305.1}
+    return 1e-3 * float(np.interp(answers + chunk, list(rows), list(rows.values())))
+
+
+def tiled(answers: int, chunk: int, position: int) -> float:
+    """As measured: ember after 1,000 tokens, with a kernel for 64 rows or more that is far faster."""
+    rows = answers + chunk
+    return 0.002 + (0.0013 * chunk if rows < 64 else 0.0002 * chunk)
+
+
+@pytest.mark.parametrize(
+    ("cost", "slowdown", "chunk"),
+    [
+        (dear_rows, 2.0, 3),
+        (dear_rows, 3.0, 3),
+        (dear_rows, 4.5, 15),
+        (dear_rows, 6.0, 23),
+        (tiled, 4.0, 3),
+        (tiled, 10.0, 63),
+    ],
+)
+def test_the_size_is_taken_that_reads_fastest_within_the_bound(cost: Cost, slowdown: float, chunk: int) -> None:
+    pace = Pace(limit=512, slowdown=slowdown)
+    for _ in range(3):
+        pace.learn(0, 512, cost(0, 512, 0) if cost is tiled else 512 * 0.0021)
+    steps = [chunk for chunk, _ in read(pace, cost, 4000)]
+    assert max(steps, key=steps.count) == chunk
+    assert not {chunk for chunk in steps[:-1] if 24 <= chunk < 63} or cost is not tiled
+
+
+def test_a_short_prompt_is_read_at_once_but_not_often() -> None:
+    pace = Pace(limit=512, slowdown=2.0)
+    pace.learn(0, 512, 1.0)
+    gaps: list[float] = []
+    waited: list[int] = []
+    for _ in range(20):
+        for _ in range(30):  # nobody else comes
+            pace.learn(4, 0, 0.02)
+            gaps.append(0.02)
+        unread, steps = 90, 0
+        while unread:
+            chunk = min(unread, pace.chunk(4, 1, unread))
+            seconds = 0.02 + 0.002 * chunk
+            pace.learn(4, chunk, seconds)
+            gaps.append(seconds)
+            unread, steps = unread - chunk, steps + 1
+        waited.append(steps)
+    assert waited.count(1) >= 3
+    assert np.percentile(gaps, 99) <= 3 * 0.02
+    assert max(gaps) <= 0.25
+
+
+def test_a_long_prompt_is_not_ended_at_once() -> None:
+    pace = Pace(limit=512, slowdown=2.0)
+    pace.learn(0, 512, 1.0)
+    for _ in range(200):
+        pace.learn(1, 0, 0.02)
+    unread, chunks = 600, []
+    while unread:
+        chunks.append(min(unread, pace.chunk(1, 1, unread)))
+        pace.learn(1, chunks[-1], 0.02 + 0.002 * chunks[-1])
+        unread -= chunks[-1]
+    assert max(chunks) < 64
+
+
+def test_what_is_begun_at_once_is_ended_at_once() -> None:
+    pace = Pace(limit=512, slowdown=2.0)
+    pace.learn(1, 0, 0.020)
+    assert pace.chunk(1, 7, 600) == 512
+    pace.learn(1, 512, 1.0)
+    assert pace.chunk(6, 2, 88) == 512, "six that began to answer meanwhile do not make the other two slow"
+    pace.learn(6, 88, 0.2)
+    pace.learn(8, 0, 0.06)
+    assert pace.chunk(8, 1, 300) < 64, "who comes later is not of them"
 
 
 def test_now_and_then_a_step_is_measured_without_a_chunk() -> None:

@@ -1,22 +1,27 @@
 """How much of a prompt is read in one step: as much as those who are being answered hardly notice.
 
-A step that only decodes takes about as long whatever it does, because the weights have to be read; each prompt token that
-rides along adds a little, from some number on a lot. Both are measured as they happen:
+A step that only decodes takes about as long whatever it does, because the weights have to be read. What prompt tokens add
+to it is no straight line: the second row of a batch may cost more than the first, and an engine may have a fast kernel for
+many rows only. (On two cores llama.cpp computes 1, 2, 8, 16 and 64 rows of gemma3-270m q8_0 in 13, 31, 43, 52 and 145 ms;
+of ember after 1,000 tokens 63 rows in 82 ms and 64 in 12 ms.) So what is measured, as it happens, is
 
-    decode     seconds of a step that only decodes, by the number of answers in it
-    token      seconds that one prompt token adds to such a step
+    alone    seconds of a step that only decodes, by the number of answers in it
+    added    seconds that prompt tokens add to such a step, by the rows of the whole batch
 
-and the chunk is chosen so that the step takes at most `slowdown` times as long as without it:
+and of a ladder of batch sizes the one is taken that reads fastest among those that make a step at most `slowdown` times as
+long. What a size adds grows with what was read before, so measurements are forgotten after a while. A size that is not
+known is expected to add what the last one did, half of it whatever the size and half of it in proportion, or what reading
+as much alone takes; and where only the former is known a chunk at most grows fivefold from one step to the next. The least
+size is taken in any case, so that a prompt gets on, and never more prompt tokens than the limit that was set. As long as a
+prompt is read there are no steps that only decode, so now and then one is left without a chunk, to measure again.
 
-    decode + chunk * token = slowdown * decode
+Small chunks cost more in all, and many prompts are short. Two exceptions read them at once:
 
-Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
-added time is then allowed that many times over; and what takes a step or two at the limit is read at the limit, because
-small chunks cost more in all. So requests that come together begin to answer together.
-
-A chunk is never less than `MIN_CHUNK`, so that a prompt gets on, and never more than the limit that was set; it at most
-doubles from one step to the next. As long as a prompt is read there are no steps that only decode, so now and then one
-is left without a chunk, to measure again.
+- Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
+  added time is then allowed that many times over, and what takes a step or two at the limit is read at the limit, to its
+  end. So requests that come together begin to answer together.
+- What comes beside answers and can be read in one step of at most `BURST_SECONDS` is read in one step, if the last such
+  step was `BURST_STEPS` steps ago. So of a stream's gaps less than one in a hundred is of that kind.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
 so long that whoever comes or goes meanwhile would have to wait for it.
@@ -30,13 +35,23 @@ from collections import deque
 
 from rekindle.kv.speed import Speed
 
-MIN_CHUNK = 4
-GRAIN = 4  # chunks are multiples of this: fewer shapes, for which an engine may prepare
-_SOON_STEPS = 2  # at the limit: what takes no more is read at once if more wait for it than are stalled
+MIN_CHUNK = 3
+GRAIN = 4  # batches are multiples of this: fewer shapes, for which an engine may prepare
 PROBE_STEPS = 64  # steps with a chunk between two without
 LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
 LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
-_REMEMBERED = 9  # measurements of which the middle one counts: one step that was disturbed says nothing
+BURST_SECONDS = 0.25
+BURST_STEPS = 128
+_ROWS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_GROWTH = 5  # times the prompt tokens of the step before
+_BESIDE = 1.25  # what reading beside answers takes, of what reading as much alone takes
+_MANY_ROWS = 64  # so many are computed about as fast per row as any larger number
+_SOON_STEPS = 2  # at the limit: what takes no more is read at once if more wait for it than are stalled
+_REMEMBERED = 9  # measurements of which the middle one counts: a step that was disturbed says nothing
+_FRESH_STEPS = 16  # for which a measurement is as good as a new one
+_FORGOTTEN_STEPS = (
+    128  # after which a size that was not taken is as good as unknown; in between it adds no less than then
+)
 
 
 class _Recent:
@@ -44,14 +59,17 @@ class _Recent:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=_REMEMBERED)
+        self.step = 0  # of the latest
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, step: int = 0) -> None:
+        if step - self.step > _FORGOTTEN_STEPS:
+            self._values.clear()
         self._values.append(value)
+        self.step = step
 
     @property
-    def middle(self) -> float | None:
-        """None before the first."""
-        return statistics.median(self._values) if self._values else None
+    def middle(self) -> float:
+        return statistics.median(self._values)
 
 
 class Pace:
@@ -61,10 +79,15 @@ class Pace:
         """At most `limit` tokens beside answers. A `slowdown` of infinity means: always as many."""
         self._limit = limit
         self._slowdown = slowdown
-        self._decode: dict[int, _Recent] = {}  # answers in a step -> its seconds
-        self._token = _Recent()
-        self._chunk = 0  # the last
+        self._alone: dict[int, _Recent] = {}  # answers in a step -> its seconds
+        self._added: dict[int, _Recent] = {}  # rows of a batch -> seconds that its prompt tokens added
+        self._rows = 0  # of the last step that was to be bearable
+        self._steps = 0
         self._since_probe = 0
+        self._since_burst = BURST_STEPS
+        self._to_end = 0  # unread tokens of what is read at the limit to its end
+        self._probing = False  # the step under way reads nothing, only to measure that
+        self._fresh = True  # the last step had nothing to read
         self.prefill = Speed()  # of steps that decode nothing
 
     def chunk(
@@ -78,42 +101,80 @@ class Pace:
         """
         if num_decoding == 0:
             return self._limit if hurried else max(self._limit, self._lone())
-        if math.isinf(self._slowdown) or (num_reading > num_decoding and num_unread <= _SOON_STEPS * self._limit):
+        if math.isinf(self._slowdown) or self._is_soon_read(num_decoding, num_reading, num_unread):
             return self._limit
-        decode = self._decode_alone(num_decoding)
-        if decode is None or self._since_probe >= PROBE_STEPS:
+        alone = self._decode_alone(num_decoding)
+        if alone is not None and self._may_burst(num_unread):
+            self._since_burst = 0
+            return self._limit
+        if alone is None or self._since_probe >= PROBE_STEPS:
             self._since_probe = 0
+            self._probing = True
             return 0
         self._since_probe += 1
-        return min(self._limit, self._bearable(decode * max(1.0, num_reading / num_decoding)))
+        return self._bearable(num_decoding, alone, (self._slowdown - 1) * alone * max(1.0, num_reading / num_decoding))
 
     def learn(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
         """What a step took: `seconds` of the engine's forward."""
+        alone, rows = self._decode_alone(num_decoding), num_decoding + num_prefill
+        self._since_burst += 1
+        self._steps += 1
         if num_decoding == 0:
-            self.prefill.add(num_prefill, seconds)
-            return
-        decode = self._decode_alone(num_decoding)
-        if num_prefill == 0:
-            self._decode.setdefault(num_decoding, _Recent()).add(seconds)
-        elif decode is not None:
-            self._chunk = num_prefill
-            self._token.add(max(0.0, seconds - decode) / num_prefill)
+            if num_prefill >= _MANY_ROWS or self.prefill.seconds_per_token is None:  # few cost far more each
+                self.prefill.add(num_prefill, seconds)
+        elif num_prefill == 0:
+            self._alone.setdefault(num_decoding, _Recent()).add(seconds)
+        elif alone is not None:
+            self._added.setdefault(rows, _Recent()).add(max(0.0, seconds - alone), self._steps)
+        self._fresh = num_prefill == 0 and not self._probing
+        self._probing = False
 
     def _lone(self) -> int:
         least, greatest = LONE_TOKENS
         speed = self.prefill.seconds_per_token
         return greatest if not speed else min(greatest, max(least, int(LONE_SECONDS / speed)))
 
+    def _is_soon_read(self, num_decoding: int, num_reading: int, num_unread: float) -> bool:
+        """Whether more wait for it than are stalled, and not for long; what was begun so is ended so."""
+        begins = num_reading > num_decoding and num_unread <= _SOON_STEPS * self._limit
+        soon = begins or num_unread < self._to_end
+        self._to_end = int(num_unread) if soon else 0
+        return soon
+
+    def _may_burst(self, num_unread: float) -> bool:
+        speed = self.prefill.seconds_per_token
+        is_short = speed is not None and num_unread <= min(self._limit, BURST_SECONDS / (_BESIDE * speed))
+        return is_short and self._fresh and self._since_burst >= BURST_STEPS
+
     def _decode_alone(self, num_decoding: int) -> float | None:
         """Seconds of a step that decodes so many, or the most below that which were measured; they take no longer."""
-        known = max((count for count in self._decode if count <= num_decoding), default=None)
-        return None if known is None else self._decode[known].middle
+        known = max((count for count in self._alone if count <= num_decoding), default=None)
+        return None if known is None else self._alone[known].middle
 
-    def _bearable(self, decode: float) -> int:
-        """Prompt tokens that take as long as `slowdown` allows to add to a step of `decode` seconds."""
-        token = self._token.middle
-        if token is None:
-            return MIN_CHUNK
-        wanted = (self._slowdown - 1) * decode / token if token > 0 else math.inf
-        grown = min(wanted, 2 * max(self._chunk, MIN_CHUNK))
-        return max(MIN_CHUNK, int(grown) // GRAIN * GRAIN)
+    def _bearable(self, num_decoding: int, alone: float, allowed: float) -> int:
+        """Prompt tokens that are read fastest, of those that add as many seconds as are allowed."""
+        most = num_decoding + self._limit
+        least = min(most, -(-(num_decoding + MIN_CHUNK) // GRAIN) * GRAIN)
+        sizes = [least, *(rows for rows in _ROWS if least < rows < most), most]
+        last = max((rows for rows in sizes if rows <= self._rows), default=least)
+        bearable = {
+            rows: (rows - num_decoding) / max(alone + added, 1e-9)
+            for rows in sizes
+            if (added := self._expected(rows, last, num_decoding)) <= allowed
+        }
+        self._rows = max(bearable, key=lambda rows: bearable[rows], default=least)
+        return self._rows - num_decoding
+
+    def _expected(self, rows: int, last: int, num_decoding: int) -> float:
+        """Seconds that a batch of so many rows adds, where one of `last` rows came last; infinite if nothing is known."""
+        own, other = self._added.get(rows), self._added.get(last)
+        age = math.inf if own is None else self._steps - own.step
+        if own is not None and (rows == last or age <= _FRESH_STEPS):
+            return own.middle
+        guesses = [math.inf]
+        growth = (rows - num_decoding) / (last - num_decoding)
+        if other is not None and growth <= _GROWTH:
+            guesses.append(other.middle * (1 + growth) / 2)
+        if self.prefill.seconds_per_token is not None and rows >= _MANY_ROWS:
+            guesses.append(_BESIDE * self.prefill.seconds_per_token * rows)
+        return max(min(guesses), own.middle) if own is not None and age <= _FORGOTTEN_STEPS else min(guesses)
