@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
+from importlib.util import find_spec
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,20 @@ from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine, Work
 from rekindle.errors import InvalidRequest
 from rekindle.lab.blend import run_blend
+from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_run import ChunkKV, met_before, read_after, read_blended, read_fully
-from rekindle.lab.blend_show import plot_report, print_report
-from rekindle.lab.blend_speed import measure_speed
+from rekindle.lab.blend_show import plot_report, print_report, print_speed
+from rekindle.lab.blend_speed import SEPARATOR, Texts, measure_speed, speed_settings
 from rekindle.lab.blend_tasks import BlendTask, ember_tasks, file_tasks
+from rekindle.lab.load.servers import PEER
 from rekindle.model import ember
 from rekindle.model.gguf import GgufModel
+from rekindle.model.source import BUILTIN, locate
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place
 from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
 from rekindle.tokens import Tokens, as_tokens
 
 
@@ -155,10 +161,41 @@ def test_the_report_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "blend.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_speed_counts_the_same_work_in_both_ways_of_turning(engine: Engine) -> None:
-    full, none, at_once, one_by_one = measure_speed(engine, num_chunks=3, chunk_tokens=64, rounds=1)
-    assert full.budget == full.ttft_of_full == 1
-    assert none.budget < at_once.budget == one_by_one.budget < 0.4
+@pytest.mark.parametrize("engine", ["llama", "torch"])
+def test_speed_counts_the_work_of_each_way(tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = speed_settings("builtin", engine, 1, 3, 128, tmp_path)
+    with Service.open(settings) as service:
+        report = measure_speed(service, num_chunks=3, chunk_tokens=128, rounds=2)
+    full, none, first, from_disk = report.arms
+    assert full.budget == full.ttft_of_full == 1 and full.prompt_tokens > 3 * 110
+    assert none.budget < first.budget < 0.35
+    assert first.budget - 0.1 < from_disk.budget <= 1  # of this small model some may be computed sooner than fetched
+    print_speed(report, Console(width=200))
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [arm["name"] for arm in told["arms"]] == ["full", "none", "first", "first, from disk"]
+    assert told["note"].endswith("out of the page cache")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the peer's wheel")
+def test_the_peer_is_asked_the_same_and_tells_what_it_reused() -> None:
+    with Service.open(Settings.load(engine="toy")) as service:
+        texts = Texts.draw(service.model.tokenizer, 3, 300, 0)
+    arms, note = measure_peer(locate(BUILTIN), texts, peer=PEER, threads=1, context=4096, ratio=0.15, rounds=2)
+    ours_full, ours, theirs_full, theirs = arms
+    assert ours_full.budget == theirs_full.budget == 1
+    assert abs(ours.prompt_tokens - theirs.prompt_tokens) < 0.02 * ours.prompt_tokens  # one cuts chunks apart
+    assert ours.budget < 0.3 and 0 < theirs.computed <= theirs.prompt_tokens
+    assert "with --cache-reuse 256 reused" in note
+
+
+def test_orders_are_new_each_time_and_begin_with_another_chunk() -> None:
+    texts = Texts(tuple("abcde"))
+    orders = [list(range(5)), *texts.orders(20, 3)]
+    for before, after in pairwise(orders):
+        assert sorted(after) == list(range(5)) and after[0] != before[0]
+    assert orders[1:] == list(texts.orders(20, 3))
+    assert texts.prompt([1, 0]) == SEPARATOR.join([texts.begin, "b", "a", texts.question])
 
 
 @pytest.mark.parametrize(

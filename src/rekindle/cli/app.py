@@ -389,10 +389,14 @@ def lab_blend(
         typer.Option(help="fail if no cheap arm keeps so much of full prefill's exact match", min=0, max=1),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="measure time alone, on any GGUF model")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="measure time alone, on any model")] = False,
     chunks: Annotated[int, typer.Option(help="with --speed", min=2)] = 8,
     chunk_tokens: Annotated[int, typer.Option(help="with --speed", min=16)] = 512,
     rounds: Annotated[int, typer.Option(help="with --speed: of all arms", min=1)] = 3,
+    peer: Annotated[
+        str | None,
+        typer.Option(help="with --speed: also over HTTP beside llama-server (the xllamacpp wheel), or a path of one"),
+    ] = None,
     threads: Annotated[int, typer.Option(help="compute threads", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="the same seed makes the same documents", min=0)] = 0,
 ) -> None:
@@ -400,6 +404,6 @@ def lab_blend(
     from rekindle.cli.blend import measure_quality, measure_time
 
     if speed:
-        measure_time(model, chunks, chunk_tokens, ratio[0] if ratio else 0.15, threads, rounds)
+        measure_time(model, engine, chunks, chunk_tokens, ratio[0] if ratio else 0.15, threads, rounds, seed, peer)
     elif not measure_quality(model, engine, data, documents, ratio, threads, seed, plot, gate):
         raise typer.Exit(FAILED)

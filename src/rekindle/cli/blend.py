@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from rekindle.engine.llama import LlamaEngine
+from rekindle.errors import InvalidRequest
 from rekindle.lab.blend import GATE_BUDGET, RATIOS, run_blend
+from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_show import plot_report, print_report, print_speed
-from rekindle.lab.blend_speed import measure_speed
-from rekindle.model.gguf import GgufModel
-from rekindle.model.source import locate
+from rekindle.lab.blend_speed import Texts, measure_speed, speed_settings
+from rekindle.serve.service import Service
 
 
 def measure_quality(
@@ -54,25 +56,37 @@ def measure_quality(
     return best.exact_match_of_full >= gate
 
 
-def measure_time(model: str, chunks: int, chunk_tokens: int, ratio: float, threads: int, rounds: int) -> None:
+def measure_time(
+    model: str,
+    engine: str,
+    chunks: int,
+    chunk_tokens: int,
+    ratio: float,
+    threads: int,
+    rounds: int,
+    seed: int,
+    peer: str | None,
+) -> None:
     """Measure, saying what runs; then a table and one line of JSON."""
-    gguf = GgufModel(locate(model))
-    try:
-        cells = 2 * (chunks * (chunk_tokens + 1) + 64) + chunk_tokens
-        engine = LlamaEngine(gguf, num_cells=cells, threads=threads)
-        try:
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("blend", total=None)
-                arms = measure_speed(
-                    engine,
-                    num_chunks=chunks,
-                    chunk_tokens=chunk_tokens,
-                    ratio=ratio,
-                    rounds=rounds,
-                    progress=lambda what: bar.update(task, description=what),
-                )
-        finally:
-            engine.shutdown()
-        print_speed(gguf.name, arms, Console())
-    finally:
-        gguf.close()
+    if peer is not None and engine == "torch":
+        raise InvalidRequest(f"{peer} reads GGUF files; leave out --peer, or --engine torch", param="peer")
+    with (
+        tempfile.TemporaryDirectory(prefix="rekindle-blend-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task("loading", total=None)
+
+        def tell(what: str) -> None:
+            bar.update(task, description=what)
+
+        settings = speed_settings(model, engine, threads, chunks, chunk_tokens, Path(folder))
+        wish = {"num_chunks": chunks, "chunk_tokens": chunk_tokens, "seed": seed}
+        with Service.open(settings) as service:
+            report = measure_speed(service, **wish, ratio=ratio, rounds=rounds, tell=tell)
+            texts = Texts.draw(service.model.tokenizer, **wish)
+            path, context = service.model.path, service.num_cells
+        if peer is not None:
+            sizes = {"threads": threads, "context": context, "rounds": rounds, "seed": seed}
+            arms, note = measure_peer(path, texts, peer=peer, ratio=ratio, tell=tell, **sizes)
+            report = replace(report, peer=arms, peer_note=note)
+    print_speed(report, Console())

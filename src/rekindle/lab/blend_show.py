@@ -12,7 +12,7 @@ from rich.table import Table
 
 from rekindle.errors import InvalidRequest
 from rekindle.lab.blend import BlendReport, by_select
-from rekindle.lab.blend_speed import SpeedArm
+from rekindle.lab.blend_speed import SpeedArm, SpeedReport
 
 
 def print_report(report: BlendReport, console: Console) -> None:
@@ -48,11 +48,32 @@ def print_report(report: BlendReport, console: Console) -> None:
     console.print(report.as_json(), soft_wrap=True, markup=False, highlight=False)
 
 
-def print_speed(model: str, arms: Sequence[SpeedArm], console: Console) -> None:
+def print_speed(report: SpeedReport, console: Console) -> None:
     """A table for people, then one line of JSON."""
-    table = Table(title=f"Time to the first token, {model}, chunks in another order", title_justify="left")
+    console.print(
+        _speed_table(
+            f"Time to the first token, {report.model}, {report.engine}, {report.chunks} chunks of about "
+            f"{report.chunk_tokens} tokens in another order, {report.threads} threads",
+            report.arms,
+        )
+    )
+    if report.peer:
+        console.print(_speed_table("Over HTTP, each server alone", report.peer))
+    for note in (report.note, report.peer_note):
+        if note:
+            console.print(note, highlight=False, soft_wrap=True)
+    facts = asdict(report) | {
+        name: [asdict(arm) | {"budget": arm.budget} for arm in arms]
+        for name, arms in (("arms", report.arms), ("peer", report.peer))
+    }
+    summary = {"experiment": "blend speed"} | facts
+    console.print(json.dumps(summary), soft_wrap=True, markup=False, highlight=False)
+
+
+def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("ratio", "seconds", "of full", "budget: the floor", "model calls"):
+    for heading in ("ratio", "seconds", "of full", "computed", "budget: the floor", "model calls"):
         table.add_column(heading, justify="right")
     for arm in arms:
         table.add_row(
@@ -60,12 +81,11 @@ def print_speed(model: str, arms: Sequence[SpeedArm], console: Console) -> None:
             f"{arm.ratio:.0%}",
             f"{arm.ttft_seconds:.2f}",
             f"{arm.ttft_of_full:.3f}",
+            f"{arm.computed:,} of {arm.prompt_tokens:,}",
             f"{arm.budget:.3f}",
-            str(arm.calls),
+            "" if arm.calls is None else f"{arm.calls:g}",
         )
-    console.print(table)
-    summary = {"experiment": "blend speed", "model": model, "arms": [asdict(arm) for arm in arms]}
-    console.print(json.dumps(summary), soft_wrap=True, markup=False, highlight=False)
+    return table
 
 
 def plot_report(report: BlendReport, out: Path) -> None:

@@ -483,6 +483,10 @@ class Service:
         self._scores.clear()
         self._store.clear(every_model=every_model)
 
+    def clear_memory(self) -> None:
+        """Forget all residents and what is in memory; slower tiers keep what they have."""
+        self._worker.call(Scheduler.clear_cache)
+
     def pin(self, prompt: Prompt, seconds: float, *, name: str | None = None) -> Pin:
         """Keep a prompt's KV for so long, whether it was read yet or not; once more renews it.
 
