@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +32,7 @@ class Realtime:
 
     def drop(self) -> None:
         """As when the network fails: no goodbye."""
-        self.socket.socket.close()
+        self.socket.socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def name(self) -> str:
