@@ -315,7 +315,7 @@ def test_a_request_that_must_wait_drives_no_resident_out() -> None:
     stage.run()
 
 
-def refuse(*_: object) -> None:
+def refuse(*_: object, **__: object) -> None:
     raise EngineError("made to fail")
 
 
