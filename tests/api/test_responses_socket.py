@@ -11,6 +11,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import ResponseErrorEvent, ResponseStreamEvent
+from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -20,6 +22,7 @@ from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
 from .test_disconnect import Listener
+from .test_limits import stepping
 
 LONG = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. " * 3
 GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 8}
@@ -136,6 +139,48 @@ def test_nonsense_is_refused_and_the_connection_goes_on(
     assert event["error"]["param"] == param and words in event["error"]["message"], event
     send(socket, input="Hello.")
     assert answer(socket)["type"] != "error"
+
+
+def test_a_response_is_cancelled_by_its_id_or_its_stream(socket: ClientConnection) -> None:
+    for by in ("response_id", "stream_id"):
+        send(socket, input="Talk.", stream_id="a", max_output_tokens=900, ignore_eos=True)
+        send(socket, input="The next one.", stream_id="a", max_output_tokens=2)
+        response = receive(socket)["response"]
+        name = response["id"] if by == "response_id" else "a"
+        socket.send(json.dumps({"type": "response.cancel", by: name}))
+        end = answer(socket)
+        assert (end["type"], end["response"]["id"]) == ("response.incomplete", response["id"])
+        assert end["response"]["status"] == "cancelled" and end["stream_id"] == "a"
+        assert answer(socket)["response"]["usage"]["output_tokens"] == 2
+    socket.send(json.dumps({"type": "response.cancel", "response_id": response["id"]}))
+    event = receive(socket)
+    assert event["type"] == "error" and "no such response under way" in event["error"]["message"]
+
+
+def test_the_beginning_is_told_before_there_is_a_token() -> None:
+    with stepping() as (url, steps), connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+        send(socket, input="Hello.")
+        created, in_progress = receive(socket), receive(socket)
+        assert (created["type"], in_progress["type"]) == ("response.created", "response.in_progress")
+        socket.send(json.dumps({"type": "response.cancel", "response_id": created["response"]["id"]}))
+        steps.wait(lambda: steps.generations[0].cancelled)
+        steps.let_all()
+        assert answer(socket)["response"]["status"] == "cancelled"
+
+
+def test_every_event_is_valid_for_the_official_types(ember_url: str) -> None:
+    """Some clients check them, which the official one does not."""
+    with connect(ember_url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+        send(socket, input="Vodris paints in orange. Who paints?", include=["message.output_text.logprobs"])
+        events = [receive(socket)]
+        while events[-1]["type"] not in ENDS:
+            events.append(receive(socket))
+        send(socket, input="x", previous_response_id="resp_1")
+        error = receive(socket)
+    adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    kinds = {type(adapter.validate_python(event)).__name__ for event in events}
+    assert len(kinds) == 9 and "ResponseTextDeltaEvent" in kinds
+    assert ResponseErrorEvent.model_validate(error["error"] | error).code == "previous_response_not_found"
 
 
 def test_a_refusal_names_its_stream(socket: ClientConnection) -> None:

@@ -91,10 +91,20 @@ async def turn_of(
     return Turn(body, ResponseWriter(body, service.model_name), salt, generation, conversation)
 
 
-async def events_of(turn: Turn, answers: Answers, keep: KeptResponses | None) -> AsyncGenerator[list[WireEvent], None]:
-    """The response's events, as they come; it is kept before the last one is told."""
+async def events_of(
+    turn: Turn, answers: Answers, keep: KeptResponses | None, *, at_once: bool = False
+) -> AsyncGenerator[list[WireEvent], None]:
+    """The response's events, as they come; it is kept before the last one is told.
+
+    `at_once` tells of its beginning before there is a token, so that it can be cancelled by its id meanwhile.
+    """
     writer = turn.writer
-    opening = writer.opening() if turn.generation.answers else writer.beginning()
+    opening = writer.beginning()
+    if at_once:
+        yield opening
+        opening = []
+    if turn.generation.answers:
+        opening += writer.opening()
     try:
         async for _, event in answers:
             told = writer.piece(event) if isinstance(event, Piece) else _end(turn, event, keep)

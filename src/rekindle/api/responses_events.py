@@ -9,8 +9,8 @@
         response.output_item.done
     response.completed, response.incomplete or response.failed
 
-Each event has the next `sequence_number`, from 0. The writer is a codec: events in, wire events out; `opening` is what goes
-before the first piece. An answer is one item, a message of one part.
+Each event has the next `sequence_number`, from 0. The writer is a codec: events in, wire events out; `beginning` goes
+before all else, `opening` before the first piece. An answer is one item, a message of one part.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class ResponseWriter:
         self._num_events = 0
         self._tokens: list[TokenInfo] = []  # whose logprobs were asked for
         self._text = ""
+        self.is_cancelled = False  # by the client, which is told so at the end
 
     # The object.
 
@@ -100,18 +101,17 @@ class ResponseWriter:
 
     # The stream.
 
-    def opening(self) -> list[WireEvent]:
-        """Before an answer."""
-        return [
-            *self.beginning(),
-            self._event("response.output_item.added", output_index=0, item=self._item("in_progress")),
-            self._inside("response.content_part.added", part=self._part("")),
-        ]
-
     def beginning(self) -> list[WireEvent]:
         """Before all else."""
         begun = self._body("in_progress", [], None)
         return [self._event("response.created", response=begun), self._event("response.in_progress", response=begun)]
+
+    def opening(self) -> list[WireEvent]:
+        """Before an answer."""
+        return [
+            self._event("response.output_item.added", output_index=0, item=self._item("in_progress")),
+            self._inside("response.content_part.added", part=self._part("")),
+        ]
 
     def piece(self, piece: Piece) -> list[WireEvent]:
         """Some more of the answer."""
@@ -141,10 +141,12 @@ class ResponseWriter:
         return self._event(f"response.{body['status']}", response=body)
 
     def failed(self, error: RekindleError) -> WireEvent:
-        """The answer broke off."""
+        """The answer broke off, or was cancelled; OpenAI has no event of its own for the latter."""
+        output = [self._item("incomplete", self._part(self._text, self._tokens))] if self._text else []
+        if self.is_cancelled:
+            return self._event("response.incomplete", response=self._body("cancelled", output, None))
         code = "rate_limit_exceeded" if isinstance(error, Overloaded) else "server_error"
         told = {"code": code, "message": refusal_of(error)[1]["error"]["message"]}
-        output = [self._item("incomplete", self._part(self._text, self._tokens))] if self._text else []
         return self._event("response.failed", response=self._body("failed", output, None, told))
 
     def _inside(self, kind: str, **fields: Any) -> WireEvent:

@@ -2,6 +2,7 @@
 
     in    response.create    the fields of POST /v1/responses; `stream` is of no meaning here, and with `"generate": false`
                              the prompt is only read, for the next turn to begin faster
+          response.cancel    the response of this `response_id` ends where it is; without one, that of its stream
     out   the response's events, and `error`
 
 Messages are answered one after another; with a `stream_id` those of different streams side by side, and each event names
@@ -21,15 +22,15 @@ from fastapi import APIRouter
 from pydantic import Field, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from rekindle.api.answers import Runner
+from rekindle.api.answers import Answers, Runner
 from rekindle.api.door import message_of
 from rekindle.api.refusals import explained, refusal_of
 from rekindle.api.requests import exchange_of
 from rekindle.api.responses import events_of, turn_of
-from rekindle.api.responses_events import WireEvent
+from rekindle.api.responses_events import ResponseWriter, WireEvent
 from rekindle.api.responses_kept import KeptResponses
 from rekindle.api.responses_wire import ResponseRequest
-from rekindle.api.wire import Str
+from rekindle.api.wire import Str, Wire
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, Stopping
 
 MAX_WAITING = 64  # messages of one connection
@@ -48,7 +49,21 @@ class CreateMessage(ResponseRequest):
     stream_id: Annotated[Str, Field(max_length=64)] | None = None
 
 
-def decode(text: str | None) -> CreateMessage:
+class CancelMessage(Wire):
+    """`response.cancel`."""
+
+    type: Literal["response.cancel"]
+    response_id: Str | None = None
+    stream_id: Annotated[Str, Field(max_length=64)] | None = None
+
+
+_TYPES: dict[Any, type[CreateMessage | CancelMessage]] = {
+    "response.create": CreateMessage,
+    "response.cancel": CancelMessage,
+}
+
+
+def decode(text: str | None) -> CreateMessage | CancelMessage:
     """A message from its text. Raises InvalidRequest that says what was expected."""
     if text is None:
         raise InvalidRequest("expected a text message, got a binary one")
@@ -57,11 +72,11 @@ def decode(text: str | None) -> CreateMessage:
     except (ValueError, RecursionError):
         raise InvalidRequest("expected a message in JSON, got something else") from None
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "response.create":
+    if not isinstance(kind, str) or kind not in _TYPES:
         given = f"type {kind[:40]!r}" if isinstance(kind, str) else "something else"
-        raise InvalidRequest(f'expected a JSON object of type "response.create", got {given}', param="type")
+        raise InvalidRequest(f"expected a JSON object of type {' or '.join(_TYPES)}, got {given}", param="type")
     try:
-        return CreateMessage.model_validate(value)
+        return _TYPES[kind].model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         message, param, _ = explained(first, first["loc"])
@@ -87,6 +102,7 @@ class _Connection:
         self._socket, self._runner, self._kept = socket, runner, kept
         self._local = KeptResponses(LOCAL_RESPONSES, float("inf"))
         self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by stream; of those that are worked on
+        self._running: dict[str | None, tuple[ResponseWriter, Answers]] = {}  # by stream
         self._workers: set[asyncio.Task[None]] = set()
         self._sending = asyncio.Lock()
         self._over = asyncio.Event()
@@ -133,8 +149,11 @@ class _Connection:
             except RekindleError as error:
                 await self._send([_refused(error)], _stream_of(message.get("text")))
 
-    def _take(self, message: CreateMessage) -> None:
-        """Raises Overloaded, or Stopping."""
+    def _take(self, message: CreateMessage | CancelMessage) -> None:
+        """Raises Overloaded, Stopping or InvalidRequest."""
+        if isinstance(message, CancelMessage):
+            self._cancel(message)
+            return
         if self._runner.load.draining:
             raise Stopping("the server is being stopped and takes nothing new; try again later")
         if sum(map(len, self._waiting.values())) >= MAX_WAITING:
@@ -147,6 +166,15 @@ class _Connection:
         worker = asyncio.ensure_future(self._work(message.stream_id))
         self._workers.add(worker)
         worker.add_done_callback(self._workers.discard)
+
+    def _cancel(self, message: CancelMessage) -> None:
+        """The worker ends it, and its stream is told. Raises InvalidRequest if it is over, or never was."""
+        for stream, (writer, answers) in self._running.items():
+            if writer.id == message.response_id or (message.response_id is None and stream == message.stream_id):
+                writer.is_cancelled = True
+                answers.cancel()
+                return
+        raise InvalidRequest("there is no such response under way on this connection", param="response_id")
 
     async def _work(self, stream: str | None) -> None:
         """Answer what waits in one stream."""
@@ -164,11 +192,13 @@ class _Connection:
             generate = message.generate is not False
             turn = await turn_of(self._runner, request, message, self._local, self._kept, generate=generate)
             with await self._runner.submit(request, [turn.generation]) as answers:
-                async for events in events_of(turn, answers, keep):
+                self._running[message.stream_id] = (turn.writer, answers)
+                async for events in events_of(turn, answers, keep, at_once=True):
                     await self._send(events, message.stream_id)
         except RekindleError as error:
             await self._send([_refused(error)], message.stream_id)
         finally:
+            self._running.pop(message.stream_id, None)
             exchange_of(request).over()
 
     async def _send(self, events: list[WireEvent], stream: str | None) -> None:
@@ -186,7 +216,7 @@ class _Connection:
 
 def _refused(error: RekindleError) -> WireEvent:
     status, body = refusal_of(error)
-    return {"type": "error", "status": status, **body}
+    return {"type": "error", "status": status, "sequence_number": 0, **body}  # a response of its own, for some clients
 
 
 def _stream_of(text: str | None) -> str | None:
