@@ -146,14 +146,18 @@ def version() -> None:
 @guarded
 def lab_model(
     shape: Annotated[str, typer.Argument(help="published model whose shape is taken, such as qwen3-0.6b")],
-    out: Annotated[Path, typer.Argument(help="the .gguf file to write; it must not exist")],
+    out: Annotated[Path, typer.Argument(help="the .gguf file, or folder, to write; it must not exist")],
     quant: Annotated[str, typer.Option(help="llama.cpp's name of a file type, such as f16, q8_0, q4_k_m")] = "f16",
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    context: Annotated[int | None, typer.Option(help="tokens it claims to read; default: the shape's", min=64)] = None,
+    folder: Annotated[
+        bool, typer.Option("--folder", help="safetensors for the torch engine, of type f32, bf16 or f16")
+    ] = False,
 ) -> None:
-    """Write a GGUF of random weights in the shape of a real model, to measure with."""
-    from rekindle.cli.lab import write_model
+    """Write random weights in the shape of a real model, to measure with: a GGUF, or a folder of safetensors."""
+    from rekindle.cli.lab import write_folder, write_model
 
-    write_model(shape, quant, out, seed)
+    (write_folder if folder else write_model)(shape, quant, out, seed, context)
 
 
 @lab.command("decode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_show import plot_report, print_report, print_speed
 from rekindle.lab.blend_speed import Texts, measure_speed, speed_settings
 from rekindle.serve.service import Service
+
+_COLUMNS = 120  # which the table of times needs
 
 
 def measure_quality(
@@ -89,4 +92,4 @@ def measure_time(
             sizes = {"threads": threads, "context": context, "rounds": rounds, "seed": seed}
             arms, note = measure_peer(path, texts, peer=peer, ratio=ratio, tell=tell, **sizes)
             report = replace(report, peer=arms, peer_note=note)
-    print_speed(report, Console())
+    print_speed(report, Console(width=max(_COLUMNS, shutil.get_terminal_size().columns)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rekindle.lab.load.show import print_report as print_load_report
 from rekindle.lab.models import make_model
 from rekindle.lab.restart import print_report as print_restart_report
 from rekindle.lab.restart import run_restart
+from rekindle.lab.shapes import shape_named
 from rekindle.lab.store import PAYLOADS, TIERS, run_store
 from rekindle.lab.store import print_report as print_store_report
 from rekindle.lab.store_lookups import MARKS
@@ -29,17 +31,35 @@ def _wide() -> Console:
     return Console(width=max(_COLUMNS, shutil.get_terminal_size().columns))
 
 
-def write_model(shape: str, quant: str, out: Path, seed: int) -> None:
+def write_model(shape: str, quant: str, out: Path, seed: int, context: int | None) -> None:
     """Write the file and say what it is."""
+    chosen = shape_named(shape)
+    if context is not None:
+        chosen = replace(chosen, context=context)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{shape} {quant}", total=None)
         report = make_model(
-            shape, quant, out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            chosen, quant, out, seed=seed, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     Console().print(
         f"{report.path}: {report.arch}, {report.parameters:,} parameters in {report.quant}, "
         f"{report.bytes / 1e6:,.1f} MB, vocabulary of {report.vocabulary:,}, seed {report.seed}, "
         f"written in {report.seconds:.1f} s",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def write_folder(shape: str, dtype: str, out: Path, seed: int, context: int | None) -> None:
+    """Write the folder and say what it is. Raises InvalidRequest without the torch extra."""
+    try:
+        from rekindle.lab.torch_folder import make_folder
+    except ImportError:
+        raise InvalidRequest("a folder of safetensors needs PyTorch: pip install 'rekindle[torch]'") from None
+    report = make_folder(shape, dtype, out, seed=seed, context=context)
+    Console().print(
+        f"{report.path}: {report.arch}, {report.parameters:,} parameters in {dtype}, {report.bytes / 1e6:,.1f} MB",
         markup=False,
         highlight=False,
         soft_wrap=True,
