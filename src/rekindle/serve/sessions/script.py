@@ -74,7 +74,11 @@ class Script:
 
     def answered(self, text: str) -> Tokens:
         """An answer that somebody else gave, behind the beginning of an answer."""
-        return self._behind(_Seam(self._asking, self._tokenizer.encode(self._asking)), text)
+        turn = [("user", _HEARD), ("assistant", text), ("user", _AGAIN)]
+        whole = self._template.render([*self._head, *({"role": role, "content": words} for role, words in turn)])
+        written = whole.removeprefix(self._opening + _HEARD).removesuffix(self._later.text + _AGAIN + self._asking)
+        words = written.removeprefix(self._asking) if written.startswith(self._asking) else text
+        return self._behind(_Seam(self._asking, self._tokenizer.encode(self._asking)), words)
 
     def draft(self, words: str, *, is_first: bool) -> Tokens:
         """Words that are still being said; more may follow."""
