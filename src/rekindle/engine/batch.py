@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from rekindle.tokens import Tokens
+from rekindle.tokens import SHORT_REST, Tokens, first_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,15 @@ class Batch:
         return outputs
 
 
-def split(spans: Iterable[Span], limit: int) -> Iterator[list[Span]]:
-    """The same spans in batches of at most `limit` tokens, order kept; logits stay with a span's last part."""
+def split(spans: Iterable[Span], limit: int, micro: int) -> Iterator[list[Span]]:
+    """The same spans in batches of at most `limit` tokens, order kept; logits stay with a span's last part.
+
+    llama.cpp cuts a batch into micro-batches of `micro` tokens. Where one of all these would be short, batches end earlier.
+    """
+    spans = list(spans)
+    left = sum(len(span.tokens) for span in spans)
     part: list[Span] = []
-    room = limit
+    room = _size(left, limit, micro)
     for span in spans:
         start = 0
         while start < len(span.tokens):
@@ -72,12 +77,19 @@ def split(spans: Iterable[Span], limit: int) -> Iterator[list[Span]]:
             last = stop == len(span.tokens)
             part.append(Span(span.seq, span.position + start, span.tokens[start:stop], span.logits and last))
             room -= stop - start
+            left -= stop - start
             start = stop
             if room == 0:
                 yield part
-                part, room = [], limit
-    if part:
-        yield part
+                part, room = [], _size(left, limit, micro)
+
+
+def _size(left: int, limit: int, micro: int) -> int:
+    """Of the next batch: whole micro-batches before the last two, if the last would be short; then two that are not."""
+    rest = left % micro
+    if left < micro or micro > limit or not 0 < rest < SHORT_REST:
+        return min(left, limit)
+    return first_part(left, micro) if left < 2 * micro else min(limit, left - rest - micro)
 
 
 def _pointer(values: Any, kind: Any) -> Any:

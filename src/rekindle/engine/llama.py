@@ -234,7 +234,7 @@ class LlamaEngine(BookKeeping):
         """Decode spans, in as few calls as allowed. Raises EngineError; what was decoded by then stays in the cache."""
         logits: Logits = {}
         vocab_size = self.spec.vocab_size
-        for part in split(spans, self._limit):
+        for part in split(spans, self._limit, MICRO_BATCH_TOKENS):
             outputs = self._batch.fill(part)
             logits = {seq: row.copy() for seq, row in logits.items()}  # llama.cpp is about to write over them
             self._decode()

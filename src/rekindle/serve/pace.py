@@ -24,7 +24,7 @@ Small chunks cost more in all, and many prompts are short. Two exceptions read t
   step was `BURST_STEPS` steps ago. So of a stream's gaps less than one in a hundred is of that kind.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
-so long that whoever comes or goes meanwhile would have to wait for it.
+so long that whoever comes or goes meanwhile would have to wait for it, or would leave a short rest.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import statistics
 from collections import deque
 
 from rekindle.kv.speed import Speed
+from rekindle.tokens import SHORT_REST, first_part
 
 MIN_CHUNK = 3
 GRAIN = 4  # batches are multiples of this: fewer shapes, for which an engine may prepare
@@ -45,7 +46,7 @@ BURST_STEPS = 128
 _ROWS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _GROWTH = 5  # times the prompt tokens of the step before
 _BESIDE = 1.25  # what reading beside answers takes, of what reading as much alone takes
-_MANY_ROWS = 64  # so many are computed about as fast per row as any larger number
+_MANY_ROWS = SHORT_REST  # so many are computed about as fast per row as any larger number
 _SOON_STEPS = 2  # at the limit: what takes no more is read at once if more wait for it than are stalled
 _REMEMBERED = 9  # measurements of which the middle one counts: a step that was disturbed says nothing
 _FRESH_STEPS = 16  # for which a measurement is as good as a new one
@@ -100,7 +101,8 @@ class Pace:
         A hurried step keeps to the limit although there is nobody to stall.
         """
         if num_decoding == 0:
-            return self._limit if hurried else max(self._limit, self._lone())
+            most = self._limit if hurried else max(self._limit, self._lone())
+            return most if math.isinf(num_unread) else first_part(int(num_unread), most)
         if math.isinf(self._slowdown) or self._is_soon_read(num_decoding, num_reading, num_unread):
             return self._limit
         alone = self._decode_alone(num_decoding)
