@@ -190,7 +190,7 @@ def load_of(**settings: Any) -> Load:
 
 
 def test_the_estimate_follows_the_latest_durations() -> None:
-    load, caller = load_of(max_running=4, max_queue=8, max_per_key=2), Caller("a")
+    load, caller = load_of(max_running=4, max_queue=8, max_per_key=2), Caller("a", b"a")
     assert load.until_room() == 0.0
     for seconds in (1.0, 3.0, None):  # one that was broken off tells nothing
         load.take(caller, 1)
@@ -201,8 +201,8 @@ def test_the_estimate_follows_the_latest_durations() -> None:
         load.take(caller, 1)
     assert refused.value.retry_seconds == pytest.approx(1.0)
     for _ in range(100):
-        load.take(Caller("b"), 1)
-        load.give_back(Caller("b"), 1, 0.5)
+        load.take(Caller("b", b"b"), 1)
+        load.give_back(Caller("b", b"b"), 1, 0.5)
     assert load.until_room() == pytest.approx(1.0)
 
 
@@ -238,3 +238,15 @@ def test_an_error_event_is_json() -> None:
         last = answer.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
         steps.let_all()
+
+
+def test_live_answers_count_with_all_others_of_a_key() -> None:
+    load, caller = load_of(max_per_key=1), Caller("a", b"a" * 16)
+    load.enter(caller.salt("a tenant of it"))
+    with pytest.raises(Overloaded):
+        load.take(caller, 1)
+    load.take(Caller("b", b"b" * 16), 1)
+    load.leave(caller.salt("a tenant of it"), 1.0)
+    load.take(caller, 1)
+    with pytest.raises(Overloaded):
+        load.enter(caller.salt())

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -227,6 +228,28 @@ def test_keys_open_sockets_and_keep_sessions_apart(locked: str, clients: Any) ->
     assert first.ask()[-1]["turn"] == second.ask()[-1]["turn"] == 1
     listed = httpx.get(f"{locked}/status", headers={"x-api-key": "second"}).json()["sessions"]
     assert [(each["session"], each["turns"]) for each in listed] == [("default", 1)]
+
+
+def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients: Any) -> None:
+    settings = Settings(engine="toy", store=str(tmp_path), api_key=("first", "second"), max_per_key=1)
+    long = ASKED | {"max_tokens": 3000}
+    with Service.open(settings) as service, running(service) as url:
+        one, two, other = (
+            clients(f"/ws?session={name}", url=url, additional_headers={"x-api-key": key})
+            for name, key in (("one", "first"), ("two", "first"), ("other", "second"))
+        )
+        one.send(long)
+        one.until("token")
+        two.send(ASKED)
+        assert two.until("error")[-1]["error"]["code"] == "overloaded"
+        assert other.ask()[-1]["turn"] == 1
+        one.send({"type": "interrupt"})
+        one.until("end")
+        two.send({"type": "message"})  # what was said is waiting
+        assert two.until("end")[-1]["turn"] == 1
+        handle = one.welcome["detail"]["handle"]
+        with pytest.raises(InvalidStatus):
+            Client(url, f"/ws?resume={handle}", additional_headers={"x-api-key": "second"})
 
 
 @pytest.mark.parametrize(

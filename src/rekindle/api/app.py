@@ -68,7 +68,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Requests, metrics=service.metrics)
     refusals.install(app)
     runner = app.state.runner = Runner(service, load)
-    live = app.state.live = LiveSessions(service)
+    live = app.state.live = LiveSessions(service, load)
     kept = KeptResponses(settings.max_responses, settings.response_ttl_seconds)
     routers = [models_router(service), chat_router(runner), completions_router(runner), generate_router(runner)]
     for router in [

@@ -51,6 +51,11 @@ class Caller:
 ANYBODY = Caller()
 
 
+def owner_of(salt: bytes) -> bytes:
+    """Of a salt, that of the key it was made for: `Caller.salt` without a `cache_salt`."""
+    return salt[:_SALT_BYTES]
+
+
 def caller_of(request: HTTPConnection) -> Caller:
     """Who sent this request, once it has passed the door."""
     caller = request.scope[_CALLER]

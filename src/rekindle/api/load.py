@@ -4,18 +4,19 @@ From the mean of the latest durations follows what a refused client is told in `
 R answers at a time and a queue of W, those who wait now have begun after about S × W / R seconds. It is an estimate:
 nobody keeps a place for the client that comes back then.
 
-Belongs to the event loop's thread, but for `drain`.
+Belongs to the event loop's thread, but for `drain` and for answers, which live sessions count on a thread of theirs.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rekindle.api.keys import Caller
+from rekindle.api.keys import Caller, owner_of
 from rekindle.errors import InvalidRequest, Overloaded
 from rekindle.settings import Settings
 
@@ -34,7 +35,8 @@ class Load:
         self._max_per_key = settings.max_per_key
         self._drain_seconds = settings.drain_seconds
         self._ends_at = 0.0  # time.monotonic() when a drain is over at the latest
-        self._answers: Counter[Caller] = Counter()  # under way
+        self._lock = threading.Lock()
+        self._answers: Counter[bytes] = Counter()  # under way, by owner
         self._seconds: deque[float] = deque(maxlen=_LATEST)
 
     # Requests.
@@ -63,19 +65,35 @@ class Load:
 
     def take(self, caller: Caller, num_answers: int) -> None:
         """Count a caller's answers. Raises Overloaded when they are more than it may have, and counts nothing."""
-        have, most = self._answers.get(caller, 0), self._max_per_key
-        if most is not None and have + num_answers > most:
-            message = f"this API key has {have} answers under way, the limit is {most}; try again later"
-            raise Overloaded(message, retry_seconds=self._mean / max(1, have))
-        self._answers[caller] += num_answers
+        self._take(caller.salt(), num_answers)
 
     def give_back(self, caller: Caller, num_answers: int, seconds: float | None) -> None:
         """They have ended, after so many seconds if they came to their end."""
-        self._answers[caller] -= num_answers
-        if not self._answers[caller]:
-            del self._answers[caller]
-        if seconds is not None:
-            self._seconds.append(seconds)
+        self._give_back(caller.salt(), num_answers, seconds)
+
+    def enter(self, salt: bytes) -> None:
+        """Count an answer of a live session with this salt. Raises Overloaded, as `take` does."""
+        self._take(owner_of(salt), 1)
+
+    def leave(self, salt: bytes, seconds: float | None) -> None:
+        """It has ended."""
+        self._give_back(owner_of(salt), 1, seconds)
+
+    def _take(self, owner: bytes, num_answers: int) -> None:
+        with self._lock:
+            have, most = self._answers.get(owner, 0), self._max_per_key
+            if most is not None and have + num_answers > most:
+                message = f"this API key has {have} answers under way, the limit is {most}; try again later"
+                raise Overloaded(message, retry_seconds=self._mean / max(1, have))
+            self._answers[owner] += num_answers
+
+    def _give_back(self, owner: bytes, num_answers: int, seconds: float | None) -> None:
+        with self._lock:
+            self._answers[owner] -= num_answers
+            if not self._answers[owner]:
+                del self._answers[owner]
+            if seconds is not None:
+                self._seconds.append(seconds)
 
     def check_num_answers(self, num_answers: int) -> None:
         """More answers than may ever be under way are refused as a whole, not again and again. Raises InvalidRequest."""
@@ -95,7 +113,8 @@ class Load:
 
     @property
     def _mean(self) -> float:
-        return sum(self._seconds) / len(self._seconds) if self._seconds else 0.0
+        seconds = list(self._seconds)
+        return sum(seconds) / len(seconds) if seconds else 0.0
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:

@@ -31,8 +31,8 @@ from rekindle.api.load import Load
 from rekindle.api.refusals import Json, refusal_of, refuse
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.serve.service import Service
-from rekindle.serve.sessions.news import News
-from rekindle.serve.sessions.session import REMEMBERED_NEWS, Session
+from rekindle.serve.sessions.news import REMEMBERED_NEWS, News
+from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 
 T = TypeVar("T")
@@ -46,14 +46,14 @@ IDLE_SECONDS = 3600.0  # without a word, after which an input is closed
 class LiveSessions:
     """The sessions of an app, made when they are first needed. Belongs to the event loop."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, load: Load) -> None:
+        self._service, self._load = service, load
         self._sessions: Sessions | None = None
 
     @property
     def sessions(self) -> Sessions:
         if self._sessions is None:
-            self._sessions = Sessions(self._service)
+            self._sessions = Sessions(self._service, gate=self._load)
         return self._sessions
 
     async def call(self, action: Callable[[Sessions], T]) -> T:

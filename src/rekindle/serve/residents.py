@@ -218,7 +218,8 @@ class Residents:
             except EngineError as error:
                 _log.warning("a live sequence could not slide and is computed again: %s", error)
                 return
-            held.tokens, held.salt, held.saved = self._engine.tokens(held.seq), salt, False
+            held.tokens, held.salt = self._engine.tokens(held.seq), salt
+            held.saved, held.looked_to = False, 0
             held.marks = {length: logits for length, logits in held.marks.items() if length <= cut.start}
             self._observer.slid(slid)
 
@@ -257,7 +258,7 @@ class Residents:
         self._store.put(tokens, self._export(resident, missing), salt=resident.salt, tails=tails)
 
     def _export(self, resident: Resident, starts: Iterable[int]) -> dict[int, memoryview]:
-        """The blocks that begin there."""
+        """The blocks that begin there, but for those of which a part was given up."""
         size = self._store.block_tokens
         return {start: self._engine.export(resident.seq, start, start + size).data for start in starts}
 

@@ -123,13 +123,82 @@ def test_a_torn_or_foreign_file_is_refused(kept: Service) -> None:
         talker = Talker(sessions)
         handle = talker.call(lambda: sessions.handle(talker.session))
     assert kept.folder is not None
-    (file,) = (kept.folder / "sessions").glob("*.json")
-    assert file.stat().st_mode & 0o077 == 0
+    (file,) = (kept.folder / "sessions").glob("*/*.json")
+    assert file.stat().st_mode & 0o077 == file.parent.stat().st_mode & 0o077 == 0
     whole = file.read_text()
     for text, says in ((whole[:50], "can't be read"), (whole.replace('"version": 1', '"version": 0'), "another model")):
         file.write_text(text)
         with Sessions(kept) as later, pytest.raises(SessionError, match=says):
             resume(later, handle)
+
+
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Iterator[Service]:
+    """Keeps two sessions of an owner, for ten days."""
+    with Service.open(
+        Settings(engine="toy", store=str(tmp_path), session_files=2, session_ttl_seconds=10 * DAY)
+    ) as few:
+        yield few
+
+
+def begun(service: Service, salt: bytes, *names: str) -> list[str]:
+    """Handles of new sessions, which were ended with their process."""
+    with Sessions(service) as sessions:
+        talkers = [Talker(sessions, name, salt=salt) for name in names]
+        return [str(talker.call(lambda talker=talker: sessions.handle(talker.session))) for talker in talkers]  # type: ignore[misc]
+
+
+def aged(service: Service, *, days: float) -> None:
+    """All files are so much older."""
+    assert service.folder is not None
+    for file in (service.folder / "sessions").glob("*/*"):
+        changed = file.stat().st_mtime - days * DAY
+        os.utime(file, (changed, changed))
+
+
+def still(service: Service, salt: bytes, handles: list[str]) -> list[bool]:
+    """Which can be resumed; nothing that is asked is used."""
+    found = []
+    with Sessions(service) as sessions:
+        for handle in handles:
+            try:
+                sessions.call(lambda handle=handle: sessions._saved.read(salt, handle)).result(60)  # type: ignore[misc]
+                found.append(True)
+            except SessionError:
+                found.append(False)
+    return found
+
+
+def test_an_owners_oldest_sessions_go_when_there_are_too_many_and_no_others(few: Service) -> None:
+    theirs = begun(few, b"other", "a", "b")
+    aged(few, days=1)
+    old = begun(few, b"owner", "a")
+    aged(few, days=1)
+    new = begun(few, b"owner", "b", "c")
+    assert still(few, b"owner", [*old, *new]) == [False, True, True]
+    assert still(few, b"other", theirs) == [True, True]
+
+
+def test_open_sessions_are_not_too_many(few: Service) -> None:
+    assert still(few, b"owner", begun(few, b"owner", "a", "b", "c")) == [True, True, True]
+
+
+def test_what_was_not_used_for_long_goes_and_what_a_killed_writer_left(few: Service) -> None:
+    handles = begun(few, b"owner", "a", "b")
+    assert few.folder is not None
+    (owner,) = (few.folder / "sessions").iterdir()
+    (owner / "half.tmp").write_text("{")
+    aged(few, days=9)
+    with Sessions(few) as sessions:
+        resume(sessions, handles[1], b"owner")  # is a use
+    aged(few, days=2)
+    with Sessions(few) as sessions:
+        sessions.call(sessions.tick).result(60)
+    assert still(few, b"owner", handles) == [False, True]
+    assert len(list(owner.iterdir())) == 1
 
 
 def test_an_ended_session_is_forgotten(kept: Service) -> None:

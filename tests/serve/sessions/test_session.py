@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
 
-from rekindle.errors import InvalidRequest, RekindleError, SessionError
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, System, Token, UserInput
 from rekindle.serve.sessions.sessions import Sessions
+from rekindle.settings import Settings
 
 LONG = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton."
 
@@ -181,25 +182,96 @@ def test_options_that_make_no_sense_are_refused(sessions: Sessions, options: dic
         Talker(sessions, "new", options=options)
 
 
-def test_idle_sessions_hibernate_and_pinned_ones_do_not(toy: Service) -> None:
+def toy_with(**settings: object) -> Service:
+    return Service.open(Settings(engine="toy", store="none", **settings))  # type: ignore[arg-type]
+
+
+def test_idle_sessions_hibernate_and_pinned_ones_do_not() -> None:
     now = [0.0]
-    with Sessions(toy, idle_seconds=10, clock=lambda: now[0]) as sessions:
+    with toy_with(session_idle_seconds=10) as toy, Sessions(toy, clock=lambda: now[0]) as sessions:
         one, two = Talker(sessions, "one"), Talker(sessions, "two")
         two.ask("Hello.")
         two.call(lambda: sessions.pin(two.session, 100))
         now[0] = 11.0
         one.call(sessions.tick)
         assert (one.session.is_hot, two.session.is_hot) == (False, True)
+        assert sessions.counts == {"hot": 1, "hibernating": 1} == levels_of(toy)
         assert any(isinstance(news, System) and news.kind == "hibernated" for news in [one.inbox.get(timeout=10)])
 
 
-def test_the_idlest_makes_way_when_there_are_too_many(toy: Service) -> None:
-    with Sessions(toy, max_sessions=2) as sessions:
+def levels_of(service: Service) -> dict[str, int]:
+    samples = (sample for family in service.metrics.registry.collect() for sample in family.samples)
+    return {each.labels["state"]: int(each.value) for each in samples if each.name == "rekindle_sessions"}
+
+
+def test_the_idlest_makes_way_when_there_are_too_many() -> None:
+    with toy_with(max_sessions=2) as toy, Sessions(toy) as sessions:
         first = sessions.call(lambda: sessions.open("first")).result(60)
         Talker(sessions, "second")
         sessions.call(lambda: sessions.open("third")).result(60)
         names = sessions.call(lambda: [session.name for session in sessions.all()]).result(60)
         assert names == ["second", "third"] and first.name == "first"
+
+
+def test_nobody_loses_a_session_for_an_owner_who_has_more() -> None:
+    with toy_with(max_sessions=3) as toy, Sessions(toy) as sessions:
+        for salt, name in ((b"few", "1"), (b"many", "1"), (b"many", "2"), (b"many", "3"), (b"many", "4")):
+            sessions.call(lambda salt=salt, name=name: sessions.open(name, salt=salt)).result(60)  # type: ignore[misc]
+        kept = {salt: [each.name for each in sessions.all(salt=salt)] for salt in (b"few", b"many")}
+        assert kept == {b"few": ["1"], b"many": ["3", "4"]}
+
+
+class OnlyOne:
+    """A gate that lets one answer of an owner through at a time."""
+
+    def __init__(self) -> None:
+        self.inside: list[bytes] = []
+        self.seconds: list[float | None] = []
+
+    def enter(self, salt: bytes) -> None:
+        if salt in self.inside:
+            raise Overloaded("one is enough")
+        self.inside.append(salt)
+
+    def leave(self, salt: bytes, seconds: float | None) -> None:
+        self.inside.remove(salt)
+        self.seconds.append(seconds)
+
+
+def test_an_owners_answers_are_counted_until_they_end_in_whatever_way(toy: Service) -> None:
+    gate = OnlyOne()
+    with Sessions(toy, gate=gate) as sessions:
+        one, two, other = (Talker(sessions, name, salt=salt) for name, salt in (("1", b"a"), ("2", b"a"), ("1", b"b")))
+        for end in ("interrupt", "reset", "ask"):
+            one.do("commit", "Hello.")
+            one.do("answer", max_tokens=4000)
+            with pytest.raises(Overloaded):
+                two.do("answer")
+            other.ask("Hello.")
+            if end != "ask":
+                one.do(end)
+            if end != "reset":
+                one.until(lambda news: isinstance(news, End))
+            assert gate.inside == []
+            two.ask("Hello.")
+        with pytest.raises(RekindleError):
+            one.do("answer")  # nothing was said
+        assert gate.inside == []
+        assert sum(seconds is not None for seconds in gate.seconds) == 7
+
+
+def test_a_message_whose_answer_was_refused_is_answered_later_as_it_is(toy: Service) -> None:
+    gate = OnlyOne()
+    with Sessions(toy, gate=gate) as sessions:
+        talker = Talker(sessions, salt=b"a")
+        gate.enter(b"a")
+        talker.do("commit", "Hello.")
+        with pytest.raises(Overloaded):
+            talker.do("answer")
+        gate.leave(b"a", None)
+        talker.do("commit")
+        talker.ask()
+        assert talker.messages[0] == {"role": "user", "content": "Hello."}
 
 
 def test_owners_do_not_see_each_other(sessions: Sessions) -> None:

@@ -17,8 +17,9 @@ are placed anew from that, rotated once.
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Self
@@ -59,6 +60,18 @@ class Turn:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:
         return cls(**given | {"said": as_tokens(given["said"])})
+
+    def shorten(self, characters: int, tokens: int | None, piece: Callable[[int], bytes]) -> None:
+        """Keep what was heard of the answer: whole tokens, no character torn, at most so many of either."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        text, kept, kept_text = "", 0, ""
+        for number, token in enumerate(self.answer[:tokens], 1):
+            text += utf8.decode(piece(token))
+            if len(text) > characters:
+                break
+            if not utf8.getstate()[0]:
+                kept, kept_text = number, text
+        self.answer, self.text = self.answer[:kept], kept_text
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ All methods belong to the sessions' thread; none of them waits for the worker.
 
 from __future__ import annotations
 
-import codecs
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,25 +26,36 @@ from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Exchange, Turn
+from rekindle.serve.sessions.gate import Gate, Open
 from rekindle.serve.sessions.line import Line, Post, Work
-from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
+from rekindle.serve.sessions.news import Audience, End, Failure, Listener, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.options import Options, WindowPolicy
 from rekindle.serve.sessions.script import Message, Script
 from rekindle.serve.sessions.window import Window
 
 MAIN = "main"  # the context that a session begins with
 MAX_CONTEXTS = 16
-REMEMBERED_NEWS = 2048  # for listeners that come back
 _AMENDED = ("head", "script", "salt", "cut", "turns", "open", "forgotten")  # of a context
-
-Listener = Callable[[int, News], None]  # with the news' number, from 1; must not block
 
 
 class Session:
     """See the module's docstring. Raises SessionError for what its state does not allow."""
 
-    def __init__(self, service: Service, post: Post, *, key: str, name: str, salt: bytes, options: Options) -> None:
-        """`key` names it to the scheduler and in files: no two sessions have the same, and nobody can guess it."""
+    def __init__(
+        self,
+        service: Service,
+        post: Post,
+        *,
+        key: str,
+        name: str,
+        salt: bytes,
+        options: Options,
+        gate: Gate | None = None,
+    ) -> None:
+        """`key` names it to the scheduler and in files: no two sessions have the same, and nobody can guess it.
+
+        `gate` says how many answers its owner may have; without one, any number.
+        """
         self.key, self.name, self.salt = key, name, salt
         self._service = service
         self.contexts: dict[str, Context] = {}
@@ -55,9 +64,8 @@ class Session:
         self.is_hot = True  # not hibernating
         self._post = post
         self._lines: dict[str, Line] = {}
-        self._listeners: list[Listener] = []
-        self._news: deque[tuple[int, News]] = deque(maxlen=REMEMBERED_NEWS)
-        self._num_news = 0
+        self._audience = Audience()
+        self._gate = gate or Open()
         self._answering = False
         self.active = MAIN
         self.changed: Callable[[], None] = lambda: None  # called when there is something new to be kept in a file
@@ -113,8 +121,8 @@ class Session:
             "computed_tokens": work.computed,
             "reused_tokens": work.reused,
             "generated_tokens": work.generated,
-            "listeners": len(self._listeners),
-            "last_event": self._num_news,
+            "listeners": len(self._audience),
+            "last_event": self._audience.num_told,
         }
 
     def configure(self, options: Options) -> None:
@@ -128,26 +136,18 @@ class Session:
 
     def listen(self, listener: Listener, *, after: int | None = None) -> None:
         """Be told what happens from now on, or after the news of this number, as far as they are remembered."""
-        if after is not None:
-            for number, news in self._news:
-                if number > after:
-                    listener(number, news)
-        self._listeners.append(listener)
+        self._audience.add(listener, after=after)
 
     def leave(self, listener: Listener) -> None:
         """Be told nothing more."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
+        self._audience.remove(listener)
 
     @property
     def num_listeners(self) -> int:
-        return len(self._listeners)
+        return len(self._audience)
 
     def _tell(self, news: News) -> None:
-        self._num_news += 1
-        self._news.append((self._num_news, news))
-        for listener in list(self._listeners):
-            listener(self._num_news, news)
+        self._audience.tell(news)
 
     # Contexts.
 
@@ -217,6 +217,8 @@ class Session:
         if len(words) > self._most_characters:
             raise SessionError(f"the message has {len(words)} characters; expected at most {self._most_characters}")
         pending = context.open
+        if pending is not None and not words.strip():
+            return pending
         if pending is not None:
             words = f"{pending.user}\n{words}"
             context.open = None
@@ -234,18 +236,28 @@ class Session:
     # Answers.
 
     def answer(self, *, max_tokens: int | None = None, sampling: Sampling | None = None) -> int:
-        """Have the message answered, the draft if none is committed; returns the turn's number. Listeners hear it."""
+        """Have the message answered, the draft if none is committed; returns the turn's number. Listeners hear it.
+
+        Raises Overloaded, SessionError, InvalidRequest.
+        """
         if self._answering:
             raise SessionError("an answer is being generated; interrupt it, or wait for its end")
-        turn = self.context.open or self.commit()
-        context = self.context
+        self._gate.enter(self.salt)
+        try:
+            return self._ask(max_tokens, sampling or self.options.sampling)
+        except Exception:
+            self._gate.leave(self.salt, None)
+            raise
+
+    def _ask(self, max_tokens: int | None, sampling: Sampling) -> int:
+        turn, context = self.context.open or self.commit(), self.context
         room = self.window - context.num_tokens
         line = self._lines[self.active]
         self.is_hot = True
         line.ask(
             context,
             min(max_tokens or room, room),
-            sampling or self.options.sampling,
+            sampling,
             lambda event: self._hear(event),
             lambda done: self._tell(Spent(turn.number, done)),
         )
@@ -263,7 +275,7 @@ class Session:
             turn.answer, turn.text = list(event.tokens), event.text
             self._settle(turn, event.reason, event)
         elif isinstance(event, Failed):
-            self._answering = False
+            self._stop_answering(None)
             turn.answer, turn.text = [], ""
             self._tell(Failure(turn.number, event.error))
 
@@ -278,7 +290,7 @@ class Session:
         turn = self.context.open if self._answering else self.context.turns[-1] if self.context.turns else None
         if turn is None or (not self._answering and self.context.open is not None):
             raise SessionError("there is no answer to interrupt")
-        self._keep(turn, len(turn.text) if characters is None else characters, tokens)
+        turn.shorten(len(turn.text) if characters is None else characters, tokens, self._service.model.tokenizer.piece)
         if self._answering:
             self._lines[self.active].hang_up()
             self._settle(turn, "interrupted", None)
@@ -288,20 +300,9 @@ class Session:
             self.changed()
         return turn.text
 
-    def _keep(self, turn: Turn, characters: int, tokens: int | None) -> None:
-        piece, utf8 = self._service.model.tokenizer.piece, codecs.getincrementaldecoder("utf-8")("replace")
-        text, kept, kept_text = "", 0, ""
-        for number, token in enumerate(turn.answer[:tokens], 1):
-            text += utf8.decode(piece(token))
-            if len(text) > characters:
-                break
-            if not utf8.getstate()[0]:  # no character is torn
-                kept, kept_text = number, text
-        turn.answer, turn.text = turn.answer[:kept], kept_text
-
     def _settle(self, turn: Turn, reason: str, done: Done | None) -> None:
         """The answer is over: its end is read, and room is made for the next turn."""
-        self._answering = False
+        self._stop_answering(done)
         self.context.end()
         self._tell(End(turn.number, reason, turn.text, done))
         if self.policy != "refuse":
@@ -360,8 +361,12 @@ class Session:
 
     def _drop_answer(self) -> None:
         if self._answering:
-            self._answering = False
+            self._stop_answering(None)
             self._lines[self.active].hang_up()
+
+    def _stop_answering(self, done: Done | None) -> None:
+        self._answering = False
+        self._gate.leave(self.salt, None if done is None else done.timings.total_ms / 1000)
 
     # Elsewhere, and later.
 
@@ -398,7 +403,7 @@ class Session:
         self._drop_answer()
         for line in self._lines.values():
             line.let_go()
-        self._listeners.clear()
+        self._audience.clear()
 
     def prompt(self) -> Prompt:
         """All that the active context has read, or will have: for pins and comparisons."""

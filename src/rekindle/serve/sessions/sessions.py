@@ -3,9 +3,10 @@
 Whatever is done to a session is a command in this thread's inbox, the worker's events among them, so sessions need no
 locks, and the worker never waits for one. `call` gives a future; async callers wrap it, others ask for its result.
 
-    idle for `idle_seconds`         the session hibernates: its KV may leave the engine for the store
-    more than `max_sessions`        the one that was idle longest is closed; its handle brings it back if it is in a file
-    after each turn, and at the end it is written to its file, from which `resume` takes it
+    idle for `session_idle_seconds`   the session hibernates: its KV may leave the engine for the store
+    more than `max_sessions`          of the owner who has most, the one that was idle longest is closed; its handle brings
+                                      it back if it is in a file
+    after each turn, and at the end   it is written to its file, from which `resume` takes it
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -25,15 +27,15 @@ from rekindle.errors import Overloaded, RekindleError, SessionError, Stopping
 from rekindle.serve.request import Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Turn
+from rekindle.serve.sessions.gate import Gate
 from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.saved import SavedSessions
 from rekindle.serve.sessions.script import Message, Script
 from rekindle.serve.sessions.session import MAIN, Session
 
 T = TypeVar("T")
-MAX_SESSIONS = 256
-IDLE_SECONDS = 300.0
 TICK_SECONDS = 1.0
+PRUNE_SECONDS = 3600.0  # between looks for files that are too old
 _KEY_BYTES = 16
 _log = logging.getLogger(__name__)
 
@@ -53,20 +55,29 @@ class Sessions:
         self,
         service: Service,
         *,
-        max_sessions: int = MAX_SESSIONS,
-        idle_seconds: float = IDLE_SECONDS,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`gate` limits the answers of one owner, `wall_clock` tells the age of files."""
         self._service = service
-        self._max = max_sessions
-        self._idle_seconds = idle_seconds
+        self._settings = settings = service.settings
+        self._gate = gate
         self._clock = clock
         folder = service.folder
-        self._saved = SavedSessions(None if folder is None else folder / "sessions", service.engine_spec.fingerprint)
+        self._saved = SavedSessions(
+            None if folder is None else folder / "sessions",
+            service.engine_spec.fingerprint,
+            max_files=settings.session_files,
+            ttl_seconds=settings.session_ttl_seconds,
+            clock=wall_clock,
+        )
+        self._prune_at = clock()
         self._entries: dict[tuple[bytes, str], _Entry] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended = False
+        service.metrics.watch_sessions(lambda: self.counts)
         self._thread = threading.Thread(target=self._main, name="rekindle-sessions", daemon=True)
         self._thread.start()
 
@@ -100,6 +111,12 @@ class Sessions:
         """Write all sessions to their files and end them. The service must still be open."""
         self._inbox.put(None)
         self._thread.join()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sessions by state, "hot" and "hibernating"; from any thread."""
+        hot = [entry.session.is_hot for entry in list(self._entries.values())]
+        return {"hot": sum(hot), "hibernating": len(hot) - sum(hot)}
 
     # On the thread.
 
@@ -162,9 +179,7 @@ class Sessions:
         for (owner, _), entry in self._entries.items():
             if owner == salt and entry.session.key == handle:
                 return self._use(entry)
-        content = self._saved.read(handle)
-        if bytes.fromhex(content["salt"]) != salt:
-            raise SessionError("there is no session of this handle; it may have been on another server")
+        content = self._saved.read(salt, handle)
         name = name or content["name"]
         self._check_new(salt, name)
         session = self._make(name, salt, handle, _options(content["options"]))
@@ -178,16 +193,23 @@ class Sessions:
         """Close it and forget its file; what the store has of it goes when its turn comes."""
         session.close()
         self._entries.pop((session.salt, session.name), None)
-        self._saved.delete(session.key)
+        self._saved.delete(session.salt, session.key)
 
     def tick(self) -> None:
-        """Let those hibernate that nobody has used for a while."""
+        """Let those hibernate that nobody has used for a while, and delete files that nobody has for long."""
         now = self._clock()
+        if now >= self._prune_at:
+            self._prune_at = now + PRUNE_SECONDS
+            self._prune()
         for entry in self._entries.values():
             session = entry.session
             if session.state == "answering":
                 entry.used = now
-            elif session.is_hot and now - entry.used >= self._idle_seconds and now >= session.pinned_until:
+            elif (
+                session.is_hot
+                and now - entry.used >= self._settings.session_idle_seconds
+                and now >= session.pinned_until
+            ):
                 self.hibernate(session)
 
     # Underneath.
@@ -197,25 +219,36 @@ class Sessions:
         return entry.session
 
     def _make(self, name: str, salt: bytes, key: str, options: Options) -> Session:
-        return Session(self._service, self._inbox.put, key=key, name=name, salt=salt, options=options)
+        post, gate = self._inbox.put, self._gate
+        return Session(self._service, post, key=key, name=name, salt=salt, options=options, gate=gate)
 
     def _check_new(self, salt: bytes, name: str) -> None:
         if (salt, name) in self._entries:
             raise SessionError(f"there is a session {name!r} already")
 
     def _enter(self, session: Session) -> Session:
-        if len(self._entries) >= self._max:
-            self._close_idlest()
+        if len(self._entries) >= self._settings.max_sessions:
+            self._close_idlest(session.salt)
         self._entries[session.salt, session.name] = _Entry(session, self._clock())
         session.changed = lambda: self._write(session)
         self._write(session)
+        self._prune(session.salt)
         return session
 
-    def _close_idlest(self) -> None:
+    def _prune(self, owner: bytes | None = None) -> None:
+        """Delete saved sessions that are too old or too many, but none that is open here."""
+        self._saved.prune(((entry.session.salt, entry.session.key) for entry in self._entries.values()), owner)
+
+    def _close_idlest(self, comer: bytes) -> None:
+        """Of whoever has most sessions, the comer included: so nobody loses one for another who has fewer."""
         idle = [(key, each) for key, each in self._entries.items() if not each.session.num_listeners]
+        owners = Counter(salt for salt, _ in self._entries) + Counter([comer])
+        most = max(owners.values())
+        idle = [(key, each) for key, each in idle if owners[key[0]] == most]
         if not idle:
-            raise Overloaded(f"there are {len(self._entries)} sessions, the limit is {self._max}; try again later")
-        key, entry = min(idle, key=lambda pair: pair[1].used)
+            limit = self._settings.max_sessions
+            raise Overloaded(f"there are {len(self._entries)} sessions, the limit is {limit}; try again later")
+        key, entry = min(idle, key=lambda pair: (pair[0][0] != comer, pair[1].used))
         self._write(entry.session)
         entry.session.close()
         del self._entries[key]
@@ -224,13 +257,12 @@ class Sessions:
         """A session that can't be written goes on, and is lost with the process."""
         content: dict[str, Any] = {
             "name": session.name,
-            "salt": session.salt.hex(),
             "options": asdict(session.options),
             "active": session.active,
             "contexts": [_as_dict(context) for context in session.contexts.values()],
         }
         try:
-            self._saved.write(session.key, content)
+            self._saved.write(session.salt, session.key, content)
         except OSError as error:
             _log.warning("session %s could not be written: %s", session.name, error)
 
