@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,30 @@ def test_a_file_that_changes_after_it_was_looked_at(tmp_path: Path) -> None:
     Path(paths[1]).unlink()
     os.truncate(paths[2], 400)
     os.truncate(paths[3], 4000)
-    assert next(files) is None
+    removed = next(files)
+    assert removed is None or len(removed.data) == 1000
     shorter, longer, last = files
     assert is_of(shorter, paths[2]) or (shorter is not None and len(shorter.data) == 400)
     assert longer is not None and len(longer.data) == 1000
     assert is_of(last, paths[4])
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """Whether all are read, or some, or one can't be."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    paths = make_files(tmp_path, [1000] * 5)
+    assert len(list(read_files(paths, Slabs()))) == 5
+    files = read_files(paths, Slabs())
+    assert is_of(next(files), paths[0])
+    assert isinstance(files, Generator)
+    files.close()
+    (tmp_path / "folder").mkdir()
+    files = read_files([*paths[:3], str(tmp_path / "folder"), paths[4]], Slabs())
+    for path in paths[:3]:
+        assert is_of(next(files), path)
+    with pytest.raises(IsADirectoryError):
+        next(files)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:

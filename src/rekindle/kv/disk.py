@@ -96,19 +96,21 @@ class DiskTier:
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
         """Read as they are asked for; what the system doesn't have in its memory is fetched ahead."""
         paths = [self._folder.name_of(place) for place in places]
-        files = read_files(paths, self._slabs)
         used: list[tuple[str, int]] = []
+        misses = 0
         try:
-            for path, place in zip(paths, places, strict=True):
-                with self._reads.attempt(), self._faults("read"):
-                    contents = next(files)
+            with self._reads.attempt(), self._faults("read"):
+                for path, place, contents in zip(paths, places, read_files(paths, self._slabs), strict=True):
                     block = None if contents is None else self._decoded(contents.data, path, place)
-                if block is not None and contents is not None:
-                    used.append((path, contents.used_ns))
-                del contents
-                yield self._counted(block)
-                del block  # so that one less is in memory while the next is read
+                    if block is not None and contents is not None:
+                        used.append((path, contents.used_ns))
+                    else:
+                        misses += 1
+                    contents = None  # so that one less is in memory while the next is read
+                    yield block
+                    block = None
         finally:
+            self._count(hits=len(used), misses=misses)
             self._mark(used)
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
@@ -146,7 +148,7 @@ class DiskTier:
         """A file that is not the block it should be is set aside, and counted as that."""
         try:
             block = decode(data, self._fingerprint)
-            if place_of(block) != place:
+            if (block.key, block.parent, block.logits is not None) != (place.key, place.parent, place.tail):
                 raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
         except CorruptBlock:
             self._count(corrupt=1)

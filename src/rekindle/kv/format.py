@@ -15,6 +15,7 @@ import json
 import re
 from binascii import unhexlify
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,11 +40,11 @@ Buffer = bytes | memoryview
 
 _HEX, _NUMBER = rb"((?:[0-9a-f]{2})*)", rb"([0-9]{1,18})"
 _TENSOR = rb'"%s":\{"dtype":"%s","shape":\[' + _NUMBER + rb'\],"data_offsets":\[([0-9,]+)\]\}'
-_HEADER = re.compile(  # just as `_header` writes it: what it has not written has no checksum of ours anyway
+_IDENTITY = re.compile(  # just as `_header` writes it: what it has not written has no checksum of ours anyway
     rb'\{"__metadata__":\{"checksum":"[0-9a-f]{32}","version":"([0-9a-z.]*)",'
-    + b'"key":"%s","parent":"%s","position":"%s","fingerprint":"%s"' % (_HEX, _HEX, _NUMBER, _HEX)
-    + rb"\},%s,(?:%s,)?%s\} *" % tuple(_TENSOR % each for each in _LAYOUT)
+    + b'"key":"%s","parent":"%s","position":"%s"' % (_HEX, _HEX, _NUMBER)
 )
+_REST = re.compile(b',"fingerprint":"%s"' % _HEX + rb"\},%s,(?:%s,)?%s\} *" % tuple(_TENSOR % each for each in _LAYOUT))
 
 
 class _Header(NamedTuple):  # which is made a good deal faster than a frozen dataclass
@@ -161,29 +162,38 @@ def _check_whole(view: memoryview) -> None:
 def _read_header(view: memoryview) -> _Header | None:
     """None if a file that begins so is no block's, or if its header goes on behind these bytes."""
     start = _LENGTH_BYTES + int.from_bytes(view[:_LENGTH_BYTES], "little")
-    match = _HEADER.fullmatch(view[_LENGTH_BYTES:start])
+    header = bytes(view[_LENGTH_BYTES:start])
+    match = _IDENTITY.match(header)
+    rest = None if match is None else _read_rest(header[match.end() :])
+    if match is None or rest is None:
+        return None
+    version, key, parent, position = match.groups()
+    fingerprint, num_tokens, num_logits, num_bytes = rest
+    tokens = slice(start, start + 4 * num_tokens)
+    logits = None if num_logits is None else slice(tokens.stop, tokens.stop + 4 * num_logits)
+    after = (logits or tokens).stop
+    payload = slice(after, after + num_bytes)
+    return _Header(
+        version.decode(), unhexlify(key), unhexlify(parent), int(position), fingerprint, tokens, logits, payload
+    )
+
+
+@lru_cache(maxsize=256)
+def _read_rest(rest: bytes) -> tuple[bytes, int, int | None, int] | None:
+    """Fingerprint and numbers of tokens, logits and bytes, from a header behind its position; None if it makes no sense.
+
+    There it is the same for all blocks of a model that have as many tokens, so it is read once.
+    """
+    match = _REST.fullmatch(rest)
     if match is None:
         return None
-    version, key, parent, position, fingerprint, num_tokens, tokens_at, num_logits, logits_at, num_bytes, payload_at = (
-        match.groups()
-    )
-    tokens = slice(start, start + 4 * int(num_tokens))
-    logits = None if num_logits is None else slice(tokens.stop, tokens.stop + 4 * int(num_logits))
-    after = (logits or tokens).stop
-    payload = slice(after, after + int(num_bytes))
-    if (
-        tokens_at != _offsets(tokens, start)
-        or payload_at != _offsets(payload, start)
-        or (logits is not None and logits_at != _offsets(logits, start))
-    ):
+    fingerprint, tokens, tokens_at, logits, logits_at, payload, payload_at = match.groups()
+    num_tokens, num_logits, num_bytes = int(tokens), None if logits is None else int(logits), int(payload)
+    ends = [4 * num_tokens, 4 * (num_tokens + (num_logits or 0)), 4 * (num_tokens + (num_logits or 0)) + num_bytes]
+    expected = [b"%d,%d" % place for place in zip([0, *ends], ends, strict=False)]
+    if [tokens_at, logits_at or expected[1], payload_at] != expected:
         return None
-    parts = (tokens, logits, payload)
-    return _Header(version.decode(), unhexlify(key), unhexlify(parent), int(position), unhexlify(fingerprint), *parts)
-
-
-def _offsets(part: slice, start: int) -> bytes:
-    """Of a tensor, as they stand in a header that ends at `start`."""
-    return b"%d,%d" % (part.start - start, part.stop - start)
+    return unhexlify(fingerprint), num_tokens, num_logits, num_bytes
 
 
 def peek(beginning: bytes) -> Front | None:

@@ -1,8 +1,8 @@
 """How files of blocks are read: in order, into slabs, with few calls of the system, and ahead where that helps.
 
-A file costs a status, an opening, a read and a closing. The statuses of some files are asked for before the first of
-them is read, up to a slab's bytes, so that there is one slab for all of them; a file that is missing ends the look
-ahead, because what follows it in a chain is mostly missing too.
+A file costs an opening, a status, a read and a closing. Some files are opened before the first of them is read, up to a
+slab's bytes, so that there is one slab for all of them; a file that is missing ends the look ahead, because what follows it
+in a chain is mostly missing too.
 
 The read is first asked of the page cache alone. If that doesn't have all of the file, the disk is what takes the time,
 and from then on the system is told of the files that follow, so that it fetches them meanwhile.
@@ -14,73 +14,86 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rekindle.kv.slabs import SLAB_BYTES, Slabs
 
+_MAX_OPEN = 64  # files
 _AHEAD_BYTES = 8 << 20  # more would only delay the file that is waited for
 _MIN_AHEAD, _MAX_AHEAD = 2, 128  # files
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+_NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
-@dataclass(slots=True)
-class Contents:
+class Contents(NamedTuple):
     """All of a file."""
 
     data: memoryview
     used_ns: int  # its modification time
 
 
+class _Open(NamedTuple):
+    handle: int
+    num_bytes: int
+    used_ns: int
+
+
 def read_files(paths: Sequence[str], slabs: Slabs) -> Iterator[Contents | None]:
     """Each file when it is asked for, None for one that is missing; none is held here. Raises OSError, and ends."""
-    rooms: deque[tuple[memoryview, int]] = deque()  # and the time of last use, of the files looked ahead to
     ahead = _Ahead(paths)
-    for index, path in enumerate(paths):
-        if not rooms:
-            found = _look_ahead(paths, index)
-            times = [status.st_mtime_ns for status in found]
-            rooms.extend(zip(slabs.rooms([status.st_size for status in found]), times, strict=True))
-        yield _read(path, *rooms.popleft(), index, ahead) if rooms else None
-
-
-def _look_ahead(paths: Sequence[str], start: int) -> list[os.stat_result]:
-    """Of the files that fill a slab, one at least, up to the first that is missing."""
-    found: list[os.stat_result] = []
-    left = SLAB_BYTES
-    with suppress(FileNotFoundError):
-        for index in range(start, len(paths)):
-            status = os.stat(paths[index])  # noqa: PTH116 (a Path takes as long to make)
-            left -= status.st_size
-            if found and left < 0:
-                break
-            found.append(status)
-    return found
-
-
-def _read(path: str, room: memoryview, used_ns: int, index: int, ahead: _Ahead) -> Contents | None:
+    files: deque[_Open] = deque()
+    rooms: deque[memoryview] = deque()
     try:
-        handle = os.open(path, _FLAGS)
-    except FileNotFoundError:  # it was there a moment ago
-        return None
-    try:
-        length = _from_page_cache(handle, room)
-        ahead.note(index, in_memory=length == len(room), num_bytes=len(room))
-        if length < len(room):
-            with open(handle, "rb", buffering=0, closefd=False) as file:
-                file.seek(length)
-                while length < len(room) and (count := file.readinto(room[length:])):
-                    length += count
+        for index in range(len(paths)):
+            if not files:
+                files.extend(_open_some(paths, index))
+                rooms.extend(slabs.rooms([file.num_bytes for file in files]))
+            yield _read(files, rooms.popleft(), index, ahead) if files else None
     finally:
-        os.close(handle)
-    return Contents(room[:length].toreadonly(), used_ns)
+        for file in files:
+            os.close(file.handle)
+
+
+def _open_some(paths: Sequence[str], start: int) -> list[_Open]:
+    """The files that fill a slab, one at least, up to the first that is missing. Raises OSError if it is the first's."""
+    files: list[_Open] = []
+    left = SLAB_BYTES
+    try:
+        for index in range(start, min(len(paths), start + _MAX_OPEN)):
+            handle = os.open(paths[index], _FLAGS)
+            status = os.fstat(handle)
+            files.append(_Open(handle, status.st_size, status.st_mtime_ns))
+            left -= status.st_size
+            if left < status.st_size:  # the next one is mostly as large
+                break
+    except FileNotFoundError:
+        pass
+    except OSError:
+        if not files:
+            raise
+    return files
+
+
+def _read(files: deque[_Open], room: memoryview, index: int, ahead: _Ahead) -> Contents:
+    """The first of the open files, which is closed then."""
+    handle, num_bytes, used_ns = files[0]
+    length = _from_page_cache(handle, room)
+    ahead.note(index, in_memory=length == num_bytes, num_bytes=num_bytes)
+    if length < num_bytes:
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            file.seek(length)
+            while length < num_bytes and (count := file.readinto(room[length:])):
+                length += count
+    os.close(files.popleft().handle)
+    return Contents((room if length == num_bytes else room[:length]).toreadonly(), used_ns)
 
 
 def _from_page_cache(handle: int, room: memoryview) -> int:
     """How many of a file's first bytes were read without asking the disk, where it is a system that can tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
+    if _NO_WAIT is None:
         return 0
     try:
-        return os.preadv(handle, [room], 0, os.RWF_NOWAIT)
+        return os.preadv(handle, [room], 0, _NO_WAIT)
     except OSError:  # nothing of it is there, or a file system that can't tell
         return 0
 
