@@ -19,7 +19,7 @@ from rekindle.serve.service import CacheStats, Service, Warmed
 from rekindle.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]
-Given = str | Chunk | Sequence[Part] | Messages | Sequence[int]  # what a prompt may be
+Given = str | Chunk | Sequence[Part | Mapping[str, Any] | int]  # what a prompt may be; not of several kinds
 _SAMPLING = frozenset(each.name for each in fields(Sampling)) - {"temperature"}
 _OPTIONS = _SAMPLING | {"max_tokens", "temperature", "stop", "raw", "ignore_eos", "priority", "blend", "documents"}
 
