@@ -451,7 +451,7 @@ REFUSALS: list[tuple[str, type[EngineError], Callable[[Bench, SequenceId], objec
     ("export beyond the end", BadRange, lambda b, s: b.engine.export(s, 0, 61)),
     ("place with a gap", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 70)),
     ("release beyond the end", BadRange, lambda b, s: b.engine.release(s, 61)),
-    ("release of unknown", UnknownSequence, lambda b, s: b.engine.release(99, 0)),
+    ("release of unknown", UnknownSequence, lambda b, s: b.engine.release(99, 5)),
     ("releasable of unknown", UnknownSequence, lambda b, s: b.engine.num_releasable(99, 0)),
     ("reach of unknown", UnknownSequence, lambda b, s: b.engine.reach(99)),
     ("place inside", BadRange, lambda b, s: b.engine.place(s, b.engine.export(s, 0, 8), 0)),

@@ -62,11 +62,12 @@ class CellTable(SequenceTable):
 
     def floor(self, seq: SequenceId) -> int:
         """Position of the first token that all groups hold."""
+        self.row(seq)  # which refuses a sequence that is not open
         return self._floors[seq]
 
     def reach(self, seq: SequenceId) -> int:
         """The least length at which the sequence can go on, but for 0."""
-        return self._reach(self._floors[seq])
+        return self._reach(self.floor(seq))
 
     def _reach(self, floor: int) -> int:
         return floor + self._groups.window - 1 if floor else 0
@@ -124,7 +125,7 @@ class CellTable(SequenceTable):
 
     def num_releasable(self, seq: SequenceId, length: int) -> int:
         """Cells that `release` would free, rounded down."""
-        floor, old = min(length, self.length(seq)) - self._groups.window + 1, self._floors[seq]
+        floor, old = min(length, self.length(seq)) - self._groups.window + 1, self.floor(seq)
         if not self._groups.window or floor <= old:
             return 0
         count = (floor - old) * self._groups.num_windowed
@@ -208,9 +209,9 @@ class CellTable(SequenceTable):
 
     def _held(self, seq: SequenceId) -> Iterator[tuple[SequenceTable, int]]:
         """Each group's table, and the position of the first token that it holds."""
-        self.row(seq)  # which refuses a sequence that is not open
+        floor = self.floor(seq)
         for group, part in enumerate(self._parts):
-            yield part, self._floors[seq] if self._groups.is_windowed(group) else 0
+            yield part, floor if self._groups.is_windowed(group) else 0
 
     def _windowed(self) -> list[SequenceTable]:
         return self._parts[self._groups.count - self._groups.num_windowed :]
