@@ -192,6 +192,28 @@ def test_two_may_go_on_from_one(client: openai.OpenAI) -> None:
     assert min(each.usage.input_tokens_details.cached_tokens for each in (one, other)) >= kept
 
 
+def test_an_answer_that_is_sent_again_is_there_once(ember: openai.OpenAI) -> None:
+    first = ember.responses.create(input=f"{LONG} Who paints in orange?", **GREEDY)
+    question: Any = {"role": "user", "content": "And who works as a farmer?"}
+
+    def going_on(*items: Any) -> Any:
+        return ember.responses.create(input=[*items, question], previous_response_id=first.id, **GREEDY)
+
+    def said(text: str) -> Any:
+        return {"role": "assistant", "content": text}
+
+    plain = going_on()
+    for text in (first.output_text, first.output_text.strip()):
+        again = going_on(said(text))
+        assert again.usage.input_tokens == plain.usage.input_tokens and again.output_text == plain.output_text
+        assert computed(again) == 0
+    heard = going_on(said(first.output_text.strip().partition(" ")[0]))
+    assert heard.usage.input_tokens < plain.usage.input_tokens
+    assert heard.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens  # all but the answer
+    other = going_on(said("Something else."))
+    assert other.usage.input_tokens > plain.usage.input_tokens
+
+
 def test_instructions_do_not_come_along(client: openai.OpenAI) -> None:
     first = client.responses.create(input=LONG, instructions="Be short. " * 10, **GREEDY)
     second = client.responses.create(input="More.", previous_response_id=first.id, **GREEDY)

@@ -11,6 +11,9 @@ A client that goes on with `previous_response_id` sends only what is new. The se
 again, so the KV of the earlier turns, the generated tokens included, is found by exact prefix reuse as ever: what is
 computed is the new message and the seam before it. Instructions are not part of what is stored (OpenAI's rule): repeat
 them with each request, for others would be another beginning of the prompt, after which nothing can be reused.
+
+Some clients send the answer that they go on from once more, or as much of it as was heard before the user interrupted it.
+Then that is the answer, instead of a second one behind the first.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ async def turn_of(
         before = kept.conversation
         if kept.prompt is not None:  # it may be long ago, and others have been answered since
             service.remember(kept.prompt, before[-1]["content"], kept.answer)
-    conversation = [*before, *body.messages]
+    conversation = _continued(before, body.messages)
     messages = body.prompted(conversation)
     num_characters = sum(len(message["content"]) for message in messages)
     make = service.chat_prompt if generate else service.opening_prompt
@@ -89,6 +92,16 @@ async def turn_of(
         tokenize_ms=tokenize_ms,
     )
     return Turn(body, ResponseWriter(body, service.model_name), salt, generation, conversation)
+
+
+def _continued(before: list[dict[str, str]], new: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation with what is new. An answer that is said again, or its beginning, takes the place of the answer."""
+    if not (before and before[-1]["role"] == new[0]["role"] == "assistant"):
+        return [*before, *new]
+    answer, heard = before[-1]["content"].strip(), new[0]["content"].strip()
+    if not heard or not answer.startswith(heard):
+        return [*before, *new]
+    return [*before, *new[1:]] if heard == answer else [*before[:-1], *new]
 
 
 async def events_of(
