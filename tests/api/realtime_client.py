@@ -115,7 +115,13 @@ class Realtime:
                 items[event["item_id"]] = ("assistant", event["text"])
             elif event["type"] == "rekindle.conversation.forgotten":
                 order = [each for each in order if each not in event["item_ids"]]
+        self._order = order
         return [items[each] for each in order]
+
+    def item_ids(self) -> list[str]:
+        """Of the conversation, in order."""
+        self.conversation()
+        return self._order
 
 
 def _said(item: Event) -> tuple[str, str]:
