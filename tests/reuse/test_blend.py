@@ -53,6 +53,23 @@ def test_first_tokens_are_computed_with_the_gap_before_them() -> None:
     assert "10 tokens of chunks" in plan.steps[2].reason
 
 
+def test_short_runs_grow_until_computing_more_would_take_longer() -> None:
+    prompt = prompt_of(CHUNK, 2 * CHUNK, 4 * CHUNK)
+    known: list[OnItsOwn | None] = [OnItsOwn(1, length) for length in (CHUNK, 2 * CHUNK, 4 * CHUNK)]
+    plan = make_blend_plan(prompt, make_plan(prompt, [], Stored()), known, Blend("first", 0.25), slow_from=10)
+    assert spans(plan) == [
+        ("Compute", 0, 64),  # 12 tokens, and the rest of the first chunk, and with that what goes before the second's
+        ("Place", 64, 124),
+        ("Compute", 124, 188),
+        ("Place", 188, 286),
+        ("Compute", 286, 288),
+    ]
+    assert [chunk.recomputed for chunk in plan.chunks] == [CHUNK, 20, 62]
+    assert "with them computing takes no longer" in (plan.chunks[0].why or "")
+    unchanged = make_blend_plan(prompt, make_plan(prompt, [], Stored()), known, Blend("first", 0.25), slow_from=43)
+    assert unchanged.steps == blended(prompt, known, "first", 0.25).steps
+
+
 def test_remembered_scores_choose_a_range_in_the_middle() -> None:
     scores = np.zeros(CHUNK, np.float32)
     scores[20:26] = 1
@@ -147,6 +164,12 @@ def test_every_plan_covers_the_prompt_within_its_budget(
     plan = blended(
         prompt, known, select, ratio, Stored(exact, block_tokens=4)
     )  # Plan checks that it has no gap or overlap
+    for slow_from in (1, 10, 40):
+        stored_plan = make_plan(prompt, [], Stored(exact, block_tokens=4))
+        grown = make_blend_plan(prompt, stored_plan, known, Blend(select, ratio), slow_from=slow_from)  # type: ignore[arg-type]
+        runs = [step for step in grown.steps if isinstance(step, Compute)]
+        assert all(not slow_from <= run.stop - run.start < 64 for run in runs[:-1])
+        assert grown.computed >= plan.computed
     assert plan.steps[-1].stop == len(prompt) and isinstance(plan.steps[-1], Compute)
     for step in plan.steps:
         if isinstance(step, Place) and step.chunk is not None:

@@ -19,7 +19,7 @@ from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.serve.local import LLM
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
-from rekindle.tokens import Tokens
+from rekindle.tokens import SHORT_REST, Tokens
 
 TOP = 8  # logprobs that are compared
 ROUNDING = {"llama": 0.05, "torch": 0.001}  # of logprobs, that depend on how a prompt was cut into batches
@@ -99,11 +99,12 @@ def test_moved_chunks_are_placed_and_the_rest_is_computed(learned: LLM) -> None:
     before = learned.service.num_computed
     done = ask(learned, prompt, Blend("first", 0.15), max_tokens=1)
     assert learned.service.num_computed - before == done.usage.computed_tokens == done.plan.computed
-    assert done.usage.blended_tokens > 0.7 * len(prompt)
+    assert done.usage.blended_tokens > 0.6 * len(prompt)
     assert all(chunk.placed or chunk.exact for chunk in done.plan.chunks)
     for chunk in done.plan.chunks:
         share = chunk.recomputed / (chunk.placed + chunk.recomputed) if chunk.placed else 0.15
-        assert share == pytest.approx(0.15, abs=0.01)
+        filled_up = chunk.recomputed < SHORT_REST + 1 and "takes no longer" in (chunk.why or "")
+        assert share == pytest.approx(0.15, abs=0.01) or (filled_up and share > 0.15)
     remembered = ask(learned, prompt, Blend("auto", 0.15), max_tokens=1)
     assert any("differed most" in (chunk.why or "") for chunk in remembered.plan.chunks)
     learned.service.check_integrity()
@@ -115,6 +116,20 @@ def test_questions_across_chunks_are_answered_as_by_full_prefill(learned: LLM) -
         blended = ask(learned, prompt, Blend("remembered", 0.15))
         assert blended.text.strip() in [answer.strip() for answer in asked.answers]
         assert blended.tokens == ask(learned, prompt, use_prefix_cache=False).tokens
+
+
+def test_chunks_that_were_warmed_ahead_are_learned_when_they_are_placed(llm: LLM) -> None:
+    llm.clear_cache()
+    for chunk in story().chunks:
+        assert llm.service.warm(llm.service.chunk_prompt(chunk)).stored_bytes
+    prompt = prompt_of(story().asked[0], met=True)
+    assert ask(llm, prompt, Blend("auto", 0.15), max_tokens=1).usage.blended_tokens > 0.6 * len(prompt)
+    assert llm.service.study(60)
+    for asked in story().asked:
+        done = ask(llm, prompt_of(asked), Blend("auto", 0.1))
+        assert done.text.strip() in [answer.strip() for answer in asked.answers]
+        assert sum("differed most" in (chunk.why or "") for chunk in done.plan.chunks) >= 2
+    llm.service.check_integrity()
 
 
 def test_at_ratio_1_all_is_full_prefill_and_without_recomputing_it_is_not(
@@ -188,7 +203,7 @@ def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
                 together[number] = event
         assert llm.service.metrics.registry.get_sample_value("rekindle_swaps_total")
         for number, one in enumerate(alone):
-            assert together[number].usage.blended_tokens > 0.7 * len(prompts[number])
+            assert together[number].usage.blended_tokens > 0.6 * len(prompts[number])
             assert together[number].tokens[:12] == one.tokens[:12]
         llm.service.check_integrity()
 

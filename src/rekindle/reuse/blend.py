@@ -16,6 +16,9 @@ range costs no model call of its own where it continues what is computed anyway,
 requests'. The exact beginning comes first, a chunk that is missing is computed like any other text, and the last token
 is always computed for its logits.
 
+Some engines compute a batch of 64 tokens faster than one of 40, because only the larger goes through a kernel made for
+many. Where that is known, what is computed between placed parts grows into what follows until there are as many.
+
 What stands behind the first placed chunk is not what a prefill gives: `Plan.exact` says how far a sequence may be kept,
 stored and shared as exact KV.
 """
@@ -33,6 +36,7 @@ from rekindle.errors import InvalidRequest
 from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
 from rekindle.reuse.prompt import Chunk, Prompt
+from rekindle.tokens import SHORT_REST
 
 SELECTS: tuple[Select, ...] = get_args(Select)
 SHORTEST = 8  # tokens; what could be placed between two computed ranges is computed with them if it is shorter
@@ -64,8 +68,13 @@ class OnItsOwn:
     fetched: str = ""  # what of it was brought from slower tiers for this prompt, in words
 
 
-def make_blend_plan(prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None], blend: Blend) -> Plan:
-    """The exact plan with chunks placed in what it computes. `known` has an entry for each of the prompt's chunks."""
+def make_blend_plan(
+    prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None], blend: Blend, *, slow_from: int = SHORT_REST
+) -> Plan:
+    """The exact plan with chunks placed in what it computes. `known` has an entry for each of the prompt's chunks.
+
+    Computing `slow_from` tokens or more takes longer than computing SHORT_REST, unless there are as many.
+    """
     assert len(known) == len(prompt.chunks)
     begin, last = exact.reused, exact.total - 1
     placeable = {
@@ -76,6 +85,7 @@ def make_blend_plan(prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None
     placeable = {index: span for index, span in placeable.items() if span[0] < span[1]}
     choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio)
     placed = {index: list(_rest(span, choices)) for index, span in placeable.items()}
+    choices = sorted([*choices, *_grow(begin, placed, slow_from)], key=lambda choice: choice.start)
     steps = [
         *exact.steps[: len(exact.steps) - bool(exact.computed)],
         *_walk(begin, exact, prompt, known, placed, choices),
@@ -103,6 +113,21 @@ def _rest(span: Range, choices: Sequence[Choice]) -> Iterator[Range]:
         is_between = start > span[0] and stop < span[1]
         if stop - start >= (SHORTEST if is_between else 1):
             yield start, stop
+
+
+def _grow(begin: int, placed: dict[int, list[Range]], slow_from: int) -> Iterator[Choice]:
+    """Take from what is placed what is computed instead for no longer time, and say so."""
+    position = begin
+    for _, ranges in sorted(placed.items()):
+        for start, stop in list(ranges):
+            if slow_from <= start - position < SHORT_REST:
+                end = min(stop, position + SHORT_REST)
+                place = ranges.index((start, stop))
+                ranges[place : place + 1] = [(end, stop)] if end < stop else []
+                yield Choice(start, end, "with them computing takes no longer")
+                if end == stop:
+                    continue
+            position = stop
 
 
 def _walk(

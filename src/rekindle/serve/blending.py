@@ -35,10 +35,11 @@ from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.batch import by_urgency
 from rekindle.serve.request import Generation
+from rekindle.serve.rows import Rows
 from rekindle.serve.run import Part, Run
 from rekindle.serve.scores import Scores
 from rekindle.serve.state import State
-from rekindle.tokens import Tokens
+from rekindle.tokens import SHORT_REST, Tokens
 
 _log = logging.getLogger(__name__)
 OFFERED = ("none", "first", "remembered", "auto")  # the others have to look into the model's layers before they choose
@@ -87,7 +88,9 @@ def own_prompt(head: Tokens, chunk: Tokens, salt: bytes) -> Prompt:
 class Blending:
     """Looks chunks up, plans with them and prepares what is placed. Owned by the scheduler, but for `fetch`."""
 
-    def __init__(self, store: Store, head: Tokens, scores: Scores) -> None:
+    def __init__(self, store: Store, head: Tokens, scores: Scores, rows: Rows | None = None) -> None:
+        """`rows`: for an engine that may compute more rows in less time."""
+        self.rows = rows
         self.head = head
         self.scores = scores
         self._store = store
@@ -134,7 +137,10 @@ class Blending:
     def plan(self, run: Run, exact: Plan, found: Found) -> Plan:
         """The exact plan with what was found placed; that plan itself if the run does not blend."""
         blend = run.generation.blend
-        return make_blend_plan(run.generation.prompt, exact, found.known, blend) if blend and blends(run) else exact
+        if blend is None or not blends(run):
+            return exact
+        slow_from = SHORT_REST if self.rows is None else self.rows.slow_from
+        return make_blend_plan(run.generation.prompt, exact, found.known, blend, slow_from=slow_from)
 
     def used(self, plan: Plan, found: Found) -> None:
         """Tell the store which chunks a plan has placed."""

@@ -101,7 +101,7 @@ class Scheduler:
         self._room = Room(self._state)
         self._rent = Rent(engine, store, self._state.residents)
         head = as_tokens([])
-        blending = blending or Blending(store, head, Scores(engine.spec.fingerprint, head))
+        blending = self._blending = blending or Blending(store, head, Scores(engine.spec.fingerprint, head))
         self._admission = Admission(self._state, self._room, blending, fetch)
         self._studies = Studies(self._state, blending, max_length=max_length, submit=self.submit)
         self._pace = Pace(limit=prefill_budget, slowdown=slowdown)
@@ -217,6 +217,8 @@ class Scheduler:
         logits = self._engine.forward(batch.work)
         seconds = time.perf_counter() - started
         self._pace.learn(batch.num_decoding, batch.num_prefill, seconds)
+        if self._blending.rows is not None and not batch.num_decoding:
+            self._blending.rows.add(batch.num_prefill, seconds)
         if len(batch.runs) == 1 and batch.num_prefill:
             self._store.prefill_cost.add(batch.runs[0].read, batch.num_prefill, seconds)
         for run, item in zip(batch.runs, batch.work, strict=True):

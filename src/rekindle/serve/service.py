@@ -46,6 +46,7 @@ from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.pinning import Pinning, Watch
 from rekindle.serve.policies import Policy, policy_named
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
+from rekindle.serve.rows import Rows
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
 from rekindle.serve.scores import Scores
@@ -158,7 +159,8 @@ class Service:
             observers = observers if given else [*observers, self.traces]
         self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
         self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
-        self._blending = Blending(self._store, self.head, self._scores)
+        rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
+        self._blending = Blending(self._store, self.head, self._scores, rows)
         scheduler = Scheduler(
             engine,
             self._store,

@@ -3,11 +3,12 @@
 A chunk that nothing was at hand of has been computed in place, after all that stood before it. Once the request has its
 answer, the sequence is set aside, and in idle time each such chunk is warmed: read on its own and stored, so that the next
 prompt can place it wherever it stands. Then both KVs of it are at hand, and how far they lie apart, token by token, is
-remembered (`scores.py`): it says which of its tokens depend most on what came before.
+remembered (`scores.py`): it says which of its tokens depend most on what came before. A chunk that was placed although
+nothing is remembered of it, because somebody has warmed it ahead of time, is recomputed in the sequence set aside.
 
-Nobody waits for a study. Chunks are warmed as prompts are, one at a time while nobody else has work; what was set aside
-leaves the engine before anything else does, and then the chunk is warmed but not compared. The queue is bounded, and what
-is still in it at the end is forgotten.
+Nobody waits for a study. Chunks are warmed as prompts are, one at a time while nobody else has work, and recomputed a few
+tokens at a time, so that whoever comes is served next; what was set aside leaves the engine before anything else does, and
+then the chunk is warmed but not compared. The queue is bounded, and what is still in it at the end is forgotten.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ from rekindle.tokens import common_length
 
 _log = logging.getLogger(__name__)
 MAX_QUEUE = 256  # chunks
+SLICE = 128  # tokens that are recomputed before somebody else may come
 
 
 @dataclass(eq=False)
 class Meeting:
-    """A chunk that was computed in place."""
+    """A chunk that stood in a prompt."""
 
     key: Key
     own: Prompt  # [head, chunk]
     start: int  # in the sequence set aside
     aside: Resident | None  # None: there was no sequence to keep it in
+    computed: int  # of its tokens, those computed in place: all or none to begin with
     warmed: bool = False
 
 
@@ -62,27 +65,27 @@ class Studies:
         if run.seq is None or run.plan is None or not blends(run):
             return
         new = list(self._unknown(run))[: MAX_QUEUE - len(self._queue)]
-        if not new:
-            return
-        stop = max(start + len(own) - self._head for start, own in new)
-        aside = None
-        if self._state.engine.num_free_sequences:
+        if new and self._state.engine.num_free_sequences:
+            stop = max(meeting.start + len(meeting.own) - self._head for meeting in new)
             aside = self._state.residents.set_aside(self._state.engine.fork(run.seq, stop))
-        self._queue.extend(Meeting(self._blending.key(own), own, start, aside) for start, own in new)
+            for meeting in new:
+                meeting.aside = aside
+        self._queue.extend(new)
 
-    def _unknown(self, run: Run) -> Iterator[tuple[int, Prompt]]:
-        """Place and own prompt of chunks that were computed in place, and are not stored on their own or not compared."""
-        assert run.plan is not None
+    def _unknown(self, run: Run) -> Iterator[Meeting]:
+        """Chunks that nothing is remembered of, or that were computed in place and are not stored on their own."""
+        assert run.plan is not None and run.generation.blend is not None
         prompt = run.generation.prompt
+        remembers = run.generation.blend.select in ("auto", "remembered")
         queued = {meeting.key for meeting in self._queue}
         for told, own in zip(run.plan.chunks, self._blending.own_prompts(prompt), strict=False):
             length, key = told.stop - told.start, self._blending.key(own)
             is_fit = max(1, self._state.min_tokens) <= length and len(own) < self._max_length
-            if told.placed or not is_fit or key in queued:
+            if not is_fit or key in queued or (told.placed and not remembers):
                 continue
-            if self._blending.scores.get(key) is None or self._stored(own) is None:
+            if self._blending.scores.get(key) is None or (not told.placed and self._stored(own) is None):
                 queued.add(key)
-                yield told.start, own
+                yield Meeting(key, own, told.start, None, 0 if told.placed else length)
 
     def go_on(self) -> bool:
         """Warm or compare one chunk; False if there is nothing to do but to wait."""
@@ -98,6 +101,8 @@ class Studies:
         if payloads is None and not meeting.warmed:
             meeting.warmed = True
             self._warm(meeting.own)
+            return True
+        if payloads is not None and self._recompute(meeting):
             return True
         self._queue.popleft()
         if payloads is not None:
@@ -131,6 +136,21 @@ class Studies:
         fingerprint = self._state.engine.spec.fingerprint
         return [Payload(block.tokens, block.position, block.payload, fingerprint) for block in blocks]
 
+    def _recompute(self, meeting: Meeting) -> bool:
+        """Compute some more of a chunk in place; False if that is done, or can't be."""
+        length, done = len(meeting.own) - self._head, meeting.computed
+        if done == length or meeting.aside is None or not self._state.residents.has(meeting.aside):
+            return False
+        stop = min(length, done + SLICE)
+        try:
+            self._state.engine.recompute(meeting.aside.seq, [(meeting.start + done, meeting.start + stop)])
+        except EngineError as error:
+            _log.info("a chunk is not studied: %s", error)
+            self._state.residents.release(meeting.aside)
+            return False
+        meeting.computed = stop
+        return True
+
     def _compare(self, meeting: Meeting, payloads: list[Payload]) -> None:
         """Remember how far the two KVs of a chunk lie apart, if that in place is still here."""
         aside, start = meeting.aside, meeting.start
@@ -149,7 +169,7 @@ class Studies:
         """A chunk's KV on its own, as one; None if there is no room to put it together."""
         engine = self._state.engine
         for view in self._state.residents.views(own.salt):
-            if common_length(view.tokens, own.tokens) == len(own):
+            if not view.reach and common_length(view.tokens, own.tokens) == len(own):
                 return engine.export(view.seq, self._head, len(own))
         if engine.num_free_cells < len(own) or not engine.num_free_sequences:
             return None
