@@ -66,6 +66,9 @@ def test_short_runs_grow_until_computing_more_would_take_longer() -> None:
     ]
     assert [chunk.recomputed for chunk in plan.chunks] == [CHUNK, 20, 62]
     assert "with them computing takes no longer" in (plan.chunks[0].why or "")
+    last = make_blend_plan(prompt, make_plan(prompt, [], Stored()), known, Blend("none", 0), slow_from=2)
+    assert spans(last)[-2:] == [("Place", 188, 224), ("Compute", 224, 288)]
+    assert last.chunks[2].why == "with them computing takes no longer"
     unchanged = make_blend_plan(prompt, make_plan(prompt, [], Stored()), known, Blend("first", 0.25), slow_from=43)
     assert unchanged.steps == blended(prompt, known, "first", 0.25).steps
 

@@ -17,7 +17,8 @@ requests'. The exact beginning comes first, a chunk that is missing is computed 
 is always computed for its logits.
 
 Some engines compute a batch of 64 tokens faster than one of 40, because only the larger goes through a kernel made for
-many. Where that is known, what is computed between placed parts grows into what follows until there are as many.
+many. Where that is known, what is computed between placed parts grows into what follows until there are as many, and
+what is computed last into what stands before.
 
 What stands behind the first placed chunk is not what a prefill gives: `Plan.exact` says how far a sequence may be kept,
 stored and shared as exact KV.
@@ -85,7 +86,8 @@ def make_blend_plan(
     placeable = {index: span for index, span in placeable.items() if span[0] < span[1]}
     choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio)
     placed = {index: list(_rest(span, choices)) for index, span in placeable.items()}
-    choices = sorted([*choices, *_grow(begin, placed, slow_from)], key=lambda choice: choice.start)
+    grown = _grow((begin, exact.total), placed, slow_from)
+    choices = sorted([*choices, *grown], key=lambda choice: choice.start)
     steps = [
         *exact.steps[: len(exact.steps) - bool(exact.computed)],
         *_walk(begin, exact, prompt, known, placed, choices),
@@ -115,19 +117,27 @@ def _rest(span: Range, choices: Sequence[Choice]) -> Iterator[Range]:
             yield start, stop
 
 
-def _grow(begin: int, placed: dict[int, list[Range]], slow_from: int) -> Iterator[Choice]:
+def _grow(span: Range, placed: dict[int, list[Range]], slow_from: int) -> Iterator[Choice]:
     """Take from what is placed what is computed instead for no longer time, and say so."""
-    position = begin
-    for _, ranges in sorted(placed.items()):
+    position, total = span
+    reason = "with them computing takes no longer"
+    for ranges in (placed[index] for index in sorted(placed)):
         for start, stop in list(ranges):
             if slow_from <= start - position < SHORT_REST:
                 end = min(stop, position + SHORT_REST)
                 place = ranges.index((start, stop))
                 ranges[place : place + 1] = [(end, stop)] if end < stop else []
-                yield Choice(start, end, "with them computing takes no longer")
+                yield Choice(start, end, reason)
                 if end == stop:
                     continue
             position = stop
+    last = next((placed[index] for index in sorted(placed, reverse=True) if placed[index]), None)
+    if last is not None and slow_from <= total - position < SHORT_REST and last[-1][1] == position:
+        start, stop = last.pop()
+        end = max(start, total - SHORT_REST)
+        if start < end:
+            last.append((start, end))
+        yield Choice(end, stop, reason)
 
 
 def _walk(
