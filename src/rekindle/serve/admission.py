@@ -151,7 +151,7 @@ class Admission:
         for other in self._state.running:
             if other.seq is not None and shares(other, run):
                 tokens = self._engine.tokens(other.seq)[: other.exact]
-                yield Resident(other.seq, tokens, frozenset(other.exact_marks))
+                yield Resident(other.seq, tokens, frozenset(other.exact_marks), self._engine.reach(other.seq))
 
     def _look(self, run: Run) -> Found:
         return self._blending.look(run, self._state.least_tokens(run)) if blends(run) else Found()
@@ -234,6 +234,8 @@ class Admission:
             placed = [block.position + len(block.tokens) for block in match.blocks]  # the last may go beyond the prompt
             cells = max(plan.total, *placed, 0) - (0 if fork is None else fork.stop) + 1
             cells = max(cells, cells_to_prepare(plan, found, len(self._blending.head)))
+            # with room for all, a sequence that comes back can be forked anywhere; else it takes what its end can see
+            is_tight = not self._room.is_enough(cells) and not run.generation.prompt.chunks and not run.generation.hold
             has_sequence = not plan.blended or self._room.make_sequence(keep=[] if fork is None else [fork.seq])
             if not has_sequence or not self._room.make(cells, [seq], victims):
                 self._engine.close(seq)
@@ -241,16 +243,17 @@ class Admission:
             run.parts = prepare(self._engine, plan, found)
             for step in plan.steps:
                 if isinstance(step, Place) and step.chunk is None:
-                    self._place(seq, step, match)
+                    self._place(seq, step, match, until=step.stop if is_tight else 0)
         except EngineError:
             self._engine.close(seq)
             raise
         run.seq = seq
         return True
 
-    def _place(self, seq: SequenceId, step: Place, match: Match) -> None:
+    def _place(self, seq: SequenceId, step: Place, match: Match, *, until: int) -> None:
         fingerprint = self._engine.spec.fingerprint
         blocks = [block for block in match.blocks if step.start <= block.position < step.stop]
         assert blocks[0].position == self._engine.length(seq)
-        self._engine.place_all(seq, [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks])
+        payloads = [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks]
+        self._engine.place_all(seq, payloads, until=until)
         self._engine.truncate(seq, step.stop)  # the last block may go on with other tokens

@@ -12,6 +12,10 @@ become free. The effort is 1 for one that is saved already, and 2 for one that s
 the number of sequences that were used or came since it was used. Where cells are wanted it is the value per cell that
 counts, so that a large one is not spared for its size; one that would free no cell then stays until the last.
 
+Before a sequence leaves for lack of cells it may be enough that it gives up going back: where layers of the model see a
+window only, what has left it is freed, and the sequence can go on, or be forked near its end. What a prompt that
+turns off earlier needs is in the store by then.
+
 A sequence may be held by somebody who goes on with it all the time, such as a live session. Each holder has one; the next
 takes its place. Those that are held leave after all others, and what follows a cut in one is private: its KV is not what
 reading its tokens would give, so it gets a salt that nobody else has.
@@ -82,7 +86,9 @@ class Residents:
     def views(self, salt: bytes) -> list[plan.Resident]:
         """What a tenant's plan may fork."""
         return [
-            plan.Resident(r.seq, r.tokens, frozenset(r.marks)) for r in self._all if r.salt == salt and not r.private
+            plan.Resident(r.seq, r.tokens, frozenset(r.marks), self._engine.reach(r.seq))
+            for r in self._all
+            if r.salt == salt and not r.private
         ]
 
     def touch(self, seq: SequenceId) -> Resident | None:
@@ -159,6 +165,31 @@ class Residents:
         victim = min(leaving, key=self._value_per_cell if for_cells else self._value)
         self._save_or_log(victim)
         self.leave(victim)
+        return True
+
+    def give_up_one(self) -> bool:
+        """Have the one that was used longest ago give up going back, saved before. False if none would free a block.
+
+        Those that are held or set aside may yet be cut or looked into, and keep all that they have.
+        """
+        for resident in sorted(self._all, key=lambda each: each.used):
+            is_free = resident.holder is None and not resident.private
+            if is_free and self.give_up(resident.seq, resident.salt, resident.marks):
+                return True
+        return False
+
+    def give_up(self, seq: SequenceId, salt: bytes | None, marks: dict[int, Vector]) -> bool:
+        """Save this sequence, unless its salt is None, and free what only going back by more than a block needs.
+
+        False, and nothing happens, if that is less than a block.
+        """
+        size = self._store.block_tokens
+        length = max(0, self._engine.length(seq) - size)  # so that the block which is not full yet will be whole
+        if self._engine.num_releasable(seq, length) < size:
+            return False
+        if salt is not None:
+            self._save_or_log(Resident(seq, self._engine.tokens(seq), salt, dict(marks), self._uses))
+        self._engine.release(seq, length)
         return True
 
     def _value(self, resident: Resident) -> float:
@@ -250,17 +281,18 @@ class Residents:
         missing = self._store.missing(tokens, resident.salt)
         if resident.saved and not missing:  # the store may have lost some since
             return
-        empty = memoryview(b"")
-        tails = [
-            (length, self._engine.export(seq, length - length % size, length).data if length % size else empty, logits)
-            for length, logits in sorted(resident.marks.items())
-        ]
+        tails = []
+        for length, logits in sorted(resident.marks.items()):
+            tail = self._engine.export(seq, length - length % size, length)
+            if not tail.lacks:
+                tails.append((length, tail.data, logits))
         self._store.put(tokens, self._export(resident, missing), salt=resident.salt, tails=tails)
 
     def _export(self, resident: Resident, starts: Iterable[int]) -> dict[int, memoryview]:
         """The blocks that begin there, but for those of which a part was given up."""
         size = self._store.block_tokens
-        return {start: self._engine.export(resident.seq, start, start + size).data for start in starts}
+        blocks = {start: self._engine.export(resident.seq, start, start + size) for start in starts}
+        return {start: block.data for start, block in blocks.items() if not block.lacks}
 
 
 def _begins(one: Tokens, other: Tokens) -> bool:

@@ -1,6 +1,7 @@
 """Cells and sequences as one budget, and who gives way when it runs out.
 
-First idle residents leave for the store, the one that is worth least first (`residents.py` says how that is reckoned).
+First sequences give up what only going back needs, if the model has layers that see a window only. Then idle residents
+leave for the store, the one that is worth least first (`residents.py` says how that is reckoned).
 Then running requests are swapped out, those that the policy ranks last first: their KV is kept as bytes, in pieces, and
 put back when there is room, so nothing is computed twice. A beginning that somebody else holds by then is shared instead
 of put back.
@@ -51,26 +52,49 @@ class Room:
         try:
             while queue and len(self._state.running) >= self._state.max_running:
                 self.swap_out(queue.popleft())
-            while not self._is_enough(cells) and self._residents.evict():
+            while not self.is_enough(cells) and (self._give_up() or self._residents.evict()):
                 pass
-            while not self._is_enough(cells) and queue:
+            while not self.is_enough(cells) and queue:
                 self.swap_out(queue.popleft())
         except EngineError as error:
             _log.warning("a running request could not be swapped out and goes on: %s", error)
-        return self._is_enough(cells) or not self._state.running
+        return self.is_enough(cells) or not self._state.running
 
-    def _is_enough(self, cells: int) -> bool:
+    def is_enough(self, cells: int) -> bool:
+        """Whether so many are free beside those that running requests are about to take."""
         return self._engine.num_free_cells >= cells + self._promised(self._state.running)
 
     def _is_possible(self, cells: int, new: Sequence[SequenceId], victims: Sequence[Run]) -> bool:
         running = self._state.running
         if len(running) - len(victims) >= self._state.max_running:
             return False
-        if len(running) < self._state.max_running and self._is_enough(cells):
+        if len(running) < self._state.max_running and self.is_enough(cells):
             return True
         staying = [run for run in running if run not in victims]
         held = self._engine.num_held([*new, *(run.seq for run in staying if run.seq is not None)])
+        held -= sum(self._releasable(run) for run in staying)
         return not staying or self._engine.num_cells - held >= cells + self._promised(staying)
+
+    def _give_up(self) -> bool:
+        """Have an idle sequence, or else a running one, free what only going back needs. False if nobody has much of it."""
+        if self._residents.give_up_one():
+            return True
+        for run in sorted(self._state.running, key=self._state.rank, reverse=True):
+            salt = run.salt if run.generation.reuses else None
+            if self._releasable(run) and run.seq is not None and self._residents.give_up(run.seq, salt, run.marks):
+                return True
+        return False
+
+    def _releasable(self, run: Run) -> int:
+        """Cells that a running request would free if it gave up going back by more than a block.
+
+        None if somebody may yet cut it or look into it.
+        """
+        if run.seq is None or run.generation.hold is not None or run.generation.prompt.chunks:
+            return 0
+        size = self._state.store.block_tokens
+        cells = self._engine.num_releasable(run.seq, max(0, self._engine.length(run.seq) - size))
+        return cells if cells >= size else 0
 
     def _promised(self, runs: Iterable[Run]) -> int:
         """Cells for the rest of their prompts, and one more each."""
@@ -82,7 +106,7 @@ class Room:
         A decoding request that is swapped out needs one cell less. One that can't be swapped out has to `fail`.
         """
         state = self._state
-        while self._engine.num_free_cells < cells and self._residents.evict():
+        while self._engine.num_free_cells < cells and (self._give_up() or self._residents.evict()):
             pass
         while self._engine.num_free_cells < cells and len(state.running) > 1:
             victim = max(state.running, key=state.rank)
@@ -141,6 +165,6 @@ class Room:
             views += [(view.seq, view.tokens) for view in self._residents.views(run.salt)]
             for seq, tokens in views:
                 shared = common_length(held, tokens) // self._piece * self._piece
-                if shared > longest:
+                if shared > longest and shared >= self._engine.reach(seq):
                     best, longest = seq, shared
         return best, longest
