@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from random import Random
 from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
 from openai.types.responses import ResponseErrorEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from rekindle.api import app as app_module
 from rekindle.api import responses_socket as module
+from rekindle.api import server as server_module
 from rekindle.api.server import running
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -191,6 +194,25 @@ def test_a_refusal_names_its_stream(socket: ClientConnection) -> None:
     assert event["stream_id"] == "b" and event["error"]["code"] == "previous_response_not_found"
 
 
+def test_random_messages_do_no_harm(socket: ClientConnection) -> None:
+    random = Random(7)
+    values: list[Any] = [None, True, -1, 1e300, "", "x", "\ud800", [], {}, [[]], {"role": "user"}, "resp_1", "a" * 300]
+    names = ["input", "type", "stream_id", "generate", "store", "previous_response_id", "text", "tools", "metadata"]
+    for number in range(300):
+        message: Any = {
+            "type": random.choice(["response.create", "response.create", "response.cancel", "session.update"])
+        }
+        for name in random.sample(names, random.randrange(4)):
+            message[name] = random.choice(values)
+        text = json.dumps(random.choice([message, message, message, values[number % len(values)]]))
+        socket.send(text if random.random() < 0.9 else text[: random.randrange(len(text))])
+    send(socket, input="Still there?", stream_id="last", max_output_tokens=2)
+    refused = 0
+    while (event := receive(socket)).get("stream_id") != "last" or event["type"] not in ENDS:
+        refused += event["type"] == "error"
+    assert event["type"] != "error" and refused > 100
+
+
 def test_too_many_messages_are_refused(socket: ClientConnection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 2)
     send(socket, input="Long.", max_output_tokens=300, ignore_eos=True)
@@ -213,21 +235,30 @@ def test_hanging_up_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert service.health()["running"] == 0
 
 
-def test_a_server_that_is_stopped_answers_first_and_then_hangs_up() -> None:
-    settings = Settings(engine="toy", context=1024, store="none", drain_seconds=30)
-    with Service.open(settings) as service:
-        server = running(service)
-        url = server.__enter__()
-        with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
-            send(socket, input="Talk.", max_output_tokens=400, ignore_eos=True)
+def test_a_server_that_drains_answers_first_and_then_hangs_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    apps: list[FastAPI] = []
+
+    def create_app(service: Service) -> FastAPI:
+        apps.append(app_module.create_app(service))
+        return apps[-1]
+
+    monkeypatch.setattr(server_module, "create_app", create_app)
+    with (
+        stepping(drain_seconds=30) as (url, steps),
+        connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket,
+    ):
+        send(socket, input="Talk.", max_output_tokens=40, ignore_eos=True)
+        receive(socket)
+        apps[0].state.load.drain()
+        send(socket, input="Too late.")
+        while (event := receive(socket))["type"] != "error":
+            assert event["type"] == "response.in_progress"
+        assert event["status"] == 503 and "being stopped" in event["error"]["message"]
+        steps.let_all()
+        assert answer(socket)["response"]["usage"]["output_tokens"] == 40
+        with pytest.raises(ConnectionClosed) as caught:
             receive(socket)
-            stopping = threading.Thread(target=server.__exit__, args=(None, None, None))
-            stopping.start()
-            with pytest.raises(ConnectionClosed) as caught:
-                while True:
-                    receive(socket)
-            assert caught.value.rcvd is not None and caught.value.rcvd.code in (1001, 1012)
-            stopping.join()
+        assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
 
 
 def test_each_message_has_a_time_limit_of_its_own() -> None:

@@ -28,10 +28,22 @@ class Connection:
     """A socket that was accepted. Belongs to the event loop, but for `post_soon`."""
 
     def __init__(
-        self, socket: WebSocket, load: Load, *, outbox: int, idle_seconds: float | None = None, back: str = ""
+        self,
+        socket: WebSocket,
+        load: Load,
+        *,
+        outbox: int,
+        idle_seconds: float | None = None,
+        back: str = "",
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`outbox` messages may wait; None of `idle_seconds` lets it be silent for ever; `back` says how to come back."""
+        """`outbox` messages may wait; None of `idle_seconds` lets it be silent for ever; `back` says how to come back.
+
+        When the server drains, it is hung up on once it is no longer busy.
+        """
         self._socket, self._load, self._idle_seconds, self._back = socket, load, idle_seconds, back
+        self._is_busy = is_busy
+        self.num_unsent = 0  # messages on their way
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue(outbox)
         self._over = asyncio.Event()
@@ -42,6 +54,7 @@ class Connection:
         """Send this, in its turn."""
         try:
             self._outbox.put_nowait(message)
+            self.num_unsent += 1
         except asyncio.QueueFull:
             self.end(TOO_SLOW, f"{self._outbox.maxsize} messages were not read{self._back}")
 
@@ -107,6 +120,7 @@ class Connection:
                 text = json.dumps(await self._outbox.get(), ensure_ascii=False).encode("utf-8", "replace").decode()
                 async with asyncio.timeout(SEND_SECONDS):
                     await self._socket.send_text(text)
+                self.num_unsent -= 1
                 self._active_at = self._loop.time()
         except TimeoutError:
             self.end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds{self._back}")
@@ -115,7 +129,7 @@ class Connection:
 
     async def _watch(self) -> None:
         """Nobody is held up by a socket: not the end of the server, and not its memory."""
-        while not self._load.draining:
+        while not self._load.draining or self._is_busy():
             await asyncio.sleep(WATCH_SECONDS)
             if self._idle_seconds is not None and self._loop.time() - self._active_at > self._idle_seconds:
                 self.end(IDLE, f"nothing was said for {self._idle_seconds:g} seconds{self._back}")

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import deque
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field, ValidationError
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket
 
 from rekindle.api.answers import Answers, Runner
+from rekindle.api.connection import Connection
 from rekindle.api.door import message_of
 from rekindle.api.refusals import explained, refusal_of
 from rekindle.api.requests import exchange_of
@@ -35,10 +35,7 @@ from rekindle.errors import InvalidRequest, Overloaded, RekindleError, Stopping
 
 MAX_WAITING = 64  # messages of one connection
 LOCAL_RESPONSES = 64  # of one connection that are not stored
-SEND_SECONDS = 30.0  # for one event to go out
-WATCH_SECONDS = 0.25
-GOING_AWAY, TOO_SLOW = 1001, 1008
-_log = logging.getLogger(__name__)
+OUTBOX = 4096  # events that wait for a client; one more and it is hung up on
 
 
 class CreateMessage(ResponseRequest):
@@ -90,64 +87,40 @@ def responses_socket_router(runner: Runner, kept: KeptResponses) -> APIRouter:
     @router.websocket("/v1/responses")
     async def responses(socket: WebSocket) -> None:
         await socket.accept()
-        await _Connection(socket, runner, kept).run()
+        await _Responses(socket, runner, kept).run()
 
     return router
 
 
-class _Connection:
-    """One socket: a reader, and a worker for each stream that has something to do."""
+class _Responses:
+    """One connection's responses: a worker for each stream that has something to do."""
 
     def __init__(self, socket: WebSocket, runner: Runner, kept: KeptResponses) -> None:
         self._socket, self._runner, self._kept = socket, runner, kept
         self._local = KeptResponses(LOCAL_RESPONSES, float("inf"))
+        self._connection = Connection(socket, runner.load, outbox=OUTBOX, is_busy=self._is_busy)
         self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by stream; of those that are worked on
         self._running: dict[str | None, tuple[ResponseWriter, Answers]] = {}  # by stream
         self._workers: set[asyncio.Task[None]] = set()
-        self._sending = asyncio.Lock()
-        self._over = asyncio.Event()
-        self._why = (GOING_AWAY, "")
+
+    def _is_busy(self) -> bool:
+        return bool(self._waiting or self._connection.num_unsent)
 
     async def run(self) -> None:
         """Until either side hangs up."""
-        tasks = [asyncio.ensure_future(work) for work in (self._read(), self._watch())]
         try:
-            await self._over.wait()
+            await self._connection.run(self._obey, begin=lambda: asyncio.sleep(0))
         finally:
-            for task in (*tasks, *self._workers):
-                task.cancel()
-            await asyncio.gather(*tasks, *self._workers, return_exceptions=True)
-            await self._hang_up()
+            for worker in self._workers:
+                worker.cancel()
+            await asyncio.gather(*self._workers, return_exceptions=True)
+            await self._connection.hang_up()
 
-    def _end(self, code: int, reason: str) -> None:
-        if not self._over.is_set():
-            self._why = (code, reason)
-            self._over.set()
-
-    async def _hang_up(self) -> None:
-        if self._socket.application_state is WebSocketState.CONNECTED and self._why[1]:
-            try:
-                async with asyncio.timeout(1):
-                    await self._socket.close(*self._why)
-            except (RuntimeError, TimeoutError, WebSocketDisconnect):
-                _log.debug("the other side of a socket is gone")
-
-    async def _watch(self) -> None:
-        """When the server is being stopped, what is under way is answered first."""
-        while not (self._runner.load.draining and not self._workers):
-            await asyncio.sleep(WATCH_SECONDS)
-        self._end(GOING_AWAY, "the server is being stopped; come back later")
-
-    async def _read(self) -> None:
-        while True:
-            message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                self._end(GOING_AWAY, "")
-                return
-            try:
-                self._take(decode(message.get("text")))
-            except RekindleError as error:
-                await self._send([_refused(error)], _stream_of(message.get("text")))
+    async def _obey(self, text: str | None) -> None:
+        try:
+            self._take(decode(text))
+        except RekindleError as error:
+            self._post([_refused(error)], _stream_of(text))
 
     def _take(self, message: CreateMessage | CancelMessage) -> None:
         """Raises Overloaded, Stopping or InvalidRequest."""
@@ -194,24 +167,16 @@ class _Connection:
             with await self._runner.submit(request, [turn.generation]) as answers:
                 self._running[message.stream_id] = (turn.writer, answers)
                 async for events in events_of(turn, answers, keep, at_once=True):
-                    await self._send(events, message.stream_id)
+                    self._post(events, message.stream_id)
         except RekindleError as error:
-            await self._send([_refused(error)], message.stream_id)
+            self._post([_refused(error)], message.stream_id)
         finally:
             self._running.pop(message.stream_id, None)
             exchange_of(request).over()
 
-    async def _send(self, events: list[WireEvent], stream: str | None) -> None:
-        try:
-            async with self._sending, asyncio.timeout(SEND_SECONDS):
-                for event in events:
-                    told = event if stream is None else event | {"stream_id": stream}
-                    text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-                    await self._socket.send_text(text.encode("utf-8", "replace").decode())
-        except TimeoutError:
-            self._end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds")
-        except (RuntimeError, WebSocketDisconnect):
-            self._end(GOING_AWAY, "")
+    def _post(self, events: list[WireEvent], stream: str | None) -> None:
+        for event in events:
+            self._connection.post(event if stream is None else event | {"stream_id": stream})
 
 
 def _refused(error: RekindleError) -> WireEvent:
