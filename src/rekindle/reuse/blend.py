@@ -16,9 +16,7 @@ range costs no model call of its own where it continues what is computed anyway,
 requests'. The exact beginning comes first, a chunk that is missing is computed like any other text, and the last token
 is always computed for its logits.
 
-Some engines compute a batch of 64 tokens faster than one of 40, because only the larger goes through a kernel made for
-many. Where that is known, what is computed between placed parts grows into what follows until there are as many, and
-what is computed last into what stands before.
+Some engines compute some numbers of tokens faster than others; `blend_rows` fits a plan to that.
 
 What stands behind the first placed chunk is not what a prefill gives: `Plan.exact` says how far a sequence may be kept,
 stored and shared as exact KV.
@@ -34,6 +32,7 @@ import numpy as np
 
 from rekindle.engine.protocol import Range
 from rekindle.errors import InvalidRequest
+from rekindle.reuse.blend_rows import fit_rows
 from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
 from rekindle.reuse.prompt import Chunk, Prompt
@@ -74,7 +73,7 @@ def make_blend_plan(
 ) -> Plan:
     """The exact plan with chunks placed in what it computes. `known` has an entry for each of the prompt's chunks.
 
-    Computing `slow_from` tokens or more takes longer than computing SHORT_REST, unless there are as many.
+    `slow_from`: see `fit_rows`.
     """
     assert len(known) == len(prompt.chunks)
     begin, last = exact.reused, exact.total - 1
@@ -86,8 +85,7 @@ def make_blend_plan(
     placeable = {index: span for index, span in placeable.items() if span[0] < span[1]}
     choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio)
     placed = {index: list(_rest(span, choices)) for index, span in placeable.items()}
-    grown = _grow((begin, exact.total), placed, slow_from)
-    choices = sorted([*choices, *grown], key=lambda choice: choice.start)
+    placed, choices = fit_rows((begin, exact.total), placed, choices, slow_from)
     steps = [
         *exact.steps[: len(exact.steps) - bool(exact.computed)],
         *_walk(begin, exact, prompt, known, placed, choices),
@@ -115,29 +113,6 @@ def _rest(span: Range, choices: Sequence[Choice]) -> Iterator[Range]:
         is_between = start > span[0] and stop < span[1]
         if stop - start >= (SHORTEST if is_between else 1):
             yield start, stop
-
-
-def _grow(span: Range, placed: dict[int, list[Range]], slow_from: int) -> Iterator[Choice]:
-    """Take from what is placed what is computed instead for no longer time, and say so."""
-    position, total = span
-    reason = "with them computing takes no longer"
-    for ranges in (placed[index] for index in sorted(placed)):
-        for start, stop in list(ranges):
-            if slow_from <= start - position < SHORT_REST:
-                end = min(stop, position + SHORT_REST)
-                place = ranges.index((start, stop))
-                ranges[place : place + 1] = [(end, stop)] if end < stop else []
-                yield Choice(start, end, reason)
-                if end == stop:
-                    continue
-            position = stop
-    last = next((placed[index] for index in sorted(placed, reverse=True) if placed[index]), None)
-    if last is not None and slow_from <= total - position < SHORT_REST and last[-1][1] == position:
-        start, stop = last.pop()
-        end = max(start, total - SHORT_REST)
-        if start < end:
-            last.append((start, end))
-        yield Choice(end, stop, reason)
 
 
 def _walk(

@@ -27,6 +27,7 @@ from rekindle.engine.protocol import Range
 
 Select = Literal["none", "first", "remembered", "deviation", "query", "auto"]
 Floats = npt.NDArray[np.float32]
+FIRST = "they lack what stands before their chunk most"
 RANGE_TOKENS = 4  # what a range more costs, in tokens
 _STEPS = 24  # of the search for a price
 
@@ -67,9 +68,8 @@ def choose(spans: Sequence[Span], select: Select, ratio: float) -> list[Choice]:
 
 
 def _first(spans: Sequence[Span], ratio: float) -> list[Choice]:
-    reason = "they lack what stands before their chunk most"
     counts = [min(len(span), round(ratio * len(span))) for span in spans]
-    return [Choice(span.start, span.start + count, reason) for span, count in zip(spans, counts, strict=True) if count]
+    return [Choice(span.start, span.start + count, FIRST) for span, count in zip(spans, counts, strict=True) if count]
 
 
 def _remembered(spans: Sequence[Span], ratio: float) -> list[Choice]:
