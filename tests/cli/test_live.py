@@ -164,6 +164,28 @@ def test_ctrl_c_interrupts_an_answer_and_then_ends(url: str, at: list[str], envi
         assert process.wait(60) == 130
 
 
+def test_on_a_terminal_a_restart_of_the_server_is_told_and_survived(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    settings = Settings(threads=1, context=2048, store=str(tmp_path))
+    with ExitStack() as stack:
+        with Service.open(settings) as service, running(service) as url:
+            port = urlsplit(url).port or 0
+            terminal = stack.enter_context(on_a_terminal(environment, "live", "--url", url, "--max-tokens", "4"))[1]
+            terminal.wait_for(b"> ")
+            ask(terminal, b"Hello.")
+            terminal.press(b"half a wo")
+            terminal.wait_for(b"half a wo")
+        terminal.wait_for(b"cannot talk to ws://127.0.0.1")
+        terminal.wait_for(b"the next attempt is in 1 s")
+        terminal.wait_for(b"> half a wo")
+        with Service.open(settings) as service, running(service, port=port):
+            terminal.press(b"rd\n")
+            terminal.wait_for(b"first token after")
+            (status,) = httpx.get(f"{url}/status").json()["sessions"]
+            assert status["turns"] == 2
+
+
 def test_pauses_double_up_to_ten_seconds_and_then_it_gives_up() -> None:
     pauses: list[float] = []
     line = Line(Address("ws://127.0.0.1:9", "x"), "/ws", 6, pause=pauses.append)

@@ -68,6 +68,7 @@ class Line:
         self._last_event: int | None = None
         self._unsure: Message | None = None  # sent, but nothing has come since that says it arrived
         self.welcome: Message = {}  # what the server said when it last let us in
+        self.tell: Callable[[str], None] = complain  # of what the connection goes through
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +116,7 @@ class Line:
     def _lost(self, closed: ConnectionClosed) -> None:
         reason = closed.rcvd.reason if closed.rcvd is not None else ""
         if reason:
-            complain(f"{self._address.url} hung up: {reason}")
+            self.tell(f"{self._address.url} hung up: {reason}")
         self.close()
 
     def _say_again(self, socket: ClientConnection) -> None:
@@ -169,7 +170,7 @@ class Line:
         if attempt >= self._max_retries:
             raise ServerError(f"cannot talk to {self._address.url}: {reason}")
         seconds = min(2.0**attempt, LONGEST_PAUSE)
-        complain(f"cannot talk to {self._address.url} ({reason}); the next attempt is in {seconds:g} s")
+        self.tell(f"cannot talk to {self._address.url} ({reason}); the next attempt is in {seconds:g} s")
         self._pause(seconds)
 
 

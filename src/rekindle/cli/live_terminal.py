@@ -23,6 +23,7 @@ from rich.cells import cell_len
 
 from rekindle.cli.live_line import Line, Message
 from rekindle.cli.live_talk import Wish, cost_of, show
+from rekindle.cli.refusals import complain
 
 KEY_SECONDS = 0.02
 PROMPT = "> "
@@ -55,6 +56,7 @@ class Terminal:
 
     def __init__(self, line: Line, wish: Wish) -> None:
         self._line, self._wish = line, wish
+        line.tell = self._tell
         self._draft = ""
         self._sent = ""  # of the draft, to the session
         self._at_prompt = False  # the last line on the screen is the prompt and the draft
@@ -137,6 +139,20 @@ class Terminal:
         if self._at_prompt:
             typer.echo(text, nl=False)
 
+    def _tell(self, what: str) -> None:
+        """Of the connection."""
+        was_at_prompt = self._at_prompt
+        self._wipe()
+        complain(what)
+        if was_at_prompt:
+            self._prompt()
+
+    def _wipe(self) -> None:
+        """Take the prompt off the screen: somebody else speaks."""
+        if self._at_prompt:
+            typer.echo("\r" + " " * cell_len(PROMPT + self._draft) + "\r", nl=False)
+            self._at_prompt = False
+
     def _prompt(self) -> None:
         typer.echo(PROMPT + self._draft, nl=False)
         self._at_prompt = True
@@ -150,9 +166,9 @@ class Terminal:
             if self._echoed is not None and news["data"].endswith(self._echoed):
                 self._echoed = None
                 return
-        if self._at_prompt:  # somebody else speaks
-            typer.echo("\r" + " " * cell_len(PROMPT + self._draft) + "\r", nl=False)
-            self._at_prompt = False
+        if kind == "spent":  # of an answer that is off the screen
+            return
+        self._wipe()
         if kind == "token" and self._seconds is None and self._asked_at is not None:
             self._seconds = time.perf_counter() - self._asked_at
         if kind == "end":
