@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from tests.api.realtime_client import Realtime, text_of
 from tests.api.test_sockets import Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from rekindle.api import connection
 from rekindle.api import realtime as module
 from rekindle.api.server import running
 from rekindle.serve.service import Service
@@ -446,6 +448,29 @@ def test_who_does_not_read_is_hung_up_on(clients: Any, monkeypatch: pytest.Monke
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
     assert "last_event" in closed.value.rcvd.reason
     assert speaker.ask("Still here?")["output"]
+
+
+def test_who_stops_reading_is_hung_up_on_when_the_pipes_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SEND_SECONDS", 0.3)
+    with Service.open(Settings(engine="toy", store="none", context=8192)) as service, running(service) as url:
+        lazy, other = Realtime(url, "session=lazy", compression=None), Realtime(url)
+        lazy.item("word " * 1700, item={"id": "long"})
+        for _ in range(2000):  # each is answered with 8 kB, and no answer is read
+            lazy.send("conversation.item.retrieve", item_id="long")
+        while _num_listeners(url, "lazy"):
+            assert other.ask("Still here?")["output"]
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                lazy.next()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+        assert "nothing was read" in closed.value.rcvd.reason and "last_event" in closed.value.rcvd.reason
+        lazy.close()
+        other.close()
+
+
+def _num_listeners(url: str, session: str) -> int:
+    listed = httpx.get(f"{url}/status").json()["sessions"]
+    return next(each["listeners"] for each in listed if each["session"] == session)
 
 
 def test_who_says_nothing_is_hung_up_on(clients: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from rekindle.errors import InvalidRequest, Stopping
 
 MAX_MESSAGE_CHARACTERS = 1 << 18
 SEND_SECONDS = 30.0  # for one message to go out
+GOODBYE_SECONDS = 30.0  # for whoever does not read to hear why it is over, once it reads again
 WATCH_SECONDS = 0.25
 TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
 _log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Connection:
         code, reason = self._why
         if self._socket.application_state is WebSocketState.CONNECTED and reason:
             try:
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(GOODBYE_SECONDS):
                     await self._socket.close(code, reason)
             except (RuntimeError, TimeoutError, WebSocketDisconnect):
                 _log.debug("the other side of a socket is gone")
