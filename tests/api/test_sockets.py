@@ -174,16 +174,17 @@ def test_what_can_not_be_opened_is_refused_before_the_handshake(url: str, query:
     assert json.loads(refused.value.response.body)["error"]["message"]
 
 
-def test_nonsense_in_any_number_disturbs_nobody(clients: Any) -> None:
+@pytest.mark.parametrize("num_messages", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_nonsense_in_any_number_disturbs_nobody(clients: Any, num_messages: int) -> None:
     seed = 7
     pick = random.Random(seed)
     values: list[Any] = ["", "x", 0, -1, 10**30, None, True, [], {}, 1.5, "\x00", "😀" * 50]
     kinds = ["message", "partial", "interrupt", "context", "swap", "rewind", "reset", "x", None, 3]
     names = ["data", "context", "turn", "tokens", "characters", "append", "instructions", "max_tokens"]
-    quiet = clients("/ws?session=quiet")
+    quiet = clients(f"/ws?session=quiet{num_messages}")
     before = quiet.ask()[-1]
     wild = clients("/ws/input?session=wild")
-    for number in range(100):
+    for number in range(num_messages // 100):
         for _ in range(100):
             message = {"type": pick.choice(kinds)} | {name: pick.choice(values) for name in pick.sample(names, 3)}
             text = json.dumps(message)
