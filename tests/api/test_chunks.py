@@ -71,7 +71,7 @@ def test_warmed_passages_are_placed_where_they_stand(real: httpx.Client) -> None
     assert [each["placed"] > 0 for each in plan["chunks"]] == [True] * 3
     for each, size in zip(plan["chunks"], (part["tokens"] - 1 for part in warmed["chunks"][::-1]), strict=True):
         assert each["stop"] - each["start"] == size == each["placed"] + each["recomputed"] + each["exact"]
-        assert each["recomputed"] == pytest.approx(0.15 * size, abs=1)
+        assert each["recomputed"] >= 0.15 * size - 1  # more where that takes no longer
         assert each["moved"] == each["start"] - 1 and each["why"]
     placed = sum(each["placed"] for each in plan["chunks"])
     assert usage["prompt_tokens_details"]["blended_tokens"] == placed
@@ -116,7 +116,8 @@ def test_documents_are_chunks(real: httpx.Client) -> None:
     assert len(warmed["chunks"]) == 3
     body = {"messages": [{"role": "user", "content": QUESTION}], "documents": documents[::-1], "max_tokens": 4}
     plan = good(real.post(CHAT, json=body | blended(select="none")))["rekindle"]["plan"]
-    assert [each["placed"] for each in plan["chunks"]] == [part["tokens"] - 1 for part in warmed["chunks"][::-1]]
+    sizes = [each["placed"] + each["recomputed"] for each in plan["chunks"]]
+    assert sizes == [part["tokens"] - 1 for part in warmed["chunks"][::-1]] and plan["chunks"][2]["placed"] > 0
     assert plan["chunks"][0]["start"] < plan["chunks"][1]["start"] < plan["chunks"][2]["stop"] < plan["total"]
 
 
@@ -126,7 +127,8 @@ def test_separated_chunks_of_plain_prompts(real: httpx.Client, path: str) -> Non
     prompt = " # # ".join(["Read this.", *PASSAGES[::-1], QUESTION])
     answer = good(real.post(path, json={"prompt": prompt, "max_tokens": 4} | blended(select="none")))
     plan = answer["rekindle"]["plan"]
-    assert [each["placed"] for each in plan["chunks"]] == [part["tokens"] - 1 for part in warmed["chunks"][::-1]]
+    sizes = [each["placed"] + each["recomputed"] for each in plan["chunks"]]
+    assert sizes == [part["tokens"] - 1 for part in warmed["chunks"][::-1]] and plan["chunks"][2]["placed"] > 0
 
 
 def test_a_chunk_met_for_the_first_time_is_computed_in_place(real: httpx.Client) -> None:
@@ -169,7 +171,7 @@ def test_a_server_may_blend_whatever_is_marked() -> None:
     with Service.open(settings) as service, running(service) as url, httpx.Client(base_url=url, timeout=60) as http:
         good(http.post("/cache/warm", json={"chunks": PASSAGES}))
         plan = good(http.post(CHAT, json=chat(*PASSAGES, rekindle=REPORT)))["rekindle"]["plan"]
-        assert all(each["placed"] > 0 and each["recomputed"] > 0.4 * each["placed"] for each in plan["chunks"])
+        assert all(each["placed"] > 0 and each["recomputed"] > 0.8 * each["placed"] for each in plan["chunks"])
         pinned = good(http.post(CHAT, json=chat(*PASSAGES, rekindle=REPORT | {"pin": 60})))["rekindle"]
         assert pinned["pin"]["tokens"] > 0 and not any(each["placed"] for each in pinned["plan"].get("chunks", []))
 

@@ -19,7 +19,11 @@ ANY = st.recursive(
     max_leaves=8,
 )
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "developer"])
-MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES | ANY, "content": TEXTS | ANY}), max_size=4)
+PARTS = st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}, optional={"cache": st.just("chunk") | ANY})
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": ROLES | ANY, "content": TEXTS | st.lists(PARTS, max_size=3) | ANY}), max_size=4
+)
+DOCUMENTS = st.lists(st.fixed_dictionaries({"text": TEXTS | ANY}, optional={"title": TEXTS | ANY}), max_size=3) | ANY
 IDS = st.lists(st.integers(-1, 5000), max_size=8)
 PROMPTS = TEXTS | IDS | st.lists(IDS, max_size=3) | st.lists(TEXTS, max_size=3) | ANY
 FORMATS = st.fixed_dictionaries(
@@ -38,11 +42,15 @@ SAMPLING = {
     "stop": TEXTS | st.lists(TEXTS, max_size=3) | ANY,
     "ignore_eos": st.booleans() | ANY,
 }
+BLENDS = ANY | st.fixed_dictionaries(
+    {}, optional={"select": st.sampled_from(["first", "none", "query"]) | ANY, "ratio": st.floats(0, 1) | ANY}
+)
 OPENAI = SAMPLING | {
     "n": st.integers(1, 3) | ANY,
     "stream": st.booleans() | ANY,
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}) | ANY,
-    "rekindle": st.fixed_dictionaries({"plan": st.booleans(), "timings": st.booleans()}) | ANY,
+    "rekindle": st.fixed_dictionaries({"plan": st.booleans(), "timings": st.booleans()}, optional={"blend": BLENDS})
+    | ANY,
     "cache_salt": TEXTS | ANY,
     "model": st.sampled_from(["ember", "builtin"]) | ANY,
     "response_format": FORMATS | ANY,
@@ -53,7 +61,8 @@ LENGTHS = (
 )  # never long, for the test's sake
 CHATS = st.fixed_dictionaries(
     {"messages": MESSAGES, "max_tokens": LENGTHS},
-    optional=OPENAI | {"logprobs": st.booleans() | ANY, "top_logprobs": st.integers(0, 20) | ANY},
+    optional=OPENAI
+    | {"logprobs": st.booleans() | ANY, "top_logprobs": st.integers(0, 20) | ANY, "documents": DOCUMENTS},
 )
 COMPLETIONS = st.fixed_dictionaries(
     {"prompt": PROMPTS, "max_tokens": LENGTHS},

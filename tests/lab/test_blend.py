@@ -162,14 +162,20 @@ def test_the_report_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("engine", ["llama", "torch"])
-def test_speed_counts_the_work_of_each_way(tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = speed_settings("builtin", engine, 1, 3, 128, tmp_path)
-    with Service.open(settings) as service:
+def test_speed_counts_the_work_of_each_way(engine: str) -> None:
+    with Service.open(speed_settings("builtin", engine, 1, 3, 128, None)) as service:
         report = measure_speed(service, num_chunks=3, chunk_tokens=128, rounds=2)
-    full, none, first, from_disk = report.arms
+    full, none, first = report.arms
     assert full.budget == full.ttft_of_full == 1 and full.prompt_tokens > 3 * 110
-    assert none.budget < first.budget < 0.35
-    assert first.budget - 0.1 < from_disk.budget <= 1  # of this small model some may be computed sooner than fetched
+    assert 0 < none.budget < 0.7 and 0.14 < first.budget < 0.7  # more than asked for, where that takes no longer
+    assert report.note == "no folder"
+
+
+def test_speed_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How much of it is fetched, and not computed sooner, depends on the machine."""
+    with Service.open(speed_settings("builtin", "llama", 1, 3, 128, tmp_path)) as service:
+        report = measure_speed(service, num_chunks=3, chunk_tokens=128, rounds=2)
+    assert all(0 < arm.budget <= 1 and arm.ttft_seconds > 0 for arm in report.arms)
     print_speed(report, Console(width=200))
     told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [arm["name"] for arm in told["arms"]] == ["full", "none", "first", "first, from disk"]

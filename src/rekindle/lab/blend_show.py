@@ -73,7 +73,7 @@ def print_speed(report: SpeedReport, console: Console) -> None:
 def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("ratio", "seconds", "of full", "computed", "budget: the floor", "model calls"):
+    for heading in ("ratio", "seconds", "of full", "CPU of full", "computed", "budget: the floor", "calls"):
         table.add_column(heading, justify="right")
     for arm in arms:
         table.add_row(
@@ -81,6 +81,7 @@ def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
             f"{arm.ratio:.0%}",
             f"{arm.ttft_seconds:.2f}",
             f"{arm.ttft_of_full:.3f}",
+            "" if arm.cpu_of_full is None else f"{arm.cpu_of_full:.3f}",
             f"{arm.computed:,} of {arm.prompt_tokens:,}",
             f"{arm.budget:.3f}",
             "" if arm.calls is None else f"{arm.calls:g}",

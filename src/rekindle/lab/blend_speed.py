@@ -7,7 +7,8 @@ in memory and the folder's files out of the page cache, as far as the system let
 rounds of an arm's time / full prefill's of that round. The floor is the work itself: of what is computed all must be, and
 each of its tokens attends to all before it.
 
-The clock runs from the text to the first token: tokenising, look-up and restoring count.
+The clock runs from the text to the first token: tokenising, look-up and restoring count. Processor time, which other work
+on the machine does not lengthen, is given beside it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class SpeedArm:
     ratio: float
     ttft_seconds: float  # median
     ttft_of_full: float  # median over rounds
+    cpu_of_full: float | None  # the same of processor time, all threads together; None where it can't be told
     prompt_tokens: int
     computed: int  # of these, median
     calls: float | None = None  # of the model, median; None: not known
@@ -106,6 +108,7 @@ class Asked:
     seconds: float
     prompt_tokens: int
     computed: int
+    cpu_seconds: float | None
     calls: float | None = None
 
 
@@ -118,6 +121,7 @@ def arms_of(asked: dict[tuple[str, float], list[Asked]], full: tuple[str, float]
             ratio=ratio,
             ttft_seconds=median(each.seconds for each in rounds),
             ttft_of_full=median(one.seconds / other.seconds for one, other in zip(rounds, whole, strict=True)),
+            cpu_of_full=_cpu_share(rounds, whole),
             prompt_tokens=round(median(each.prompt_tokens for each in rounds)),
             computed=round(median(each.computed for each in rounds)),
             calls=None if rounds[0].calls is None else median(each.calls or 0 for each in rounds),
@@ -126,11 +130,19 @@ def arms_of(asked: dict[tuple[str, float], list[Asked]], full: tuple[str, float]
     )
 
 
-def speed_settings(model: str, engine: str, threads: int, num_chunks: int, chunk_tokens: int, folder: Path) -> Settings:
+def _cpu_share(rounds: Sequence[Asked], whole: Sequence[Asked]) -> float | None:
+    pairs = [(one.cpu_seconds, other.cpu_seconds) for one, other in zip(rounds, whole, strict=True)]
+    shares = [one / other for one, other in pairs if one is not None and other]
+    return median(shares) if shares else None
+
+
+def speed_settings(
+    model: str, engine: str, threads: int, num_chunks: int, chunk_tokens: int, folder: Path | None
+) -> Settings:
     """With cells for the prompt and for the chunks while they are turned."""
     context = 2 * num_chunks * (chunk_tokens + chunk_tokens // 8) + 1024
     chosen: dict[str, Any] = {"model": model, "engine": engine, "threads": threads, "context": context}
-    return Settings.load(**chosen, store=str(folder), chunk_separator=SEPARATOR, prefill_budget=512)
+    return Settings.load(**chosen, store=str(folder or "none"), chunk_separator=SEPARATOR, prefill_budget=512)
 
 
 def measure_speed(
@@ -145,11 +157,11 @@ def measure_speed(
 ) -> SpeedReport:
     """All arms on an open service whose settings are `speed_settings`. Raises PromptTooLong if the model is too small."""
     texts = Texts.draw(service.model.tokenizer, num_chunks, chunk_tokens, seed)
-    warm(service, texts, tell)
     asked: dict[tuple[str, float], list[Asked]] = {}
     gone: list[float] = []
     for number, order in enumerate(texts.orders(rounds, seed)):
         prompt = texts.prompt(order)
+        warm(service, texts, tell)  # what the disk arm has found too slow to fetch is in memory again
         for arm, blend in _arms(ratio, has_disk=service.folder is not None):
             tell(f"round {number + 1} of {rounds}: {arm}")
             if "disk" in arm:
@@ -187,7 +199,7 @@ def warm(service: Service, texts: Texts, tell: Tell) -> None:
 
 def ask(service: Service, text: str, blend: Blend | None) -> Asked:
     """The first token of an answer; without blending nothing is reused."""
-    calls = service.num_calls
+    calls, processor = service.num_calls, time.process_time()
     began = time.perf_counter()  # clock on: the text is there
     prompt = service.text_prompt(text)
     generation = Generation(prompt=prompt, max_tokens=1, blend=blend, use_prefix_cache=blend is not None)
@@ -195,7 +207,8 @@ def ask(service: Service, text: str, blend: Blend | None) -> Asked:
         if isinstance(event, Done):
             seconds = time.perf_counter() - began  # clock off: the first token is there
             usage = event.usage
-    return Asked(seconds, usage.prompt_tokens, usage.computed_tokens, service.num_calls - calls)
+    processor = time.process_time() - processor
+    return Asked(seconds, usage.prompt_tokens, usage.computed_tokens, processor, service.num_calls - calls)
 
 
 def _forget(service: Service) -> float:
