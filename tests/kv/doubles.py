@@ -35,6 +35,9 @@ class DictTier:
             self.num_read += 1
             yield self.blocks.get(place.key)
 
+    def probe(self, *, writing: bool) -> None:
+        self._check()
+
     def contains(self, places: Sequence[Place]) -> list[bool]:
         self._check()
         return [place.key in self.blocks for place in places]

@@ -171,6 +171,9 @@ def test_a_file_where_the_folder_should_be(bench: Bench) -> None:
     bench.fails(lambda: bench.tier.contains(PLACES), "Not a directory")
     bench.fails(lambda: list(bench.tier.get(PLACES)), "Not a directory")
     bench.fails(bench.tier.scan, "Not a directory")
+    bench.fails(lambda: bench.tier.probe(writing=False), "Not a directory")
+    bench.fails(lambda: bench.tier.probe(writing=True), "Not a directory")
+    bench.clock.now += 31
     bench.folder.unlink()
     bench.recovers()
 
@@ -216,6 +219,9 @@ def test_a_read_only_folder_is_read_and_not_written(common_folder: Path) -> None
         bench.clock.now += 60
         expected = [facts(CHAIN[0]), facts(CHAIN[1]), None, facts(CHAIN[3])]
         assert all_facts(bench.tier.get(PLACES)) == expected
+        bench.tier.probe(writing=False)
+        bench.fails(lambda: bench.tier.probe(writing=True), "can't be written: Permission denied")
+        bench.clock.now += 31
         bench.fails(lambda: bench.tier.put(make_chain(2, 2)), "can't be written: Permission denied")
         assert all_facts(bench.tier.get(PLACES)) == expected, "reading goes on"
         assert bench.tier.stats().corrupt == 2, "it can't be set aside, and is a miss every time"

@@ -182,6 +182,7 @@ def test_a_full_server_is_read_and_not_written(tmp_path: Path, benches: Benches)
         assert bench.tier.stats().faults == before, "it was not even tried"
         assert all_facts(bench.tier.get(PLACES)) == all_facts(CHAIN), "reading goes on"
         assert "used memory" in bench.tier.stats().state
+        bench.tier.probe(writing=False)
         places = [place_of(block) for block in much]
         there = bench.tier.contains(places)
         assert any(there) and sorted(there, reverse=True) == there
@@ -247,8 +248,9 @@ def test_a_wrong_password_and_none(tmp_path: Path, password: str | None, benches
     try:
         bench = benches(server.url, password=password)
         words = "Authentication required" if password is None else "invalid username-password pair"
-        for _ in range(3):
-            bench.fails(lambda: list(bench.tier.get(PLACES)), words)
+        for writing in (False, True):
+            bench.fails(lambda writing=writing: bench.tier.probe(writing=writing), words)
+        bench.fails(lambda: list(bench.tier.get(PLACES)), words)
         bench.fails(lambda: bench.tier.put(CHAIN), words)
         assert bench.tier.stats().faults == 3, "a refused login is a fault like any other"
         server.options = ("--requirepass", "right")

@@ -99,6 +99,15 @@ class TestTier:
         ]
         assert read == [facts(block) for pair in zip(one, other, strict=True) for block in pair]
 
+    def test_to_probe_changes_nothing(self, tier: Tier) -> None:
+        chain = make_chain(1, 2)
+        tier.put(chain)
+        before = tier.stats()
+        for writing in (False, True):
+            tier.probe(writing=writing)
+        assert tier.stats() == before
+        assert all_facts(tier.get([place_of(block) for block in chain])) == all_facts(chain)
+
     def test_nothing_is_nothing(self, tier: Tier) -> None:
         tier.put([])
         tier.touch([])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.kv.redis_server import RedisServer, Wire, needs_redis
+from tests.kv.redis_server import RedisServer, Wire, free_port, needs_redis
 
 import rekindle
 from rekindle.serve.local import LLM
@@ -44,6 +44,29 @@ def last(llm: LLM) -> Done:
 
 def state(llm: LLM, tier: str) -> str:
     return {each.name: each.state for each in llm.service._store.stats().tiers}[tier]
+
+
+def test_a_wrong_folder_and_a_server_that_is_not_there_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before any request; and those are answered."""
+    folder = tmp_path / "file"
+    folder.write_text("not a folder")
+    with load(store=str(folder), store_url=f"redis://127.0.0.1:{free_port()}") as llm:
+        llm.service._probed.result(60)
+        assert "Not a directory" in state(llm, "disk") and "can't be reached" in state(llm, "network")
+        told = [record.getMessage() for record in caplog.records]
+        for tier in ("disk", "network"):
+            for use in ("read from", "written to"):
+                assert any(line.startswith(f"the {tier} tier cannot be {use}") for line in told)
+        assert llm.generate(PROMPTS[0], max_tokens=2)
+
+
+def test_a_folder_that_can_be_used_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with load(store=str(tmp_path / "new" / "store")) as llm:
+        llm.service._probed.result(60)
+        assert state(llm, "disk") == "ok"
+    assert not [record for record in caplog.records if "tier" in record.getMessage()]
 
 
 @pytest.fixture

@@ -138,6 +138,14 @@ class Behind:
             _log.warning("stopped with %d blocks not written to slower tiers", given_up)
         return done
 
+    def probe(self) -> None:
+        """Find out which tiers can't be written now, and say so in the log."""
+        for tier in self._tiers:
+            try:
+                tier.probe(writing=True)
+            except TierUnavailable as error:
+                self._outages.failed(tier.name, error)
+
     def _touch(self, places: Sequence[Place]) -> None:
         for tier in self._tiers:
             with suppress(TierUnavailable):

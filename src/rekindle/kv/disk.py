@@ -306,6 +306,13 @@ class DiskTier:
                         self._folder.delete(file.path)
             self._walk()
 
+    def probe(self, *, writing: bool) -> None:
+        """Reading counts what is there, see `scan`; writing makes the folder if it is missing."""
+        if not writing:
+            return self.scan()
+        with self._writing, self._writes.attempt(), self._faults("written"):
+            return self._folder.try_writing()
+
     # Counting.
 
     def scan(self) -> None:

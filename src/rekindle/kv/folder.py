@@ -105,6 +105,14 @@ class Folder:
             temporary.unlink(missing_ok=True)
             raise
 
+    def try_writing(self) -> None:
+        """Make the folder if need be, and a file in it that goes at once."""
+        path = self._root / "00" / "00" / f".{os.urandom(8).hex()}{_WRITING}"
+        try:
+            os.close(self._create(path))
+        finally:
+            self.delete(path)
+
     def delete(self, path: Path) -> None:
         """A file, if it is there, and the folders that it leaves empty, which would make every walk longer."""
         path.unlink(missing_ok=True)

@@ -315,6 +315,15 @@ class Store:
         with self._lock:
             return len(self._memory.longest(root, written)[0])
 
+    def probe(self) -> None:
+        """Ask every slower tier once; what is wrong with one is told in the log, and by its state. May wait for it."""
+        for tier in self.tiers:
+            try:
+                tier.probe(writing=False)
+            except TierUnavailable as error:
+                self._outages.failed(tier.name, error)
+        self.behind.probe()
+
     def _refusal(self, tier: Tier, places: Sequence[Place], reason: str) -> str | None:
         try:
             return reason if places and tier.contains(places[:1])[0] else None

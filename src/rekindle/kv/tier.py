@@ -50,6 +50,9 @@ class Tier(Protocol):
     def get(self, places: Sequence[Place]) -> Iterator[Block | None]:
         """The blocks, in this order, each as soon as it has come; None for one that is missing. Counts as a use."""
 
+    def probe(self, *, writing: bool) -> None:
+        """Find out now, rather than with the first request, whether it can be read, or written. Raises TierUnavailable."""
+
     def contains(self, places: Sequence[Place]) -> list[bool]:
         """Which are there, without reading them or counting a use."""
 

@@ -146,9 +146,7 @@ class Service:
         self._engine = engine
         self._store = open_store(settings, model, engine)
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
-        for tier in self._store.tiers:
-            if isinstance(tier, DiskTier):  # others may have written to the folder; to count a whole network costs more
-                self._fetchers.submit(tier.scan)
+        self._probed = self._fetchers.submit(self._store.probe)  # so that a wrong folder or password is told now
         self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
         self._writer.start()
         self.metrics = Metrics()
