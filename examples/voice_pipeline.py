@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Protocol
+from urllib.request import Request, urlopen
 
 import typer
 from rich.console import Console
@@ -44,6 +45,7 @@ from rekindle.settings import Settings
 WORD_SECONDS = 0.35  # of a person who speaks: about 170 words a minute
 PAUSE_SECONDS = 0.4  # of silence, after which a turn is over
 CHARACTERS_PER_SECOND = 15.0  # of the voice
+POLL_SECONDS = 0.01
 WAIT_SECONDS = 60.0  # for an answer that does not come
 MISHEARD = {
     "colour": "collar",
@@ -134,6 +136,7 @@ class Channel(Protocol):
 
     def send(self, message: Message) -> None: ...
     def receive(self, timeout: float) -> Message | None: ...
+    def is_reading(self) -> bool: ...
 
 
 class Here:
@@ -156,12 +159,15 @@ class Here:
         except queue.Empty:
             return None
 
+    def is_reading(self) -> bool:
+        return bool(self._sessions.call(lambda: self._session.status["reading"]).result())
+
 
 class There:
     """A session on a server."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self._socket = socket
+    def __init__(self, socket: ClientConnection, name: str, status: Request) -> None:
+        self._socket, self._name, self._status = socket, name, status
 
     def send(self, message: Message) -> None:
         self._socket.send(json.dumps(message))
@@ -173,21 +179,29 @@ class There:
             return None
         return message
 
+    def is_reading(self) -> bool:
+        with urlopen(self._status) as answer:
+            sessions = json.load(answer)["sessions"]
+        return any(session["reading"] for session in sessions if session["session"] == self._name)
+
 
 @contextmanager
-def channels(url: str | None, api_key: str | None, threads: int) -> Iterator[list[Channel]]:
-    """Two sessions of their own, on a server or here."""
+def channels(url: str | None, api_key: str | None, model: str, threads: int) -> Iterator[list[Channel]]:
+    """Two sessions of their own, on a server or with a model in this process."""
     names = [f"voice-{time.time_ns()}-{number}" for number in range(2)]
     with ExitStack() as stack:
         if url is None:
-            service = stack.enter_context(Service.open(Settings(threads=threads, store="none")))
+            service = stack.enter_context(Service.open(Settings(model=model, threads=threads, store="none")))
             sessions = stack.enter_context(Sessions(service))
             yield [Here(sessions, name) for name in names]
             return
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        address = url.replace("http", "ws", 1).rstrip("/")
-        ways = [connect(f"{address}/ws?session={name}", additional_headers=headers, proxy=None) for name in names]
-        yield [There(stack.enter_context(way)) for way in ways]
+        address, status = (
+            url.replace("http", "ws", 1).rstrip("/"),
+            Request(f"{url.rstrip('/')}/status", headers=headers),
+        )
+        ways = {name: connect(f"{address}/ws?session={name}", additional_headers=headers, proxy=None) for name in names}
+        yield [There(stack.enter_context(way), name, status) for name, way in ways.items()]
 
 
 # The voice.
@@ -257,12 +271,17 @@ class Turn:
 class Conversation:
     """Two sessions: one hears what is being said, and answers aloud; the other one is for comparison."""
 
-    def __init__(self, live: Channel, plain: Channel, clock: Clock, console: Console, *, aloud: bool) -> None:
+    def __init__(
+        self, live: Channel, plain: Channel, clock: Clock, console: Console, *, max_tokens: int, aloud: bool
+    ) -> None:
         self._live, self._plain, self._clock, self._console = live, plain, clock, console
+        self._answered = {"temperature": 0, "max_tokens": max_tokens}
         self._aloud = aloud
         for channel, opening in zip((live, plain), OPENINGS, strict=True):
             head = "\n\n".join([opening, *map(_passage, PASSAGES)])
             channel.send({"type": "context", "context": "main", "instructions": head})
+        while live.is_reading() or plain.is_reading():  # the head is read once, before anybody speaks
+            time.sleep(POLL_SECONDS)
 
     def turn(self, transcripts: Iterable[Heard], objects_after: float | None = None) -> Turn | None:
         """From the first word to the last that is heard of the answer; None if nothing was said."""
@@ -294,7 +313,7 @@ class Conversation:
 
     def _answer(self, words: str, objects_after: float | None) -> tuple[Message, str, bool]:
         """Have the words answered and say the answer; its end, what is kept of it, and whether the user objected."""
-        self._live.send({"type": "message", "data": words, "temperature": 0})
+        self._live.send({"type": "message", "data": words} | self._answered)
         voice, end = Voice(self._clock, aloud=self._aloud), None
         while end is None:
             message = self._next(self._live)
@@ -317,7 +336,7 @@ class Conversation:
         return end, kept, True
 
     def _ask_plainly(self, words: str, cut: int | None) -> Message:
-        self._plain.send({"type": "message", "data": words, "temperature": 0})
+        self._plain.send({"type": "message", "data": words} | self._answered)
         while (message := self._next(self._plain))["type"] != "end":
             pass
         if cut is not None:
@@ -351,7 +370,7 @@ def table_of(turns: Iterable[Turn]) -> Table:
     table.caption = "left: tokens to read when the user has stopped speaking. * without partial transcripts"
     for turn in turns:
         table.add_row(
-            turn.said[:32],
+            turn.said[:26],
             f"{turn.prompt_tokens}",
             f"{turn.computed_tokens}",
             f"{turn.ttft_ms:.1f} ms",
@@ -364,6 +383,10 @@ def table_of(turns: Iterable[Turn]) -> Table:
 def main(
     url: Annotated[str | None, typer.Option(help="of a running server; default: a model in this process")] = None,
     api_key: Annotated[str | None, typer.Option(help="for that server")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="in this process: builtin, or the path of a .gguf file")
+    ] = ("builtin"),
+    max_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 100,
     listen: Annotated[str | None, typer.Option(help="a recogniser that writes Vosk's JSON lines")] = None,
     speak: Annotated[bool, typer.Option("--speak", help="say the answers with espeak-ng")] = False,
     speed: Annotated[float, typer.Option(help="how many times faster than people", min=0.1)] = 1.0,
@@ -374,9 +397,9 @@ def main(
     if speak and shutil.which("espeak-ng") is None:
         raise SystemExit("--speak needs espeak-ng: install it, or leave the option out")
     console, random = Console(), Random(seed)
-    with channels(url, api_key, threads) as (live, plain):
+    with channels(url, api_key, model, threads) as (live, plain):
         clock = Clock(speed)
-        conversation = Conversation(live, plain, clock, console, aloud=speak)
+        conversation = Conversation(live, plain, clock, console, max_tokens=max_tokens, aloud=speak)
         turns: list[Turn] = []
         if listen is None:
             for spoken in SCRIPT:
