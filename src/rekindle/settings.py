@@ -121,6 +121,9 @@ class Settings(BaseModel):
     session_slides: int = Field(
         4, ge=1, description="how often KV of a live session slides before it is placed anew from the store"
     )
+    session_pause_seconds: float = Field(
+        0.2, ge=0, description="a live draft that rests for so long is read as if it were the whole message; inf: never"
+    )
     session_ttl_seconds: float = Field(
         30 * 24 * 3600, gt=0, description="a saved session that was not used for so long is deleted"
     )

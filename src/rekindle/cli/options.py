@@ -27,6 +27,7 @@ SERVER_ONLY = frozenset(  # of no use to a command that opens no socket
         "session_policy",
         "session_retention",
         "session_slides",
+        "session_pause_seconds",
         "session_ttl_seconds",
         "session_files",
         "host",

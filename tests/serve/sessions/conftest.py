@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -13,14 +14,14 @@ from rekindle.settings import Settings
 
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Service]:
-    with Service.open(Settings(engine="toy", store="none")) as service:
+    with Service.open(Settings(engine="toy", store="none", session_pause_seconds=math.inf)) as service:
         yield service
         service.check_integrity()
 
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Service]:
-    with Service.open(Settings(threads=1, store="none")) as service:
+    with Service.open(Settings(threads=1, store="none", session_pause_seconds=math.inf)) as service:
         yield service
         service.check_integrity()
 

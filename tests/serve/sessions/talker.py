@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from rekindle.serve.request import Done, Generation, Sampling
+from rekindle.serve.request import Done, Event, Generation, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, Failure, News, Token
 from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.script import Message
 from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
+from rekindle.tokens import as_tokens, common_length
 
 T = TypeVar("T")
 GREEDY = Sampling(temperature=0)
 WAIT_SECONDS = 60
+TIE = 0.05  # difference of logprobs that rounding may turn around
 
 
 class Talker:
@@ -70,12 +74,33 @@ class Talker:
 
 def read_anew(service: Service, tokens: Sequence[int], max_tokens: int) -> Done:
     """The greedy answer to these tokens, all of them computed."""
+    return _read_anew(service, tokens, max_tokens)[-1]  # type: ignore[return-value]
+
+
+def _read_anew(service: Service, tokens: Sequence[int], max_tokens: int) -> list[Event]:
+    sampling = replace(GREEDY, top_logprobs=4)
     generation = Generation(
-        prompt=service.token_prompt(tokens), max_tokens=max_tokens, sampling=GREEDY, use_prefix_cache=False
+        prompt=service.token_prompt(tokens), max_tokens=max_tokens, sampling=sampling, use_prefix_cache=False
     )
-    *_, done = service.events(generation)
-    assert isinstance(done, Done)
-    return done
+    return list(service.events(generation))
+
+
+def is_as_read_anew(service: Service, tokens: Sequence[int], answer: Done) -> bool:
+    """Whether it is the greedy answer to these tokens; where it goes another way, two tokens must be as probable.
+
+    Batches of other shapes round otherwise, which decides between those.
+    """
+    *pieces, anew = _read_anew(service, tokens, max(1, len(answer.tokens)))
+    assert isinstance(anew, Done)
+    length = common_length(as_tokens(answer.tokens), as_tokens(anew.tokens))
+    if length == len(answer.tokens) == len(anew.tokens):
+        return answer.text == anew.text
+    infos = [token for piece in pieces if isinstance(piece, Piece) for token in piece.tokens]
+    if length in (len(infos), len(answer.tokens)):
+        return False
+    logprobs = {token: logprob for token, _, logprob in infos[length].top}
+    here = logprobs.get(answer.tokens[length], -math.inf)
+    return max(logprobs.values()) - here < TIE
 
 
 def head(text: str) -> list[Message]:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from tests.serve.sessions.talker import Talker, head, read_anew
+from tests.serve.sessions.talker import Talker, head, is_as_read_anew
 
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End
@@ -84,8 +84,7 @@ class Histories(RuleBasedStateMachine):
             talker.until(lambda news: isinstance(news, End))
         else:
             end = talker.ask(None, ANSWER)
-            anew = read_anew(self.service, tokens, ANSWER)
-            assert end.done is not None and (end.done.tokens, end.text) == (anew.tokens, anew.text)
+            assert end.done is not None and is_as_read_anew(self.service, tokens, end.done)
             answer = end.text if how == "whole" else talker.do("interrupt", tokens=2)
         expected.now.append([words, answer])
         expected.draft[expected.active] = ""
@@ -164,7 +163,7 @@ class Histories(RuleBasedStateMachine):
 def service(request: pytest.FixtureRequest) -> Iterator[Service]:
     folder = tempfile.mkdtemp()
     try:
-        with Service.open(Settings(engine=request.param, threads=1, store=folder)) as service:
+        with Service.open(Settings(engine=request.param, threads=1, store=folder, session_pause_seconds=0)) as service:
             yield service
     finally:
         shutil.rmtree(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
 
@@ -45,6 +47,56 @@ def test_after_increments_the_first_token_needs_no_model_call(real: Service, rea
         0,
         0,
     )
+
+
+@pytest.fixture
+def eager() -> Iterator[Service]:
+    """Reads a draft to the beginning of its answer at once."""
+    with Service.open(Settings(threads=1, store="none", session_pause_seconds=0)) as service:
+        yield service
+
+
+def test_a_draft_that_rests_is_read_to_its_answer(eager: Service) -> None:
+    with Sessions(eager) as sessions:
+        talker = Talker(sessions, head=head(LONG))
+        talker.do("replace", "Who paints in blue?")
+        settled(eager, talker)
+        talker.do("replace", "Who paints in orange?")
+        before = settled(eager, talker)
+        talker.do("commit")
+        assert talker.session.status["reading"] is False  # all of it was read
+        end = talker.ask(None, None)
+        assert end.done is not None and end.text.strip() == "Vodris paints in orange."
+        assert (end.done.timings.prefill_calls, end.done.usage.computed_tokens) == (0, 0)
+        answered = len(end.done.tokens) + len(talker.session.context.script.closing)
+        assert settled(eager, talker) - before == answered
+
+
+def test_a_draft_that_goes_on_has_read_in_vain_no_more_than_the_end_of_a_message(eager: Service) -> None:
+    with Sessions(eager) as sessions:
+        talker = Talker(sessions, head=head(LONG))
+        before = settled(eager, talker)
+        words = ["Who", "paints", "in", "orange?"]
+        for word in words:
+            talker.do("append", f"{word} ")
+            settled(eager, talker)
+        context = talker.call(lambda: talker.session.context)
+        draft = talker.call(lambda: len(context.draft_tokens))
+        asking = talker.call(lambda: len(context.said(context.draft))) - draft
+        assert settled(eager, talker) - before <= draft + (len(words) + 1) * (asking + 1)
+
+
+def test_nothing_is_read_in_vain_while_somebody_else_is_answered() -> None:
+    with toy_with(session_pause_seconds=0) as toy, Sessions(toy) as sessions:
+        one, two = Talker(sessions, "one"), Talker(sessions, "two")
+        one.do("commit", LONG)
+        one.do("answer", max_tokens=3000)
+        one.first_token()
+        two.do("replace", LONG)
+        tokens = two.call(lambda: len(two.session.context.tokens) + len(two.session.context.draft_tokens))
+        two.call(lambda: None)
+        fed = two.call(lambda: two.session._lines["main"]._fed)
+        assert one.session.state == "answering" and fed is not None and len(fed) == tokens
 
 
 def test_a_revised_draft_computes_what_differs(toy: Service, sessions: Sessions) -> None:

@@ -7,6 +7,11 @@ A draft grows and changes while a user types or speaks; what of it is new is rea
 message, and answer has it answered: both compute only what has not been read yet. Whatever comes while an answer is
 generated waits as a draft; interrupt ends the answer and keeps what the user has heard of it.
 
+What a template writes between a message and its answer is a handful of tokens, and to read those alone takes as long as
+decoding two to four. So a draft that rests for a moment is read to the beginning of its answer, as if it were the whole
+message, when nobody else is waiting: if it is, the first token needs no model call any more, and if it goes on, those few
+tokens were read in vain.
+
 The window is made to fit before something is read, and after each answer for the next turn, when nobody waits for it.
 
 All methods belong to the sessions' thread; none of them waits for the worker.
@@ -14,6 +19,7 @@ All methods belong to the sessions' thread; none of them waits for the worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +41,7 @@ from rekindle.serve.sessions.window import Window
 
 MAIN = "main"  # the context that a session begins with
 MAX_CONTEXTS = 16
+Later = Callable[[float, Callable[[], None]], None]  # do this on the sessions' thread, in so many seconds
 _AMENDED = ("head", "script", "salt", "cut", "turns", "open", "forgotten")  # of a context
 
 
@@ -45,6 +52,7 @@ class Session:
         self,
         service: Service,
         post: Post,
+        later: Later,
         *,
         key: str,
         name: str,
@@ -56,6 +64,8 @@ class Session:
 
         `gate` says how many answers its owner may have; without one, any number.
         """
+        self._later = later
+        self._drafts = 0  # changes of drafts: what is to be done when one rests is not done if it did not
         self.key, self.name, self.salt = key, name, salt
         self._service = service
         self.contexts: dict[str, Context] = {}
@@ -204,6 +214,10 @@ class Session:
             raise SessionError(f"the draft has {len(text)} characters; expected at most {self._most_characters}")
         self.context.draft = text
         self._read(self.context)
+        self._drafts += 1
+        pause, number = self._service.settings.session_pause_seconds, self._drafts
+        if not math.isinf(pause):
+            self._later(pause, lambda: self._read_to_answer(number))
 
     @property
     def _most_characters(self) -> int:
@@ -390,6 +404,7 @@ class Session:
         """Let the engine have the room; KV goes to the store, and whatever is done next brings it back."""
         if self._answering:
             raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        self._drafts += 1
         if self.is_hot:
             for context, line in ((self.contexts[name], line) for name, line in self._lines.items()):
                 line.let_go()
@@ -400,6 +415,7 @@ class Session:
 
     def close(self) -> None:
         """Nobody goes on with it."""
+        self._drafts += 1
         self._drop_answer()
         for line in self._lines.values():
             line.let_go()
@@ -423,6 +439,15 @@ class Session:
         if len(tokens) > self.window:  # too long for now: commit makes room, or says why there is none
             return
         self._lines[context.name].feed(context, tokens, passing=draft is None or len(draft) > 0)
+
+    def _read_to_answer(self, number: int) -> None:
+        """Read the draft as the whole message, if it is still the one of this number and nobody else is answered."""
+        context, others = self.context, self._service.metrics
+        if number != self._drafts or self.state != "idle" or not context.draft.strip():
+            return
+        tokens = np.concatenate([context.tokens, context.said(context.draft)])
+        if len(tokens) + self.answer_tokens <= self.window and not others.num_running + others.num_queued:
+            self._lines[context.name].feed(context, tokens, passing=True)
 
     def _fit(self, context: Context, extra: int, *, is_read: bool = True) -> None:
         """Make room for so many more tokens. Raises SessionError."""

@@ -11,6 +11,8 @@ locks, and the worker never waits for one. `call` gives a future; async callers 
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import queue
 import secrets
@@ -74,6 +76,8 @@ class Sessions:
         )
         self._prune_at = clock()
         self._entries: dict[tuple[bytes, str], _Entry] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
+        self._numbers = itertools.count()  # so that timers of one moment go in their order
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended = False
@@ -220,7 +224,10 @@ class Sessions:
 
     def _make(self, name: str, salt: bytes, key: str, options: Options) -> Session:
         post, gate = self._inbox.put, self._gate
-        return Session(self._service, post, key=key, name=name, salt=salt, options=options, gate=gate)
+        return Session(self._service, post, self._later, key=key, name=name, salt=salt, options=options, gate=gate)
+
+    def _later(self, seconds: float, command: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), command))
 
     def _check_new(self, salt: bytes, name: str) -> None:
         if (salt, name) in self._entries:
@@ -277,16 +284,22 @@ class Sessions:
         return context
 
     def _main(self) -> None:
-        due = time.monotonic() + TICK_SECONDS
+        self._tick_again()
         while True:
+            while self._timers[0][0] <= time.monotonic():
+                self._do(heapq.heappop(self._timers)[-1])
             try:
-                command = self._inbox.get(timeout=max(0.0, due - time.monotonic()))
+                command = self._inbox.get(timeout=max(0.0, self._timers[0][0] - time.monotonic()))
             except queue.Empty:
-                command, due = self.tick, time.monotonic() + TICK_SECONDS
+                continue
             if command is None:
                 break
             self._do(command)
         self._end()
+
+    def _tick_again(self) -> None:
+        self._later(TICK_SECONDS, self._tick_again)  # there is always a timer
+        self.tick()
 
     def _do(self, command: Callable[[], None]) -> None:
         try:
