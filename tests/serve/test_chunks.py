@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,11 @@ import pytest
 
 import rekindle
 from rekindle.errors import InvalidRequest
-from rekindle.model.chunks import Document
+from rekindle.model.chunks import Chunk, Document, Part
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.marked import marked_prompt
+from rekindle.serve.transcripts import Transcripts
+from rekindle.tokens import Tokens, as_tokens
 
 TEXTS = [
     "Vodris paints in orange.\nThis one works as a farmer. " * 4,
@@ -137,3 +140,33 @@ def test_separators_mark_chunks_of_plain_text() -> None:
 def test_mistakes_are_told(llm: rekindle.LLM, call: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         call(llm)
+
+
+class Spaced:
+    """A vocabulary of characters that, like Llama 2's, writes a space before every text."""
+
+    vocab_size = 256
+    bos: int | None = 1
+    eos: int | None = 2
+
+    def encode(self, text: str, *, bos: bool = False) -> Tokens:
+        return as_tokens([*([1] if bos else []), *(f" {text}".encode() if text else b"")])
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+    def is_end(self, token: int) -> bool:
+        return token == 2
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(tokens).decode()
+
+
+def test_no_space_goes_between_a_chunk_and_what_follows_it() -> None:
+    parts: list[Part] = ["Read:\n", Chunk("one"), "\n", Chunk("two"), "\nWhich?"]
+    prompt = marked_prompt(Spaced(), Transcripts(), parts, salt=b"", bos=True)
+    assert Spaced().decode(prompt.tokens.tolist()[1:]) == " Read:\n one\n two\nWhich?"
+    assert tokens_of(prompt) == [list(b" one"), list(b" two")]

@@ -18,7 +18,7 @@ from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.serve.transcripts import Transcripts
-from rekindle.tokens import Tokens, as_tokens
+from rekindle.tokens import Tokens
 
 Wish = Blend | Mapping[str, Any] | bool | None
 
@@ -33,17 +33,26 @@ def marked_prompt(
     *before, end = [*parts, ""] if isinstance(parts[-1], Chunk) else parts
     assert isinstance(end, str)
     encoded = [(tokenizer.encode("", bos=bos), False)]
-    for part in before:
-        is_chunk = isinstance(part, Chunk)
-        encoded.append((tokenizer.encode(part.text if isinstance(part, Chunk) else part), is_chunk))
+    for number, part in enumerate(before):
+        if isinstance(part, Chunk):
+            encoded.append((tokenizer.encode(part.text), True))
+        else:
+            encoded.append((_between(tokenizer, part) if number else tokenizer.encode(part), False))
     begin = join(encoded)
     known = transcripts.longest((salt, bos, True), text)
     if known is not None and len(text) - len(end) <= len(known.text) and _begins(known.tokens, begin.tokens):
         rest = tokenizer.encode(text[len(known.text) :])
         if len(rest) and tokenizer.is_special(int(rest[0])):
             return Prompt(np.concatenate([known.tokens, rest]), text, salt, bos, begin.chunks)
-    tokens = np.concatenate([begin.tokens, tokenizer.encode(end) if end else as_tokens([])])
+    tokens = np.concatenate([begin.tokens, _between(tokenizer, end) if before else tokenizer.encode(end)])
     return Prompt(tokens, text, salt, bos, begin.chunks)
+
+
+def _between(tokenizer: Tokenizer, text: str) -> Tokens:
+    """What stands behind a chunk, without the space that some vocabularies write before every text they are given."""
+    tokens = tokenizer.encode(text)
+    adds_space = len(tokens) > 0 and not text.startswith(" ") and tokenizer.piece(int(tokens[0])) == b" "
+    return tokens[1:] if adds_space else tokens
 
 
 def _begins(tokens: Tokens, with_these: Tokens) -> bool:
