@@ -81,7 +81,7 @@ def test_long_runs_become_whole_tiles_and_the_budget_holds() -> None:
     runs = [step.stop - step.start for step in plan.steps if isinstance(step, Compute)]
     assert set(runs[:-1]) == {64, 128} and len(runs) == 9
     asked = blended(prompt, known, "first", 0.15).computed
-    assert abs(plan.computed - asked) <= 32
+    assert 0 <= plan.computed - asked < 64
     for step in plan.steps:
         if isinstance(step, Compute) and step.start and step.stop < plan.total:
             assert step.reason.startswith("2 tokens that no chunk at hand has; ")
@@ -168,7 +168,7 @@ def test_memory_averages_meetings_and_forgets_the_oldest() -> None:
     assert memory.get(b"a") is None and len(memory) == 2
 
 
-lengths = st.lists(st.integers(0, 30), max_size=5)
+lengths = st.lists(st.integers(0, 300), max_size=5)
 
 
 @given(
@@ -193,7 +193,7 @@ def test_every_plan_covers_the_prompt_within_its_budget(
         grown = make_blend_plan(prompt, stored_plan, known, Blend(select, ratio), slow_from=slow_from)  # type: ignore[arg-type]
         runs = [step for step in grown.steps if isinstance(step, Compute)]
         assert all(not slow_from <= run.stop - run.start < 64 for run in runs[:-1])
-        assert grown.computed >= plan.computed - 64
+        assert grown.computed >= plan.computed
     assert plan.steps[-1].stop == len(prompt) and isinstance(plan.steps[-1], Compute)
     for step in plan.steps:
         if isinstance(step, Place) and step.chunk is not None:

@@ -5,8 +5,8 @@ takes twice as long per row, or ten times. So a batch of 40 may take longer than
 one of 128. Where that is so (it is measured while serving), runs of computed tokens are fitted:
 
     shorter than a tile, but as slow     grows into what follows: more is mended in no more time
-    longer                               becomes a whole number of tiles, up or down, whichever is nearer; what one run
-                                         lacks or has too much of the next ones make up, so that the budget holds
+    longer                               becomes a whole number of tiles: the next larger, and what one run has too
+                                         much of the next ones do without, so that in all it is hardly more than chosen
 
 The run that ends the prompt grows into what stands before it. Only chosen beginnings of chunks are cut; where tokens were
 chosen one by one, those at the end may be the ones that matter.
@@ -45,7 +45,7 @@ class _Fitting:
         self.choices = choices
         self._position = position  # to which everything is computed or placed
         self._slow_from = slow_from
-        self._owed = 0  # tokens that runs so far are short of what was chosen
+        self._ahead = 0  # tokens that longer runs so far have beyond what was chosen
 
     def next(self, place: Range) -> list[Range]:
         """What is placed of a range: nothing, it, or a little more or less at its beginning."""
@@ -54,12 +54,13 @@ class _Fitting:
         if self._slow_from <= count < SHORT_REST:
             start = self._grow(start, min(stop, self._position + SHORT_REST))
         elif count > SHORT_REST:
-            tiles = max(1, round((count + self._owed) / SHORT_REST))
+            tiles = max(1, -(-(count - self._ahead) // SHORT_REST))
             end = self._position + tiles * SHORT_REST
             start = self._grow(start, min(stop, end)) if end > start else self._cut(start, end)
-            self._owed += count - (start - self._position)
         if start == stop:
             return []
+        if count > SHORT_REST:
+            self._ahead += start - self._position - count
         self._position = stop
         return [(start, stop)]
 
