@@ -16,6 +16,7 @@ from openai.types.responses import ResponseErrorEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin, Subprotocol
 
 from rekindle.api import app as app_module
 from rekindle.api import responses_socket as module
@@ -278,6 +279,11 @@ def test_a_key_is_needed() -> None:
         address = url.replace("http", "ws", 1) + "/v1/responses"
         with pytest.raises(InvalidStatus, match="401"):
             connect(address, proxy=None).close()
-        with connect(address, additional_headers={"Authorization": "Bearer right"}, proxy=None) as socket:
-            send(socket, input="Hello.")
-            assert answer(socket)["type"] != "error"
+        protocols = [Subprotocol("rekindle"), Subprotocol("rekindle.key.right")]
+        for options in ({"additional_headers": {"Authorization": "Bearer right"}}, {"subprotocols": protocols}):
+            with connect(address, proxy=None, **options) as socket:
+                assert socket.subprotocol == ("rekindle" if "subprotocols" in options else None)
+                send(socket, input="Hello.")
+                assert answer(socket)["type"] != "error"
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(address, origin=Origin("http://evil.example"), proxy=None).close()

@@ -30,6 +30,7 @@ from rekindle.api.responses import events_of, turn_of
 from rekindle.api.responses_events import ResponseWriter, WireEvent
 from rekindle.api.responses_kept import KeptResponses
 from rekindle.api.responses_wire import ResponseRequest
+from rekindle.api.sockets import IDLE_SECONDS, PROTOCOL
 from rekindle.api.wire import Str, Wire
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, Stopping
 
@@ -86,7 +87,8 @@ def responses_socket_router(runner: Runner, kept: KeptResponses) -> APIRouter:
 
     @router.websocket("/v1/responses")
     async def responses(socket: WebSocket) -> None:
-        await socket.accept()
+        offered = socket.scope.get("subprotocols", [])  # of browsers, which can give a key in no other way
+        await socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
         await _Responses(socket, runner, kept).run()
 
     return router
@@ -98,7 +100,9 @@ class _Responses:
     def __init__(self, socket: WebSocket, runner: Runner, kept: KeptResponses) -> None:
         self._socket, self._runner, self._kept = socket, runner, kept
         self._local = KeptResponses(LOCAL_RESPONSES, float("inf"))
-        self._connection = Connection(socket, runner.load, outbox=OUTBOX, is_busy=self._is_busy)
+        self._connection = Connection(
+            socket, runner.load, outbox=OUTBOX, idle_seconds=IDLE_SECONDS, is_busy=self._is_busy
+        )
         self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by stream; of those that are worked on
         self._running: dict[str | None, tuple[ResponseWriter, Answers]] = {}  # by stream
         self._workers: set[asyncio.Task[None]] = set()
