@@ -38,6 +38,9 @@ class DictTier:
     def probe(self, *, writing: bool) -> None:
         self._check()
 
+    def prepare(self) -> None:
+        pass
+
     def contains(self, places: Sequence[Place]) -> list[bool]:
         self._check()
         return [place.key in self.blocks for place in places]

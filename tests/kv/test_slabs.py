@@ -48,7 +48,29 @@ def test_few_idle_slabs_are_kept(num_bytes: int) -> None:
     held.clear()
     assert len(slabs._idle) == 8
     slabs.rooms([num_bytes + MEGABYTE * 2])
-    assert len(slabs._idle) == 8, "another size is no use"
+    slabs.rooms([num_bytes // 2])
+    assert len(slabs._idle) == 8, "one too small is no use, and one twice as large a waste"
+    if num_bytes > 2 * MEGABYTE:
+        room = slabs.rooms([num_bytes - MEGABYTE * 2])
+        assert len(slabs._idle) == 7
+        del room
+        assert len(slabs._idle) == 8
+
+
+def test_what_was_prepared_is_used_and_made_again() -> None:
+    slabs = Slabs()
+    slabs.prepare(2 * SLAB_BYTES + 1)
+    assert [len(slab) for slab in slabs._idle] == [SLAB_BYTES] * 3
+    rooms = slabs.rooms([MEGABYTE] * 7)
+    assert len(slabs._idle) == 2
+    slabs.prepare(2 * SLAB_BYTES + 1)
+    assert len(slabs._idle) == 3
+    del rooms
+    assert len(slabs._idle) == 4
+    slabs.prepare(100 * SLAB_BYTES)
+    assert len(slabs._idle) == 8
+    slabs.prepare(0)
+    assert len(slabs._idle) == 8
 
 
 def test_small_rooms_keep_nothing_but_themselves() -> None:

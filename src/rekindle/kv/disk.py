@@ -66,11 +66,16 @@ class DiskTier:
         fingerprint: bytes,
         max_bytes: int,
         label: Mapping[str, Any] | None = None,
+        ready_bytes: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`label` is what people call the model: it is noted in the folder, for those who look into it."""
+        """`label` is what people call the model: it is noted in the folder, for those who look into it.
+
+        `ready_bytes` are expected to be read for a prompt; `prepare` has memory for them.
+        """
         self.max_bytes = max_bytes
         self._label = label
+        self._ready_bytes = ready_bytes
         self._folder = Folder(folder)
         self._slabs = Slabs()
         self._fingerprint = fingerprint
@@ -312,6 +317,9 @@ class DiskTier:
             return self.scan()
         with self._writing, self._writes.attempt(), self._faults("written"):
             return self._folder.try_writing()
+
+    def prepare(self) -> None:
+        self._slabs.prepare(self._ready_bytes)
 
     # Counting.
 

@@ -13,6 +13,7 @@ from itertools import islice
 
 from rekindle.kv.awaited import Awaited
 from rekindle.kv.block import Block
+from rekindle.kv.common import CommonMemory
 from rekindle.kv.keys import Key
 from rekindle.kv.pins import Pins
 from rekindle.kv.policies import DEFAULT
@@ -54,6 +55,7 @@ class MemoryTier:
         self._staying = _Staying(self._pins, self._awaited)
         self._shares = Shares(max_bytes, policy=policy, quota=quota)
         self._cost = cost
+        self._common = CommonMemory()
         self._largest = 0  # bytes of a block that was put
 
     def __len__(self) -> int:
@@ -81,6 +83,11 @@ class MemoryTier:
         if self._largest <= self.max_bytes:
             return "ok"
         return f"too small: it has {self.max_bytes:,} bytes, and a block takes up to {self._largest:,}"
+
+    @property
+    def held_bytes(self) -> int:
+        """With what blocks that were read together keep from being freed."""
+        return self.num_bytes + self._common.num_bytes
 
     def tails(self, parent: Key) -> list[Block]:
         """The newest tails that follow a block (or a root)."""
@@ -148,7 +155,8 @@ class MemoryTier:
         assert sum(len(share.policy) for share in self._shares) == len(blocks)
         self._pins.check_integrity(sizes)
         self._awaited.check_integrity()
-        assert self.num_bytes <= self.max_bytes
+        self._common.check_integrity(blocks)
+        assert self.held_bytes <= self.max_bytes
 
     def _root(self, block: Block) -> Key:
         while block.position:
@@ -193,7 +201,7 @@ class MemoryTier:
     def _make_room(self, share: Share, now: float) -> None:
         while self._shares.is_over(share) and self._evict(share):
             pass
-        while self.num_bytes > self.max_bytes:
+        while self.held_bytes > self.max_bytes:
             self._awaited.expire(now)
             if not any(self._evict(payer) for payer in self._shares.largest_first()):
                 return
@@ -225,6 +233,7 @@ class MemoryTier:
             self._tails_of.setdefault(tail.parent, {})[tail.key] = None
         for block, size in zip((*whole, *tails), sizes, strict=True):
             self._count(share, size)
+            self._common.came(block)
             self._pins.came(block.key, size)
         self._largest = max(self._largest, *sizes)
 
@@ -238,6 +247,7 @@ class MemoryTier:
             if not siblings:
                 del self._tails_of[block.parent]
         self._count(share, -block.num_bytes)
+        self._common.went(block)
         self._pins.went(key)
 
     def _count(self, share: Share, num_bytes: int) -> None:

@@ -93,6 +93,9 @@ class NetworkTier:
             batch.set(_PREFIX + b"probe", b"", px=1)
             self._write(batch)
 
+    def prepare(self) -> None:
+        """Replies are bytes of Python's: nothing to prepare."""
+
     def contains(self, places: Sequence[Place]) -> list[bool]:
         batch = self._link.batch()
         for place in places:

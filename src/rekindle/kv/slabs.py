@@ -5,7 +5,8 @@ virtual machine that can take several times as long as copying a file into it. T
 
 - Blocks that are read together share a *slab*, of huge pages where the system has them: one interruption for 2 MB
   instead of 512.
-- A slab whose last block is gone is kept for the next reader, up to a few of them, and not cleared again.
+- A slab whose last block is gone is kept for the next reader, up to a few of them, and not cleared again. And some are
+  made ready while nobody waits.
 
     | block | block | block | block | … | block |   |      a slab: whole huge pages, blocks in steps of 64 bytes
 
@@ -54,13 +55,24 @@ class Slabs:
         weakref.finalize(owner, self._idle.append, mapping).atexit = False
         return owner.data
 
+    def prepare(self, num_bytes: int) -> None:
+        """Have so many bytes ready, as far as that many are kept: the system gives them out now."""
+        missing = min(-(-num_bytes // SLAB_BYTES), _MAX_IDLE) - sum(
+            len(each) == SLAB_BYTES for each in list(self._idle)
+        )
+        for _ in range(missing):
+            mapping = _new(SLAB_BYTES, SLAB_BYTES)
+            np.frombuffer(mapping, np.uint8)[:: mmap.PAGESIZE] = 0  # outside Python's lock
+            self._idle.append(mapping)
+
     def _take_idle(self, num_bytes: int) -> mmap.mmap | None:
+        """One of this size, or one that is not twice as large."""
         for _ in range(len(self._idle)):
             try:
                 mapping = self._idle.pop()  # the latest one may still be in the processor's cache
             except IndexError:  # another reader was faster
                 return None
-            if len(mapping) == num_bytes:
+            if num_bytes <= len(mapping) < 2 * num_bytes:
                 return mapping
             self._idle.appendleft(mapping)
         return None

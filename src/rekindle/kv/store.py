@@ -324,6 +324,11 @@ class Store:
                 self._outages.failed(tier.name, error)
         self.behind.probe()
 
+    def prepare(self) -> None:
+        """Get ready for the next `fetch`, while nobody waits."""
+        for tier in self.tiers:
+            tier.prepare()
+
     def _refusal(self, tier: Tier, places: Sequence[Place], reason: str) -> str | None:
         try:
             return reason if places and tier.contains(places[:1])[0] else None
@@ -439,7 +444,7 @@ class Store:
             memory = self._memory
             self._pins.expire(self._wall_clock())
             pinned = (len(self._pins), self._pins.num_bytes, self._pins.max_bytes)
-            kept = (len(memory), memory.num_bytes, memory.max_bytes, memory.evictions)
+            kept = (len(memory), memory.held_bytes, memory.max_bytes, memory.evictions)
             words = (memory.policy, memory.state)
         return StoreStats(*kept, tuple(tier.stats() for tier in self.tiers), self.behind.dropped, *pinned, *words)
 

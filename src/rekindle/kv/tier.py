@@ -53,6 +53,9 @@ class Tier(Protocol):
     def probe(self, *, writing: bool) -> None:
         """Find out now, rather than with the first request, whether it can be read, or written. Raises TierUnavailable."""
 
+    def prepare(self) -> None:
+        """Get ready for the next reading, while nobody waits."""
+
     def contains(self, places: Sequence[Place]) -> list[bool]:
         """Which are there, without reading them or counting a use."""
 

@@ -22,6 +22,7 @@ from rekindle.serve.budget import free_bytes, memory_budget
 from rekindle.settings import Settings
 
 DEFAULT_CELLS = 8192
+MAX_READY_BYTES = 48 << 20  # of memory for the next prompt that is read from disk, beside the store's budget
 NETWORK_TIMEOUT_SECONDS = 2.0  # of each operation of the network tier; decoding goes on meanwhile
 
 
@@ -124,7 +125,13 @@ def open_tiers(settings: Settings, model: Model, engine: Engine) -> list[Tier]:
     if _wants_disk(settings):
         folder = store_folder(settings)
         label = _label(settings, model, engine)
-        disk = DiskTier(folder, fingerprint=engine.spec.fingerprint, max_bytes=settings.store_disk, label=label)
+        disk = DiskTier(
+            folder,
+            fingerprint=engine.spec.fingerprint,
+            max_bytes=settings.store_disk,
+            label=label,
+            ready_bytes=min(engine.spec.kv_bytes_per_token * engine.num_cells, MAX_READY_BYTES),
+        )
         tiers.append(disk)
     if settings.store_url is not None:
         tiers.append(_network_tier(settings.store_url, settings, engine))

@@ -146,7 +146,7 @@ class Service:
         self._engine = engine
         self._store = open_store(settings, model, engine)
         self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
-        self._probed = self._fetchers.submit(self._store.probe)  # so that a wrong folder or password is told now
+        self._probed = self._fetchers.submit(self._get_ready)
         self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
         self._writer.start()
         self.metrics = Metrics()
@@ -401,6 +401,11 @@ class Service:
         arrived = now - generation.tokenize_ms / 1000 if generation.arrived is None else generation.arrived
         return Run(generation, self._remembering(generation, sink), grammar, Clock(arrived=arrived, submitted=now))
 
+    def _get_ready(self) -> None:
+        """Tell of a wrong folder or password now, and have memory for the first fetch."""
+        self._store.probe()
+        self._store.prepare()
+
     def _begin_fetch(self, run: Run) -> Future[Fetched]:
         """Look for a prompt's KV in slower tiers, in a thread; the worker is woken when that is done."""
         prompt = run.generation.prompt
@@ -410,8 +415,14 @@ class Service:
             future = self._fetchers.submit(self._blending.fetch, prompt, compute)
         else:
             future = self._fetchers.submit(self._store.fetch, prompt.tokens, prompt.salt, compute=compute)
-        future.add_done_callback(lambda _: self._worker.wake())
+        future.add_done_callback(self._fetched)
         return future
+
+    def _fetched(self, future: Future[Fetched]) -> None:
+        """In the thread that fetched: when the worker goes on, memory for the next fetch is made ready."""
+        self._worker.wake()
+        if not future.cancelled() and future.exception() is None and future.result().tokens:
+            self._store.prepare()
 
     def _remembering(self, generation: Generation, sink: Sink) -> Sink:
         """Note the whole text of a finished sequence before its end is told."""
