@@ -25,6 +25,15 @@ from rekindle.tokens import Tokens, as_tokens
 FOUR_LAYERS = {**WITHOUT_HEAD_DIM, "num_hidden_layers": 4}
 
 
+def latent_attention() -> Any:
+    return transformers.DeepseekV3Config(
+        vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64,
+        moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+
+
 def noise(seed: int, count: int) -> Tokens:
     return np.random.default_rng(seed).integers(10, 512, count).astype(np.int32)
 
@@ -145,6 +154,21 @@ def test_growing_sequences_keep_their_cells_together() -> None:
         assert all((np.diff(keys.cells) == 1).all() for keys in engine._table.keys(seq))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "latent attention"])
+def test_single_tokens_of_many_sequences_are_answered_together(name: str) -> None:
+    """The plain way, which pads keys: of lengths far apart and close by, beside a prompt that is being read."""
+    model = tiny_model("gemma2") if name == "gemma2" else random_model(latent_attention(), torch.float32)
+    engine = TorchEngine(model, num_cells=1000)
+    texts = [noise(30 + length, length) for length in (5, 6, 60, 63, 64, 200)]
+    seqs = [read(engine, text) for text in texts]
+    reading, prompt = engine.open(), noise(31, 50)
+    work = [Work(seq, as_tokens([42])) for seq in seqs]
+    logits = engine.forward([*work[:3], Work(reading, prompt), *work[3:]])
+    for seq, text in zip(seqs, texts, strict=True):
+        assert np.abs(logits[seq] - own_logits(model, np.concatenate([text, as_tokens([42])]))).max() < 1e-4
+    assert np.abs(logits[reading] - own_logits(model, prompt)).max() < 1e-4
+
+
 # What it refuses, and what it serves without moving keys.
 
 REFUSED: list[tuple[str, Callable[[], Any], str]] = [
@@ -242,16 +266,8 @@ TURNING: list[tuple[str, Callable[[], Any]]] = [
     ("neighbouring pairs, half of the head", lambda: transformers.GlmConfig(**COMMON)),
     ("layers without positions", lambda: transformers.Cohere2Config(**FOUR_LAYERS, sliding_window=32)),
     ("soft caps", lambda: transformers.Gemma2Config(**COMMON, sliding_window=32, query_pre_attn_scalar=32)),
-    (
-        "latent attention, whose rotated part is the head's end",
-        lambda: transformers.DeepseekV3Config(
-            vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-            q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64,
-            moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-            first_k_dense_replace=1,
-        ),
-    ),
-]  # fmt: skip
+    ("latent attention, whose rotated part is the head's end", latent_attention),
+]
 
 
 @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in TURNING])

@@ -19,8 +19,8 @@ In bfloat16 many queries are answered by two plain products with a softmax betwe
 matrix units that takes half to a third of the time of the fused kernel, which is then far from what oneDNN's products
 reach. Scores are rounded to bfloat16 on the way, as in transformers' "eager" attention; q and k were rounded as coarsely.
 
-What the fused kernel can't do (soft caps, V of another width than K, devices other than the CPU) goes the plain way: keys
-gathered, one mask.
+What the fused kernel can't do (soft caps, V of another width than K, devices other than the CPU) goes the plain way, which
+is in `plain.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rekindle.engine.torch.borrow import ATTENTION
 from rekindle.engine.torch.cells import Cells, Keys
 from rekindle.engine.torch.gaps import runs
+from rekindle.engine.torch.plain import Asked, Part, attend_plainly, plan_parts
 from rekindle.engine.torch.pool import Pool
 from rekindle.errors import ModelError
 from rekindle.tokens import Tokens
@@ -85,7 +85,8 @@ class Batch:
             pool.index(np.concatenate([span.keys[group].cells[-len(span.tokens) :] for span in spans]))
             for group in range(pool.groups.count)
         ]
-        self._blocks: dict[tuple[int, int], list[_Block]] = {}
+        self._blocks: dict[tuple[int, int], list[_Block]] = {}  # by group and window
+        self._plain_parts: dict[tuple[int, int], list[Part]] = {}
 
     def attend(
         self,
@@ -107,12 +108,18 @@ class Batch:
         keys[self._targets[group]] = new[0]
         values[self._targets[group]] = new[1]
         if query.device.type != "cpu" or softcap or keys.shape[-1] != values.shape[-1]:
-            return self._attend_plainly(query, keys, values, group, scaling, window, softcap)
+            parts = self._plain_parts.get((group, window))
+            if parts is None:
+                parts = self._plain_parts[group, window] = plan_parts(self._asked(group), window, query.device)
+            return attend_plainly(parts, query[0], keys, values, scaling, softcap)[None]
         blocks = self._blocks.get((group, window))
         if blocks is None:
             blocks = self._blocks[group, window] = self._plan(group, window, query.dtype)
         outputs = [_attend_block(block, query, keys, values, new, scaling) for block in blocks]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _asked(self, group: int) -> list[Asked]:
+        return [Asked(row, span.position, len(span.tokens), span.keys[group]) for row, span in self._spans]
 
     def _plan(self, group: int, window: int, dtype: torch.dtype) -> list[_Block]:
         blocks = []
@@ -147,28 +154,6 @@ class Batch:
     def _parts(self, cells: Cells) -> tuple[slice | Tensor, ...]:
         found = runs(cells)
         return tuple(slice(*run) for run in found) if len(found) <= _MAX_RUNS else (torch.from_numpy(cells),)
-
-    def _attend_plainly(
-        self, query: Tensor, keys: Tensor, values: Tensor, group: int, scaling: float, window: int, softcap: float
-    ) -> Tensor:
-        outputs = []
-        for row, span in self._spans:
-            count, end = len(span.tokens), span.position + len(span.tokens)
-            seen = span.keys[group].between(max(0, end - count + 1 - window) if window else 0, end)
-            index = self._pool.index(seen.cells)
-            heads, kv_heads = query.shape[1], keys.shape[1]
-            q = query[0, :, row : row + count].reshape(kv_heads, heads // kv_heads, count, -1)
-            k, v = (pool[index].transpose(0, 1)[:, None] for pool in (keys, values))
-            mask = _visible(span, seen.first, window).to(query.device)
-            if softcap:
-                scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scaling / softcap)) * softcap
-                weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-                out = (weights @ v.float()).to(query.dtype)
-            else:
-                k, v = (each.expand(-1, heads // kv_heads, -1, -1) for each in (k, v))
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if count == 1 else mask, scale=scaling)
-            outputs.append(out.permute(2, 0, 1, 3).reshape(count, heads, -1))
-        return torch.cat(outputs)[None]
 
 
 def _attend_block(
@@ -231,14 +216,6 @@ def _join(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     total = sum(out * weight[..., None] for out, weight in zip(outs, weights, strict=True))
     assert isinstance(total, Tensor)
     return total.to(outs[0].dtype)
-
-
-def _visible(span: Span, first: int, window: int) -> Tensor:
-    """[queries, keys] bool; `first` is the position of the first key."""
-    queries = torch.arange(span.position, span.position + len(span.tokens))
-    keys = torch.arange(first, span.position + len(span.tokens))
-    distance = queries[:, None] - keys[None, :]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def _attention(

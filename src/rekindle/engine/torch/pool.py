@@ -48,21 +48,22 @@ class Pool:
         cells for the last of them only.
         """
         lacks = count - min(map(len, cells))
-        data = self.layout.allocate(count, lacks)
+        data = self.layout.allocate(count, lacks).to(self.device)  # on a GPU one copy of all is much faster than many
         parts = self.layout.split(data, count, lacks)
         for (key, value), (keys, values, index) in zip(parts, self._layers(cells), strict=True):
             key.copy_(keys[index])
             value.copy_(values[index])
-        return memoryview(data.numpy().data)
+        return memoryview(data.cpu().numpy().data)
 
     def load(self, data: memoryview, cells: Sequence[Cells], count: int, *, lacks: int = 0, stop: int) -> None:
         """Into these cells of each group, from a payload of `count` tokens, the last of its tokens before `stop`."""
-        parts = self.layout.split(self.layout.wrap(data, count, lacks), count, lacks)
+        there = self.layout.wrap(data, count, lacks).to(self.device)  # at once, as above
+        parts = self.layout.split(there, count, lacks)
         for layer, ((key, value), (keys, values, index)) in enumerate(zip(parts, self._layers(cells), strict=True)):
             end = stop - (count - len(key))
             part = slice(end - len(cells[self.groups.of[layer]]), end)
-            keys[index] = key[part].to(self.device)
-            values[index] = value[part].to(self.device)
+            keys[index] = key[part]
+            values[index] = value[part]
 
     def copy(self, source: Sequence[Cells], target: Sequence[Cells]) -> None:
         """The KV of some cells of each group into others, none of which is both."""
