@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
+from tests.api.steps import Steps
 from websockets.sync.client import ClientConnection, connect
 
 WAIT_SECONDS = 60
@@ -82,12 +83,16 @@ class Realtime:
         self.item(text)
         return self.respond(**fields)
 
-    def begin(self, text: str = "Go on for long.") -> Event:
-        """A long answer, of which something has come."""
-        self.item(text)
+    def begin(self, steps: Steps) -> Event:
+        """A long answer, of which something has come, and more only when the steps are let."""
+        steps.hold()
+        self.item("Go on for long.")
         self.send("response.create", response={"temperature": 0, "max_output_tokens": 800})
         response: Event = self.last("response.created")["response"]
-        self.until("response.output_text.delta")
+        while self.heard[-1]["type"] != "response.output_text.delta":
+            steps.let(1)
+            with suppress(TimeoutError):
+                self.heard.append(json.loads(self.socket.recv(timeout=0.02)))
         return response
 
     def kv(self) -> Event:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.api.realtime_client import Realtime, text_of
+from tests.api.steps import Steps
 from tests.api.test_sockets import Client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -19,6 +20,29 @@ from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
 QUESTION = "Who paints in orange?"
+
+
+@pytest.fixture(scope="module")
+def steps() -> Iterator[Steps]:
+    """The toy engine, which can be held."""
+    with Service.open(Settings(engine="toy", store="none", context=1024)) as service:
+        steps = Steps(service)
+        steps.let_all()
+        yield steps
+        steps.let_all()
+        service.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def url(steps: Steps) -> Iterator[str]:
+    with running(steps.service) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def go_on_at_the_end(steps: Steps) -> Iterator[None]:
+    yield
+    steps.let_all()
 
 
 @pytest.fixture
@@ -62,7 +86,7 @@ def test_an_answer_is_told_in_openais_order(clients: Any) -> None:
     assert len({event["event_id"] for event in client.heard}) == len(client.heard)
 
 
-def test_what_is_typed_is_read_before_it_is_committed(clients: Any, service: Service) -> None:
+def test_what_is_typed_is_read_before_it_is_committed(clients: Any) -> None:
     client = clients()
     for text in ("Who paints ", "in orange", " or red?"):
         client.send("input_text_buffer.append", text=text)
@@ -134,12 +158,13 @@ def test_deleting_what_was_said_takes_it_from_the_prompt(clients: Any) -> None:
     assert text_of(ours) == text_of(theirs)
 
 
-def test_cancel_keeps_what_was_said_and_tells_the_cost_later(clients: Any) -> None:
+def test_cancel_keeps_what_was_said_and_tells_the_cost_later(clients: Any, steps: Steps) -> None:
     client = clients()
-    response = client.begin()
+    response = client.begin(steps)
     client.send("response.cancel", response_id=response["id"])
     done = client.last("response.done")["response"]
     assert (done["status"], done["status_details"]["reason"]) == ("cancelled", "client_cancelled")
+    steps.let_all()
     assert client.last("rekindle.kv")["response_id"] == response["id"]
     client.send("response.cancel", event_id="again")
     assert client.error() | {"message": ""} == {
@@ -152,7 +177,7 @@ def test_cancel_keeps_what_was_said_and_tells_the_cost_later(clients: Any) -> No
     assert client.ask("And now?")["status"] == "incomplete"
 
 
-def test_an_answer_can_be_cut_to_what_was_heard(clients: Any) -> None:
+def test_an_answer_can_be_cut_to_what_was_heard(clients: Any, steps: Steps) -> None:
     client = clients()
     answer = client.ask(QUESTION, max_output_tokens=12)["output"][0]
     whole = answer["content"][0]["text"]
@@ -162,7 +187,7 @@ def test_an_answer_can_be_cut_to_what_was_heard(clients: Any) -> None:
     client.ask("And then?")
     client.send("conversation.item.truncate", item_id=answer["id"], content_index=0, characters=2)
     assert client.last("conversation.item.truncated")["text"] == cut["text"][:2]
-    client.begin()
+    client.begin(steps)
     running = client.heard[-1]["item_id"]
     client.send("conversation.item.truncate", item_id=running, content_index=0, audio_end_ms=0)
     assert client.last("response.done")["response"]["status"] == "cancelled"
@@ -170,9 +195,9 @@ def test_an_answer_can_be_cut_to_what_was_heard(clients: Any) -> None:
     assert client.conversation()[-1] == ("assistant", "")
 
 
-def test_what_comes_during_an_answer_is_done_at_its_end(clients: Any) -> None:
+def test_what_comes_during_an_answer_is_done_at_its_end(clients: Any, steps: Steps) -> None:
     client = clients()
-    client.begin()
+    client.begin(steps)
     client.send("conversation.item.create", item={"type": "message", "role": "user", "content": [_text("Next.")]})
     client.send("conversation.item.delete", item_id="nothing", event_id="wrong")
     client.send("response.create", event_id="early")
@@ -182,13 +207,14 @@ def test_what_comes_during_an_answer_is_done_at_its_end(clients: Any) -> None:
     client.until("response.done")
     assert client.last("conversation.item.done")["item"]["content"][0]["text"] == "Next."
     assert client.error()["event_id"] == "wrong"
+    steps.let_all()
     client.respond()
     assert [role for role, _ in client.conversation()] == ["user", "assistant"] * 2
 
 
-def test_only_so_much_waits_for_the_end_of_an_answer(clients: Any) -> None:
+def test_only_so_much_waits_for_the_end_of_an_answer(clients: Any, steps: Steps) -> None:
     client = clients()
-    client.begin()
+    client.begin(steps)
     for number in range(65):
         client.send("conversation.item.delete", item_id="nothing", event_id=str(number))
     error = client.error()
@@ -318,9 +344,9 @@ def test_a_fork_goes_on_by_itself_and_a_pin_is_told(clients: Any) -> None:
     assert client.error()["event_id"] == "twice"
 
 
-def test_who_comes_back_has_lost_nothing(clients: Any) -> None:
+def test_who_comes_back_has_lost_nothing(clients: Any, steps: Steps) -> None:
     first = clients()
-    first.begin()
+    first.begin(steps)
     last = first.heard[-1]["event_id"]
     first.drop()
     second = clients(f"session={first.name}&last_event={last}")
@@ -485,18 +511,18 @@ def test_who_says_nothing_is_hung_up_on(clients: Any, monkeypatch: pytest.Monkey
     )
 
 
-def test_a_session_in_which_nothing_was_said_goes_with_its_client(clients: Any, http: Any) -> None:
+def test_a_session_in_which_nothing_was_said_goes_with_its_client(clients: Any, url: str) -> None:
     silent, spoken = clients(), clients()
     spoken.ask(QUESTION)
     for client in (silent, spoken):
         client.close()
     clients()  # whoever comes next
-    names = [each["session"] for each in http.get("/status").json()["sessions"]]
+    names = [each["session"] for each in httpx.get(f"{url}/status").json()["sessions"]]
     assert spoken.name in names and silent.name not in names
 
 
 def test_sessions_that_nobody_comes_back_to_are_given_up(
-    clients: Any, http: Any, monkeypatch: pytest.MonkeyPatch
+    clients: Any, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, named = clients(), clients("session=named")
     for client in (left, named):
@@ -504,7 +530,7 @@ def test_sessions_that_nobody_comes_back_to_are_given_up(
         client.close()
     monkeypatch.setattr(module, "ABANDONED_SECONDS", -1.0)
     clients()
-    names = [each["session"] for each in http.get("/status").json()["sessions"]]
+    names = [each["session"] for each in httpx.get(f"{url}/status").json()["sessions"]]
     assert named.name in names and left.name not in names
 
 
@@ -526,6 +552,25 @@ def test_keys_open_it_and_keep_sessions_apart(locked: str, clients: Any) -> None
     first.ask(QUESTION)
     assert second.ask("Who else?")["usage"]["input_tokens"] > 0
     assert len(first.conversation()) == len(second.conversation()) == 2
+
+
+def test_a_key_has_no_more_answers_at_a_time_than_it_may(clients: Any) -> None:
+    settings = Settings(engine="toy", store="none", api_key=("first", "second"), max_per_key=1)
+    with Service.open(settings) as service, running(service) as url:
+        first, again = (clients(url=url, additional_headers={"x-api-key": "first"}) for _ in range(2))
+        steps = Steps(service)
+        first.begin(steps)
+        again.item(QUESTION)
+        for options in ({}, {"conversation": "none"}):
+            again.send("response.create", response=options, event_id="more")
+            error = again.error()
+            assert (error["code"], error["event_id"]) == ("overloaded", "more")
+        steps.let_all()
+        first.send("response.cancel")
+        first.until("response.done")
+        for options in ({}, {"conversation": "none"}):  # each gives back what it has taken
+            again.respond(**options)
+        again.ask("Once more?")
 
 
 @pytest.mark.parametrize(("origin", "is_let_in"), [("https://ok.example", True), ("https://evil.example", False)])

@@ -14,6 +14,7 @@ from rekindle.errors import RekindleError
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.serve.service import Service, Ticket
+from rekindle.serve.sessions.gate import Gate
 
 
 def messages_of(instructions: str, items: Sequence[Item]) -> list[dict[str, str]]:
@@ -30,12 +31,21 @@ def messages_of(instructions: str, items: Sequence[Item]) -> list[dict[str, str]
 class Aside:
     """One such answer. Belongs to the sessions' thread."""
 
-    def __init__(self, response: Response, *, is_adopted: bool, ended: Callable[[Aside], str | None]) -> None:
+    def __init__(
+        self,
+        response: Response,
+        gate: Gate,
+        owner: bytes,
+        *,
+        is_adopted: bool,
+        ended: Callable[[Aside], str | None],
+    ) -> None:
         """`ended` is called before the response is told to be done, and gives the id of the item before it.
 
-        Adopted ones become part of the conversation.
+        Adopted ones become part of the conversation. `gate` counts it among the answers of its owner, whose salt it is.
         """
         self.response = response
+        self._gate, self._owner = gate, owner
         self.is_adopted = is_adopted
         self.text = ""
         self._ended = ended
@@ -49,13 +59,21 @@ class Aside:
         sampling: Sampling,
         post: Callable[[Callable[[], None]], object],  # do this on the sessions' thread
     ) -> None:
-        """Raises what `submit` raises. The worker's events come back by way of `post`."""
+        """Raises what `submit` raises, and Overloaded if its owner has too many.
+
+        The worker's events come back by way of `post`.
+        """
         generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling)
 
         def hand_over(event: Event) -> None:
             post(lambda: self._hear(event))
 
-        self._ticket = service.submit(generation, hand_over)
+        self._gate.enter(self._owner)
+        try:
+            self._ticket = service.submit(generation, hand_over)
+        except RekindleError:
+            self._gate.leave(self._owner, None)
+            raise
 
     def cancel(self) -> None:
         """Its end comes in a moment, with what there is of it."""
@@ -73,5 +91,6 @@ class Aside:
             self._end("", None, event.error)
 
     def _end(self, reason: str, done: Done | None, error: RekindleError | None) -> None:
+        self._gate.leave(self._owner, None if done is None else done.timings.total_ms / 1000)
         previous = self._ended(self)
         self.response.end(reason, self.text, previous=previous, done=done, error=error)

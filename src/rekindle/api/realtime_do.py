@@ -317,7 +317,8 @@ class Commands:
     def _ask_aside(self, given: wire.ResponseIn, response: Response, max_tokens: int | None, is_adopted: bool) -> None:
         if len(self._asides) >= MAX_ASIDES:
             raise Overloaded(f"{MAX_ASIDES} answers beside the conversation are under way; wait for one to end")
-        aside = Aside(response, is_adopted=is_adopted, ended=self._aside_ended)
+        gate, owner = self._sessions.gate, self._session.salt
+        aside = Aside(response, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
         sampling = sampled(self._session.options.sampling, given)
         aside.ask(self._service, self._prompt(given), max_tokens, sampling, self._sessions.call)
         self._asides[response.id] = aside

@@ -206,6 +206,7 @@ class Done:
     text: str  # the whole answer
     tokens: tuple[int, ...]  # its ids, the end-of-turn token not included
     kept: int = 0  # tokens of prompt and answer after which a later request can go on at once
+    unread: int = 0  # prompt tokens that were not computed after all, for it was cancelled before
     pin: Pin | None = None  # what keeps its KV, if that was asked for
 
 

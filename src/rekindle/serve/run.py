@@ -229,6 +229,7 @@ class Run:
                 text="".join(self.text),
                 tokens=tuple(self.generated),
                 kept=max(self.exact_marks, default=0),
+                unread=max(0, len(self.prompt) - self.read),
             )
         )
 

@@ -31,7 +31,7 @@ class Work:
     generated: int = 0
 
     def add(self, done: Done) -> None:
-        self.computed += done.usage.computed_tokens
+        self.computed += max(0, done.usage.computed_tokens - done.unread)
         self.restored += done.plan.placed
         self.tier = done.plan.tier or self.tier
         self.reused += done.usage.cached_tokens
@@ -133,8 +133,7 @@ class Line:
         self._ticket = self._service.submit(generation, lambda event: self._post(lambda: hear(event)))
 
     def _ended(self, context: Context, generation: Generation, done: Done) -> None:
-        if done.reason != "cancelled":
-            self.work.add(done)
+        self.work.add(done)
         hold = generation.hold
         if done.plan.total and hold is not None and hold.cut is context.cut:  # it was admitted, so the cut is made
             context.cut = None

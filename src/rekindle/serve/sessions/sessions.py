@@ -29,7 +29,7 @@ from rekindle.errors import Overloaded, RekindleError, SessionError, Stopping
 from rekindle.serve.request import Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Turn
-from rekindle.serve.sessions.gate import Gate
+from rekindle.serve.sessions.gate import Gate, Open
 from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.saved import SavedSessions
 from rekindle.serve.sessions.script import Message, Script
@@ -121,6 +121,11 @@ class Sessions:
         """Sessions by state, "hot" and "hibernating"; from any thread."""
         hot = [entry.session.is_hot for entry in list(self._entries.values())]
         return {"hot": sum(hot), "hibernating": len(hot) - sum(hot)}
+
+    @property
+    def gate(self) -> Gate:
+        """Answers that are given beside a session are counted here, too."""
+        return self._gate or Open()
 
     # On the thread.
 
