@@ -279,6 +279,31 @@ def lab_restart(
     measure_restart(model, prompt_tokens, prompts, threads, folder)
 
 
+@lab.command("live")
+@guarded
+def lab_live(
+    model: Annotated[
+        str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")
+    ] = "builtin",
+    part: Annotated[list[str] | None, typer.Option(help="ttft, talk or drift; may be repeated; default: all")] = None,
+    samples: Annotated[int, typer.Option(help="ttft: messages of each kind", min=1)] = 20,
+    conversation_tokens: Annotated[int, typer.Option(help="ttft: before each message, about", min=64)] = 3000,
+    gap: Annotated[float, typer.Option(help="ttft: seconds between words, and before a message is sent", min=0)] = 0.4,
+    peer: Annotated[
+        str | None, typer.Option(help="ttft: also ask llama-server (the xllamacpp wheel), or a path of one")
+    ] = None,
+    turns: Annotated[int, typer.Option(help="talk: in all", min=1)] = 500,
+    window: Annotated[int, typer.Option(help="talk: in tokens", min=1024)] = 2048,
+    kv_type: Annotated[list[str] | None, typer.Option(help="drift: f16, q8_0, q4_0; may be repeated")] = None,
+    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+) -> None:
+    """How soon a live session answers, what its window costs, how far it drifts from a full prefill."""
+    from rekindle.cli.lab import measure_live
+
+    sizes = {"samples": samples, "conversation_tokens": conversation_tokens, "gap_seconds": gap, "peer": peer}
+    measure_live(model, part, sizes, turns=turns, window=window, kv_types=kv_type, threads=threads)
+
+
 @lab.command("soak")
 @guarded
 def lab_soak(

@@ -1,4 +1,4 @@
-"""`rekindle lab model`, `trace`, `store`, `restart` and `load`: what they show while they work."""
+"""`rekindle lab model`, `trace`, `store`, `restart`, `live` and `load`: what they show while they work."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rekindle.errors import InvalidRequest
+from rekindle.lab.live_run import PARTS, run_live
+from rekindle.lab.live_run import print_report as print_live_report
+from rekindle.lab.live_ttft import make_plan
 from rekindle.lab.load.run import Wish, make_setup, run_load, workload_named
 from rekindle.lab.load.show import print_report as print_load_report
 from rekindle.lab.models import make_model
@@ -126,6 +129,30 @@ def measure_restart(model: str, prompt_tokens: int, prompts: int, threads: int |
             progress=lambda what: bar.update(task, description=what),
         )
     print_restart_report(report, _wide())
+
+
+def measure_live(
+    model: str,
+    parts: list[str] | None,
+    sizes: dict[str, Any],
+    *,
+    turns: int,
+    window: int,
+    kv_types: list[str] | None,
+    threads: int | None,
+) -> None:
+    """Measure, with a progress bar; then tables and one line of JSON. `sizes` are those of the part ttft."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("live", total=None)
+        report = run_live(
+            make_plan(model, threads=threads, **sizes),
+            parts or PARTS,
+            turns=turns,
+            window=window,
+            kv_types=kv_types or ("f16",),
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    print_live_report(report, _wide())
 
 
 def load_test(

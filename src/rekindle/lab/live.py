@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -48,6 +48,8 @@ class Talk:
     forgotten_turns: int
     new_tokens: int  # head, messages, answers and what the template writes around them; the limit
     computed_tokens: int  # by the engine
+    turned_tokens: int  # whose keys were rotated once more, as the window moved
+    placed_tokens: int  # that were placed anew, as they were first computed
     num_right: int  # answers in the session, in the last `judged` turns
     num_right_alone: int  # answers to the same questions with nothing but the head before them
     judged: int
@@ -98,16 +100,20 @@ def long_talk(
     turns: int,
     judged: int,
     policy: WindowPolicy = "slide",
+    window: int | None = None,
+    retention: float | None = None,
     seed: int = 0,
+    progress: Callable[[int], object] = lambda turns: None,
 ) -> Talk:
     """Ask so many questions, drawn at random, and judge the last of them. Raises RekindleError if nothing can be asked."""
     if not questions or not 0 < judged <= turns:
         raise RekindleError(f"expected questions, and 1 to {turns} turns to judge; got {len(questions)} and {judged}")
     service.clear_cache()  # or the head might have been read before
     before, new, right, asked = service.num_computed, 0, 0, []
+    slid = service.metrics.slid_tokens
     choose = Random(seed)
     with Sessions(service) as sessions:
-        options = Options(sampling=GREEDY, policy=policy)
+        options = Options(sampling=GREEDY, policy=policy, window=window, retention=retention)
         name = f"long talk, {policy}"
         messages = [{"role": "system", "content": head}]
         session = sessions.call(lambda: sessions.open(name, head=messages, options=options)).result()
@@ -122,11 +128,26 @@ def long_talk(
             if number >= turns - judged:
                 asked.append(question)
                 right += end.text.strip() == question.answer
+            progress(number + 1)
         asker.settle()
         forgotten = session.context.forgotten
         computed = service.num_computed - before
     alone = sum(_alone(service, head, question.text) == question.answer for question in asked)
-    return Talk(session.policy, turns, session.window, asker.moves, forgotten, new, computed, right, alone, len(asked))
+    turned, placed = (service.metrics.slid_tokens[how] - slid[how] for how in ("turned", "placed"))
+    return Talk(
+        policy=session.policy,
+        turns=turns,
+        window=session.window,
+        moves=asker.moves,
+        forgotten_turns=forgotten,
+        new_tokens=new,
+        computed_tokens=computed,
+        turned_tokens=turned,
+        placed_tokens=placed,
+        num_right=right,
+        num_right_alone=alone,
+        judged=len(asked),
+    )
 
 
 def _alone(service: Service, head: str, text: str) -> str:

@@ -226,6 +226,11 @@ class Metrics(Observer):
         return {source: int(_value(counter)) for source, counter in self._sources.items()}
 
     @property
+    def slid_tokens(self) -> dict[str, int]:
+        """Of live sessions, by how they came to their new places."""
+        return {how: int(_value(counter)) for how, counter in self._slid.items()}
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens, over the last ten seconds."""
         return self._generated.per_second()

@@ -52,13 +52,6 @@ def keeping(request: pytest.FixtureRequest) -> Iterator[Service]:
         service.check_integrity()
 
 
-def slid_tokens(service: Service) -> dict[str, int]:
-    samples = (sample for family in service.metrics.registry.collect() for sample in family.samples)
-    return {
-        each.labels["how"]: int(each.value) for each in samples if each.name == "rekindle_session_slid_tokens_total"
-    }
-
-
 @pytest.mark.parametrize("keeping", [1, 3], indirect=True)
 def test_what_has_slid_often_is_placed_anew_and_nothing_is_computed_for_it(keeping: Service) -> None:
     before = keeping.num_computed
@@ -75,7 +68,7 @@ def test_what_has_slid_often_is_placed_anew_and_nothing_is_computed_for_it(keepi
             most = max(most, *(turn.slides for turn in context.turns))
         assert settled(keeping, talker) - before == new
         assert most <= keeping.settings.session_slides + 1  # one that went along before it was in whole blocks
-    assert slid_tokens(keeping)["placed"] > 0
+    assert keeping.metrics.slid_tokens["placed"] > 0
 
 
 @pytest.mark.parametrize("keeping", [1], indirect=True)
@@ -92,7 +85,7 @@ def test_what_the_store_has_lost_slides_once_more(keeping: Service) -> None:
             keeping._store.clear_memory()
         assert len(forgotten(talker)) >= 3
         assert settled(keeping, talker) - before == new
-    assert slid_tokens(keeping)["placed"] == 0
+    assert keeping.metrics.slid_tokens["placed"] == 0
 
 
 def test_a_slide_goes_down_to_the_retention_so_that_the_next_is_far(sessions: Sessions) -> None:
