@@ -79,13 +79,25 @@ def test_beside_answers_one_piece_is_saved_in_a_step(scanning: Stage) -> None:
     scanning.ask(ids(1, 400))
     stream = scanning.submit(ids(2, 30), 900)
     kept: list[int] = []
-    while not kept or len(scanning.scheduler.residents):
+    while not kept or not scanning.scheduler.residents.idle()[0].saved:
         scanning.scheduler.step()
         kept.append(scanning.store.stats().blocks)
     assert max(after - before for before, after in pairwise(kept)) <= PIECE_BLOCKS + 3  # and tails
     assert stream.num_tokens > UNSAVED_TOKENS - 40
+    assert len(scanning.scheduler.residents) == 1, "nobody leaves in the middle of an answer"
+    scanning.submit(ids(3, 20), 50)
+    scanning.scheduler.step()
+    assert len(scanning.scheduler.residents) == 0
     stream.run.cancel()
     scanning.run()
+
+
+def test_answers_that_are_expected_count_too(scanning: Stage) -> None:
+    scanning.ask(ids(1, 200))
+    save_all(scanning)
+    scanning.submit(ids(2, 20), None, ignore_eos=False)
+    scanning.scheduler.step()
+    assert not scanning.scheduler.residents.idle()
 
 
 def test_what_the_store_cannot_keep_stays() -> None:

@@ -11,8 +11,10 @@ were computed beside it as pay for its way back,
     IDLE_TOKENS     if it is in the store already
     UNSAVED_TOKENS  if it must be saved first
 
-so that it never costs more than about twice what knowing the future would. Tokens that running requests are about to read
-count at once: a long prompt is not read beside what it is going to drive out.
+so that it never costs more than about twice what knowing the future would. That is looked at when a request is started, and
+what requests are about to compute counts at once: a long prompt is not read beside what it would drive out. It is looked at
+then only, because who leaves makes room in low cells. A sequence that goes on there has its cells out of order, and sums
+over them are rounded differently: the same request would less often get the same answer.
 
 What the store can't keep whole stays, and so does what somebody holds. While answers are being given, saving is done a
 piece in a step.
@@ -28,6 +30,7 @@ from rekindle.serve.residents import Resident, Residents
 
 IDLE_TOKENS = 64
 UNSAVED_TOKENS = 256
+EXPECTED_ANSWER = 128  # tokens, where a request allows more or does not say
 
 
 class Rent:
@@ -45,21 +48,25 @@ class Rent:
         self._computed += num_tokens
 
     def collect(self, coming: int, num_decoding: int) -> int:
-        """Let residents go before so many more tokens are read; returns how many went."""
+        """Let residents go before so many more tokens are computed; returns how many went."""
         if not self._engine.reads_idle_cells:
             return 0
-        left, may_save = 0, True
+        left = 0
         for resident in self._residents.idle():
             cost = self._beside(resident) + coming
-            if not resident.saved and cost >= UNSAVED_TOKENS and may_save:
-                if num_decoding:
-                    self._residents.save_piece(resident)
-                    may_save = False
-                else:
-                    self._residents.save(resident.seq)
+            if not resident.saved and cost >= UNSAVED_TOKENS and not num_decoding:
+                self._residents.save(resident.seq)
             if resident.saved and cost >= IDLE_TOKENS:
                 left += self._end(resident)
         return left
+
+    def prepare(self) -> None:
+        """Save a piece of one that will have to go and that no idle time has saved."""
+        if self._engine.reads_idle_cells:
+            cost = {resident: self._beside(resident) for resident in self._residents.idle()}
+            waiting = (each for each, tokens in cost.items() if not each.saved and tokens >= UNSAVED_TOKENS)
+            if (resident := next(waiting, None)) is not None:
+                self._residents.save_piece(resident)
 
     def _beside(self, resident: Resident) -> int:
         """Tokens computed since its last use."""

@@ -33,7 +33,7 @@ from rekindle.serve.blending import Blending, place_due
 from rekindle.serve.observe import Observer
 from rekindle.serve.pace import Pace
 from rekindle.serve.policies import Policy
-from rekindle.serve.rent import Rent
+from rekindle.serve.rent import EXPECTED_ANSWER, Rent
 from rekindle.serve.request import Failed, FinishReason
 from rekindle.serve.residents import Residents
 from rekindle.serve.room import Room
@@ -145,7 +145,7 @@ class Scheduler:
         admitted, ended = self._admit()
         batch = Batch()
         try:
-            self._collect_rent()
+            self._collect_rent(admitted > ended)
             self._room.secure(least_cells(self._state), self._fail)
             place_due(self._state)
             batch = make_batch(self._state, self._pace)
@@ -205,9 +205,13 @@ class Scheduler:
                     ended += 1
         return admitted, ended
 
-    def _collect_rent(self) -> None:
-        reading = [run for run in self.running if run.reading]
-        self._rent.collect(sum(run.unread for run in reading), len(self.running) - len(reading))
+    def _collect_rent(self, has_started: bool) -> None:
+        if has_started:
+            answers = sum(min(run.generation.max_tokens or EXPECTED_ANSWER, EXPECTED_ANSWER) for run in self.running)
+            reading = [run for run in self.running if run.reading]
+            self._rent.collect(answers + sum(run.unread for run in reading), len(self.running) - len(reading))
+        elif self.running:
+            self._rent.prepare()
 
     def _forward(self, batch: Batch) -> Logits:
         if not batch.work:

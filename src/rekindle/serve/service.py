@@ -51,7 +51,7 @@ from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
 from rekindle.serve.scores import Scores
 from rekindle.serve.traces import Traces, open_traces
-from rekindle.serve.transcripts import Transcripts
+from rekindle.serve.transcripts import Owner, Transcripts
 from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
 from rekindle.tokens import Tokens, as_tokens, common_length
@@ -351,13 +351,21 @@ class Service:
 
     def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
         """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
+        owner = (salt, bos, False)
+        tokens = self._transcripts.prompt(owner, text)
+        if tokens is None:
+            tokens = self._tokenised(text, owner)
+            self._transcripts.add_prompt(owner, text, tokens)
+        return Prompt(tokens, text, salt, bos)
+
+    def _tokenised(self, text: str, owner: Owner) -> Tokens:
         tokenizer = self.model.tokenizer
-        known = self._transcripts.longest((salt, bos, False), text)
+        known = self._transcripts.longest(owner, text)
         if known is not None:
             rest = tokenizer.encode(text[len(known.text) :])
             if len(rest) and tokenizer.is_special(int(rest[0])):
-                return Prompt(np.concatenate([known.tokens, rest]), text, salt, bos)
-        return Prompt(tokenizer.encode(text, bos=bos), text, salt, bos)
+                return np.concatenate([known.tokens, rest])
+        return tokenizer.encode(text, bos=owner[1])
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

@@ -4,6 +4,8 @@ A chat client sends the whole conversation again with each turn. Tokenising an a
 were generated, and then nothing after the difference could be reused. So the text and tokens of recent sequences are
 remembered: a prompt that begins with such a text begins with its tokens, and only the rest is tokenised. The seam must lie
 before a special token (the end of a turn), where tokenisers always cut.
+
+The latest prompts are remembered too: to tokenise one again takes longer than all else that a repeated prompt needs.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ class Transcripts:
     Thread-safe.
     """
 
-    def __init__(self, max_entries: int = 256) -> None:
+    def __init__(self, max_entries: int = 256, max_prompts: int = 32) -> None:
         self._max = max_entries
+        self._max_prompts = max_prompts
         self._entries: OrderedDict[tuple[Owner, str], Transcript] = OrderedDict()
+        self._prompts: OrderedDict[tuple[Owner, str], Tokens] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, owner: Owner, text: str, tokens: Tokens) -> None:
@@ -42,6 +46,20 @@ class Transcripts:
             self._entries.move_to_end((owner, text))
             while len(self._entries) > self._max:
                 self._entries.popitem(last=False)
+
+    def add_prompt(self, owner: Owner, text: str, tokens: Tokens) -> None:
+        with self._lock:
+            self._prompts[owner, text] = tokens
+            while len(self._prompts) > self._max_prompts:
+                self._prompts.popitem(last=False)
+
+    def prompt(self, owner: Owner, text: str) -> Tokens | None:
+        """The tokens of a prompt that is remembered with exactly this text."""
+        with self._lock:
+            tokens = self._prompts.get((owner, text))
+            if tokens is not None:
+                self._prompts.move_to_end((owner, text))
+            return tokens
 
     def longest(self, owner: Owner, text: str) -> Transcript | None:
         """The longest remembered text that `text` begins with."""
@@ -52,3 +70,4 @@ class Transcripts:
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._prompts.clear()
