@@ -20,6 +20,7 @@ from rekindle.reuse.prompt import Prompt
 from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
 from rekindle.serve.scores import Scores
+from rekindle.serve.studies import SLICE
 from rekindle.tokens import as_tokens
 
 A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
@@ -163,8 +164,10 @@ def test_what_does_not_fit_in_the_context_is_computed_or_refused() -> None:
 
 
 @pytest.mark.parametrize("head", [[], [1], ids(40, 15), ids(41, 16), ids(42, 37)])
-def test_heads_of_any_length(head: list[int]) -> None:
+@pytest.mark.parametrize("turns_all_cells", [True, False])
+def test_heads_of_any_length(head: list[int], turns_all_cells: bool) -> None:
     stage = Stage(head=head)
+    stage.engine.turns_all_cells = turns_all_cells
     stage.ask(prompt_of([ids(9, 30), A, C]), 1, blend=BLEND)
     study(stage)
     for select, ratio in (("none", 0.0), ("remembered", 0.2)):
@@ -194,6 +197,34 @@ def test_a_chunk_that_is_met_behind_a_placed_one_is_learned_too() -> None:
     own = stage.blending.own_prompts(prompt_of([C]))[0]
     assert stage.scores.get(stage.blending.key(own)) is not None
     assert len(stage.scheduler.residents.seqs) == len(stage.scheduler.residents)  # nothing is set aside any more
+
+
+def test_a_chunk_that_was_warmed_ahead_of_time_is_learned_when_it_is_placed() -> None:
+    stage = blend_stage()
+    for own in stage.blending.own_prompts(prompt_of([D, A])):
+        stage.submit(own, None, warm=True)
+    stage.run()
+    for seed, blend in ((8, Blend("first", 0.1)), (9, Blend("auto", 0.1))):
+        stage.scheduler.residents.clear()
+        computed = stage.engine.num_computed
+        answer = stage.ask(prompt_of([ids(seed, 30), D, A]), 1, blend=blend)
+        assert chunks_of(answer)[1:] == [(135, 15), (90, 10)]
+        computed += answer.done.plan.computed
+        if blend.select == "first":  # who asks for that needs no scores; of the new chunk all but a token is at hand
+            study(stage)
+            assert stage.engine.num_computed - computed == 1
+    grown = []
+    while stage.scheduler._studies._queue:
+        before = stage.engine.num_computed
+        stage.scheduler.use_idle_time()
+        stage.run()
+        grown.append(stage.engine.num_computed - before)
+    assert sorted(filter(None, grown)) == [1, len(D) - SLICE, len(A), SLICE]
+    for own in stage.blending.own_prompts(prompt_of([D, A])):
+        assert stage.scores.get(stage.blending.key(own)) is not None
+    stage.scheduler.residents.clear()
+    again = stage.ask(prompt_of([ids(7, 30), D, A]), 1, blend=Blend("auto", 0.1))
+    assert "their KV differed most between in place and on its own" in [each.why for each in again.done.plan.chunks]
 
 
 def test_nobody_waits_for_a_study() -> None:
@@ -352,13 +383,17 @@ asked = st.tuples(
 )
 
 
-@given(st.lists(asked, min_size=1, max_size=8), st.sampled_from([560, 2000]), st.booleans())
+@given(st.lists(asked, min_size=1, max_size=8), st.sampled_from([560, 2000]), st.booleans(), st.booleans())
 @settings(max_examples=60)
 def test_any_mix_of_requests(
-    requests: list[tuple[list[list[int]], str | None, float, bytes, str]], num_cells: int, one_by_one: bool
+    requests: list[tuple[list[list[int]], str | None, float, bytes, str]],
+    num_cells: int,
+    one_by_one: bool,
+    turns_all_cells: bool,
 ) -> None:
     """Blended answers are what their plans give, exact ones what reading gives, whatever came before or runs beside."""
     stage = blend_stage(num_cells)
+    stage.engine.turns_all_cells = turns_all_cells
     answers: list[tuple[Prompt, str | None, Answer]] = []
     for chunks, select, ratio, salt, then in requests:
         prompt = prompt_of(chunks, salt=salt)

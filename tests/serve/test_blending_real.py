@@ -99,7 +99,7 @@ def test_moved_chunks_are_placed_and_the_rest_is_computed(learned: LLM) -> None:
     before = learned.service.num_computed
     done = ask(learned, prompt, Blend("first", 0.15), max_tokens=1)
     assert learned.service.num_computed - before == done.usage.computed_tokens == done.plan.computed
-    assert done.usage.blended_tokens > 0.6 * len(prompt)
+    assert done.usage.blended_tokens > 0.4 * len(prompt)
     assert all(chunk.placed or chunk.exact for chunk in done.plan.chunks)
     for chunk in done.plan.chunks:
         share = chunk.recomputed / (chunk.placed + chunk.recomputed) if chunk.placed else 0.15
@@ -123,7 +123,7 @@ def test_chunks_that_were_warmed_ahead_are_learned_when_they_are_placed(llm: LLM
     for chunk in story().chunks:
         assert llm.service.warm(llm.service.chunk_prompt(chunk)).stored_bytes
     prompt = prompt_of(story().asked[0], met=True)
-    assert ask(llm, prompt, Blend("auto", 0.15), max_tokens=1).usage.blended_tokens > 0.6 * len(prompt)
+    assert ask(llm, prompt, Blend("auto", 0.15), max_tokens=1).usage.blended_tokens > 0.4 * len(prompt)
     assert llm.service.study(60)
     for asked in story().asked:
         done = ask(llm, prompt_of(asked), Blend("auto", 0.1))
@@ -203,7 +203,7 @@ def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
                 together[number] = event
         assert llm.service.metrics.registry.get_sample_value("rekindle_swaps_total")
         for number, one in enumerate(alone):
-            assert together[number].usage.blended_tokens > 0.6 * len(prompts[number])
+            assert together[number].usage.blended_tokens > 0.4 * len(prompts[number])
             assert together[number].tokens[:12] == one.tokens[:12]
         llm.service.check_integrity()
 

@@ -53,6 +53,7 @@ class Engine(Protocol):
     """Computes KV and logits. Errors are `EngineError`s: ContextFull, BadRange, UnknownSequence, ForeignPayload."""
 
     spec: ModelSpec
+    turns_all_cells: bool  # turning keys goes over all cells, however few are meant: so better turn many by one `move`
     reads_idle_cells: bool  # whether computing takes longer for cells in use that none of the sequences computed sees
 
     # The seven verbs.

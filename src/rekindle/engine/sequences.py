@@ -195,6 +195,7 @@ class BookKeeping:
     """What every engine answers from its table; the meaning of each method is in `Engine`."""
 
     reads_idle_cells = False
+    turns_all_cells = False
     _table: SequenceTable
 
     def open(self) -> SequenceId:

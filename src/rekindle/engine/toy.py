@@ -32,6 +32,8 @@ def _hash(values: States) -> States:
 class ToyEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
+    turns_all_cells = True
+
     def __init__(self, spec: ModelSpec, num_cells: int, max_sequences: int = 64) -> None:
         self.spec = spec
         self._table = SequenceTable(num_cells, range(max_sequences))

@@ -4,14 +4,14 @@ A chunk on its own is the prompt [head, chunk] and is kept like any other, so wh
 look-up, in memory here and in slower tiers where blocks are fetched. What `reuse/blend.py` plans with that is carried out
 in three parts:
 
-    admission    the exact beginning, as for every prompt; then all blocks of which something will be placed are turned
-                 to where they will stand, by one `move`
+    admission    the exact beginning, as for every prompt; then, if the engine does that faster than to turn each as it is
+                 placed, all blocks of which something will be placed are turned to where they will stand, by one `move`
     each step    a part of a block goes into the sequence as soon as the prompt has been read up to it; what is computed
                  in a step ends where the next part begins
     the end      the sequence is cut back to its exact part before anybody else may see it
 
-Turned blocks lie in the process' memory, not in the engine, until they are placed: a request that is swapped out keeps
-them. A block that begins within the head is cut first, or it would reach over what stands before the chunk.
+Blocks lie in the process' memory, not in the engine, until they are placed: a request that is swapped out keeps
+them.
 """
 
 from __future__ import annotations
@@ -156,58 +156,50 @@ def blends(run: Run) -> bool:
 
 
 def prepare(engine: Engine, plan: Plan, found: Found) -> deque[Part]:
-    """What a plan places of chunks, in order, turned to where it goes. Raises EngineError.
+    """What a plan places of chunks, in order. Raises EngineError.
 
-    Needs a free sequence and `cells_to_prepare` free cells.
+    Turned to where it goes, all of it by one `move`, if the engine is one that does so faster: that needs a free sequence
+    and `cells_to_prepare` free cells.
     """
-    moves = _moves(plan, found)
-    payloads = [_payload(engine, found, chunk, block) for chunk, block in moves]
-    turned = dict(zip(moves, engine.move(payloads, list(moves.values())), strict=True)) if moves else {}
-    parts: deque[Part] = deque()
-    for step, block in _placed_blocks(plan, found):
-        payload = turned[_chunk(step), block.position]
-        start, stop = max(step.start, payload.position), min(step.stop, payload.position + len(payload))
-        parts.append(Part(payload, start - payload.position, stop - payload.position))
-    return parts
+    parts = list(_parts(engine.spec.fingerprint, plan, found))
+    if engine.turns_all_cells:
+        blocks = {(part.chunk, part.payload.position): part for part in parts}
+        payloads = [_headless(engine, found, part) for part in blocks.values()]
+        positions = [part.position_of(payload) for part, payload in zip(blocks.values(), payloads, strict=True)]
+        moved = engine.move(payloads, positions) if payloads else []
+        turned = dict(zip(blocks, moved, strict=True))
+        parts = [part.turned(turned[part.chunk, part.payload.position]) for part in parts]
+    return deque(parts)
 
 
 def cells_to_prepare(plan: Plan, found: Found, head: int) -> int:
     """Free cells that `prepare` needs, with a head of so many tokens."""
-    sizes = {(_chunk(step), block.position): len(block.tokens) for step, block in _placed_blocks(plan, found)}
+    sizes = {(part.chunk, part.payload.position): len(part.payload) for part in _parts(b"", plan, found)}
     return max(sum(sizes.values()), head + max(sizes.values())) if sizes else 0
 
 
-def _moves(plan: Plan, found: Found) -> dict[tuple[int, int], int]:
-    """(chunk, position of a block in the chunk's own prompt) -> where the block's first token of the chunk goes."""
-    moves = {}
-    for step, block in _placed_blocks(plan, found):
-        own, source = found.known[_chunk(step)], step.source
-        assert own is not None and source is not None
-        moves[_chunk(step), block.position] = max(block.position, own.head) + step.start - source
-    return moves
-
-
-def _placed_blocks(plan: Plan, found: Found) -> Iterator[tuple[Place, Block]]:
-    """Each step that places a part of a chunk, with each block that has some of it; a block may come twice."""
+def _parts(fingerprint: bytes, plan: Plan, found: Found) -> Iterator[Part]:
+    """What each block has of each step that places a part of a chunk; a block may have some of several."""
     for step in plan.steps:
-        if isinstance(step, Place) and step.source is not None:
-            start, stop = step.source, step.source + step.stop - step.start
-            for block in found.blocks[_chunk(step)]:
-                if start < block.position + len(block.tokens) and block.position < stop:
-                    yield step, block
+        if isinstance(step, Place) and step.chunk is not None and step.source is not None:
+            by, source_stop = step.start - step.source, step.source + step.stop - step.start
+            for block in found.blocks[step.chunk]:
+                start = max(0, step.source - block.position)
+                stop = min(len(block.tokens), source_stop - block.position)
+                if start < stop:
+                    payload = Payload(block.tokens, block.position, block.payload, fingerprint)
+                    yield Part(step.chunk, payload, start, stop, block.position + start + by)
 
 
-def _chunk(step: Place) -> int:
-    assert step.chunk is not None
-    return step.chunk
-
-
-def _payload(engine: Engine, found: Found, chunk: int, position: int) -> Payload:
-    """A chunk's block at a position of its own prompt, without what it has of the head."""
-    own, blocks = found.known[chunk], [block for block in found.blocks[chunk] if block.position <= position]
+def _headless(engine: Engine, found: Found, part: Part) -> Payload:
+    """A part's block without what it has of the head, which would reach over what stands before the chunk."""
+    own, position = found.known[part.chunk], part.payload.position
     assert own is not None
+    if position >= own.head:
+        return part.payload
+    blocks = [block for block in found.blocks[part.chunk] if block.position <= position]
     payloads = [Payload(b.tokens, b.position, b.payload, engine.spec.fingerprint) for b in blocks]
-    return payloads[-1] if position >= own.head else cut(engine, payloads, own.head)
+    return cut(engine, payloads, own.head)
 
 
 def cut(engine: Engine, payloads: Sequence[Payload], start: int) -> Payload:

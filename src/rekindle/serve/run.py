@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -46,19 +46,25 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Tokens [start, stop) of KV that is to be placed; its payload is turned to where that goes."""
+    """Tokens [start, stop) of a payload, that is to be placed as part of a chunk."""
 
+    chunk: int  # index among the prompt's
     payload: Payload
     start: int
     stop: int
+    position: int  # of its first token in the prompt
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    @property
-    def position(self) -> int:
-        """Of its first token in the prompt."""
-        return self.payload.position + self.start
+    def position_of(self, payload: Payload) -> int:
+        """Where the first token of a payload that goes on like this one would come to stand in the prompt."""
+        return payload.position + self.position - (self.payload.position + self.start)
+
+    def turned(self, payload: Payload) -> Part:
+        """The same tokens of a payload that was turned to where they go."""
+        start = self.position - payload.position
+        return replace(self, payload=payload, start=start, stop=start + len(self))
 
 
 @dataclass(eq=False)
