@@ -14,7 +14,7 @@ from rekindle.api.wire import (
     Str,
     Text,
     TokenIds,
-    _expect,
+    expect,
 )
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Chunk, Document
@@ -58,7 +58,7 @@ class PinRequest(_OnePrompt):
     model: Str | None = None
 
 
-WantedPrompt = Annotated[Text | TokenIds | _OnePrompt, _expect('text, token ids or {"messages": […]}')]
+WantedPrompt = Annotated[Text | TokenIds | _OnePrompt, expect('text, token ids or {"messages": […]}')]
 
 
 class WarmRequest(PromptFields):

@@ -306,7 +306,8 @@ class Commands:
             max_output_tokens=max_tokens,
             metadata=given.metadata,
         )
-        if not is_adopted or given.input is not None or given.instructions is not None:
+        is_other = given.instructions not in (None, conversation.instructions)
+        if not is_adopted or given.input is not None or is_other:
             self._ask_aside(given, response, max_tokens, is_adopted)
         elif session.context.open is None:
             raise SessionError("there is no user message to answer; create one, or commit the buffer")

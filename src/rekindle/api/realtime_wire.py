@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError, model_validator
 
 from rekindle.api.refusals import explain
-from rekindle.api.wire import Ours, Span, Str, Wire, _expect
+from rekindle.api.wire import Ours, Span, Str, Wire, expect
 from rekindle.errors import InvalidRequest, nearest
 
 MAX_ID = 512  # characters of an id that a client gives; longer ones are not repeated
@@ -49,7 +49,7 @@ class _OurEvent(Ours):
 
 
 Id = Annotated[Str, Field(min_length=1, max_length=MAX_ID)]
-MaxTokens = Annotated[Annotated[int, Field(ge=1)] | Literal["inf"], _expect('a whole number from 1 on or "inf"')]
+MaxTokens = Annotated[Annotated[int, Field(ge=1)] | Literal["inf"], expect('a whole number from 1 on or "inf"')]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -75,7 +75,7 @@ class RetentionRatio(Wire):
 
 Truncation = Annotated[
     Literal["auto", "disabled"] | RetentionRatio,
-    _expect('"auto", "disabled" or {"type": "retention_ratio", "retention_ratio": a number from 0 to 1}'),
+    expect('"auto", "disabled" or {"type": "retention_ratio", "retention_ratio": a number from 0 to 1}'),
 ]
 
 

@@ -45,7 +45,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def _expect(what: str) -> WrapValidator:
+def expect(what: str) -> WrapValidator:
     """For unions: one message that says what may come, instead of one for each member."""
 
     def check(value: Any, handler: Any) -> Any:
@@ -105,11 +105,11 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[
     Str | Annotated[list[Str], Field(max_length=MAX_STOPS, fail_fast=True)] | None,
-    _expect(f"a string or an array of at most {MAX_STOPS} strings"),
+    expect(f"a string or an array of at most {MAX_STOPS} strings"),
 ]
 Prompts = Annotated[
     Text | Texts | TokenIds | TokenIdLists,
-    _expect("text, an array of texts, an array of token ids or an array of such arrays, none of them empty"),
+    expect("text, an array of texts, an array of token ids or an array of such arrays, none of them empty"),
 ]
 Span = Annotated[float, BeforeValidator(_seconds), WithJsonSchema({"type": ["string", "number"]})]
 JsonObject = Annotated[dict[str, Any], WrapValidator(_plain_json)]
@@ -287,7 +287,7 @@ class Part(Wire):
 
 
 Content = Annotated[
-    Str | Annotated[list[Part], Field(fail_fast=True)] | None, _expect("a string or an array of text parts")
+    Str | Annotated[list[Part], Field(fail_fast=True)] | None, expect("a string or an array of text parts")
 ]
 
 
