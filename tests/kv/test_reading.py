@@ -99,7 +99,13 @@ def test_files_that_are_not_in_memory_are_fetched_ahead_once(
         return from_page_cache(handle, room[:1000] if cold_from is not None and num_read >= cold_from else room)
 
     monkeypatch.setattr(reading, "_from_page_cache", found)
-    monkeypatch.setattr(reading, "fetch_soon", lambda path: fetched.append((path, num_read)))
+    advise = reading._advise
+
+    def advised(handle: int) -> None:
+        fetched.append((str(Path(f"/proc/self/fd/{handle}").readlink()), num_read))
+        advise(handle)
+
+    monkeypatch.setattr(reading, "_advise", advised)
     for contents, path in zip(read_files(paths, Slabs()), paths, strict=True):
         assert is_of(contents, path)
         num_read += 1

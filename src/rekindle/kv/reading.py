@@ -78,7 +78,7 @@ def _read(files: deque[_Open], room: memoryview, index: int, ahead: _Ahead) -> C
     """The first of the open files, which is closed then."""
     handle, num_bytes, used_ns = files[0]
     length = _from_page_cache(handle, room)
-    ahead.note(index, in_memory=length == num_bytes, num_bytes=num_bytes)
+    ahead.note(index, files, in_memory=length == num_bytes)
     if length < num_bytes:
         with open(handle, "rb", buffering=0, closefd=False) as file:
             file.seek(length)
@@ -105,23 +105,31 @@ class _Ahead:
         self._paths = paths
         self._next: int | None = None  # the first of which the system was not told; None while all were in its memory
 
-    def note(self, index: int, *, in_memory: bool, num_bytes: int) -> None:
-        """This file is about to be read."""
+    def note(self, index: int, files: Sequence[_Open], *, in_memory: bool) -> None:
+        """The first of these open files, which follow each other, is about to be read."""
         if self._next is None and in_memory:
             return
-        depth = min(max(_AHEAD_BYTES // max(num_bytes, 1), _MIN_AHEAD), _MAX_AHEAD)
+        depth = min(max(_AHEAD_BYTES // max(files[0].num_bytes, 1), _MIN_AHEAD), _MAX_AHEAD)
         start, stop = max(self._next or 0, index + 1), index + 1 + depth
-        for path in self._paths[start:stop]:
-            fetch_soon(path)
+        for following in range(start, min(stop, len(self._paths))):
+            if following - index < len(files):
+                _advise(files[following - index].handle)
+            else:
+                fetch_soon(self._paths[following])
         self._next = max(start, stop)
 
 
 def fetch_soon(path: str) -> None:
     """Have the system fetch a file, without waiting for it."""
+    with suppress(OSError):
+        handle = os.open(path, _FLAGS)
+        try:
+            _advise(handle)
+        finally:
+            os.close(handle)
+
+
+def _advise(handle: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
-            handle = os.open(path, _FLAGS)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
