@@ -51,7 +51,6 @@ class LlamaEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
     turns_all_cells = True
-
     reads_idle_cells = True  # its mask has a column for each, up to the last in use
 
     def __init__(

@@ -218,6 +218,8 @@ def place_due(state: State) -> None:
 
     Where nobody is being answered, room has been made; what finds none even so is computed like any other text.
     """
+    if not any(run.parts for run in state.running):
+        return
     num_decoding = sum(not run.reading for run in state.running)
     for run in [run for run in by_urgency(state) if run.due]:
         while run.due and state.engine.num_free_cells >= len(run.parts[0].payload) + num_decoding:
