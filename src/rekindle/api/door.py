@@ -67,6 +67,9 @@ class Door:
             await self._app(scope, receive, send)
             return
         scope[_ARRIVED] = time.perf_counter()
+        if scope.get("http_version") == "1.1" and not any(name == b"host" for name, _ in scope["headers"]):
+            await respond(400, "a request of HTTP/1.1 must have a Host header", code="no_host")(scope, receive, send)
+            return
         if scope["path"] in OPEN_ROUTES:
             note(scope, ANYBODY)
             await self._enter(scope, receive, send)
