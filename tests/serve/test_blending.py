@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from rekindle.errors import BadRange, InvalidRequest
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan, Stored, make_plan
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve import studies
+from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
 from rekindle.serve.scores import Scores
@@ -264,6 +267,15 @@ def test_a_chunk_is_queued_once_and_a_cleared_cache_forgets_what_is_queued() -> 
     assert stage.engine.num_free_cells == stage.engine.num_cells
 
 
+def test_the_queue_of_studies_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "MAX_QUEUE", 2)
+    stage = blend_stage()
+    stage.ask(prompt_of([A, B, C, D]), 1, blend=BLEND)
+    study(stage)
+    answer = stage.ask(prompt_of([ids(9, 30), D, C, B, A]), 1, blend=Blend("none", 0))
+    assert [placed > 0 for placed, _ in chunks_of(answer)] == [False, False, False, True, True]
+
+
 def test_swapped_requests_go_on_where_they_were() -> None:
     stage = learned(A, B, C, D, num_cells=760)
     prompts = [prompt_of([[*ids(60 + number, 30)], D, A, B]) for number in range(3)]
@@ -370,6 +382,13 @@ def test_what_is_refused() -> None:
         Blend("first", 2)
     with pytest.raises(InvalidRequest, match=r"one of none, first, .* got 'best'"):
         Blend("best")  # type: ignore[arg-type]
+
+
+def test_models_whose_kv_cannot_be_moved_refuse() -> None:
+    wish = Generation(prompt=prompt_of([A]), blend=BLEND)
+    check_blend(wish, TOY_SPEC)
+    with pytest.raises(InvalidRequest, match="its KV can't be moved to other positions; leave blend out"):
+        check_blend(wish, replace(TOY_SPEC, can_shift=False))
 
 
 POOL = [[], ids(70, 1), ids(71, 19), ids(72, 20), ids(73, 47), ids(74, 64), ids(75, 95), ids(76, 130)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import rekindle
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, PromptTooLong
 from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt, join
@@ -206,6 +206,19 @@ def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
             assert together[number].usage.blended_tokens > 0.4 * len(prompts[number])
             assert together[number].tokens[:12] == one.tokens[:12]
         llm.service.check_integrity()
+
+
+def test_a_service_closes_with_chunks_still_to_be_studied(llm: LLM) -> None:
+    engine = "torch" if llm.service.health()["engine"] == "torch" else "llama"
+    with load(engine) as hurried:
+        ask(hurried, prompt_of(story().asked[0]), Blend(), max_tokens=1)
+        assert not hurried.service.study(0)
+
+
+def test_chunks_that_are_longer_than_the_context_are_refused(llm: LLM) -> None:
+    chunk = np.concatenate([story().chunks[0]] * 40)
+    with pytest.raises(PromptTooLong, match="the context holds"):
+        ask(llm, join([(story().before, False), (chunk, True), (story().mark, False)]), Blend())
 
 
 def test_selections_that_have_to_look_are_refused(llm: LLM) -> None:
