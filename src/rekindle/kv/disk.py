@@ -120,7 +120,12 @@ class DiskTier:
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
         with self._reads.attempt(), self._faults("read"):
-            return [_used_ns(self._folder.path_of(place)) is not None for place in places]
+            parents = {place.parent for place in places if place.tail}
+            tails = {parent: frozenset(self._folder.tails(parent)) for parent in parents}  # one listing, not 63 looks
+            return [
+                place in tails[place.parent] if place.tail else _used_ns(self._folder.path_of(place)) is not None
+                for place in places
+            ]
 
     def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
         with self._reads.attempt(), self._faults("read"):
