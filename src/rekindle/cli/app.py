@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from rekindle.cli.cache import cache
+from rekindle.cli.lab_torch import add_torch_commands
 from rekindle.cli.live import live
 from rekindle.cli.options import SERVER_ONLY, with_settings
 from rekindle.cli.refusals import FAILED, guarded
@@ -436,3 +437,6 @@ def lab_blend(
         measure_time(model, engine, chunks, chunk_tokens, ratio[0] if ratio else 0.15, threads, rounds, seed, peer)
     elif not measure_quality(model, engine, data, documents, ratio, threads, seed, plot, gate):
         raise typer.Exit(FAILED)
+
+
+add_torch_commands(lab)

@@ -1,4 +1,4 @@
-"""Speed of the torch engine on the CPU beside transformers' own `generate`: `python -m rekindle.lab.torch_speed SHAPE`.
+"""Speed of the torch engine on the CPU beside transformers' own `generate`: `rekindle lab torch SHAPE`.
 
 **The physics.** Decoding one token reads every weight once, and the sequence's KV once, so no program decodes faster than
 
@@ -19,11 +19,10 @@ tokens for each.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -293,19 +292,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The experiment from the command line."""
-    parser = argparse.ArgumentParser(description="Speed of the torch engine beside transformers' generate.")
-    parser.add_argument("shape", nargs="+", help="qwen3-0.6b, gemma3-270m, …")
-    parser.add_argument("--threads", type=int)
-    for name in ("prompt-tokens", "decode-tokens", "streams", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Workload, name.replace("-", "_")))
-    options = vars(parser.parse_args(arguments))
-    for shape in options.pop("shape"):
-        print_report(run_torch_speed(shape, **options), Console(width=120))
-
-
-if __name__ == "__main__":
-    main()

@@ -56,9 +56,15 @@ class CellTable(SequenceTable):
     def num_free_cells(self) -> int:
         return len(self._free) // self._groups.count
 
-    def keys(self, seq: SequenceId) -> tuple[Keys, ...]:
-        """What each group holds."""
-        return tuple(Keys(np.array(part.cells(seq), dtype=np.int64), first) for part, first in self._held(seq))
+    def keys(self, seq: SequenceId, start: int = 0, stop: int | None = None) -> tuple[Keys, ...]:
+        """What each group holds of the tokens [start, stop)."""
+        end = self.length(seq) if stop is None else stop
+        found = []
+        for part, first in self._held(seq):
+            begin = max(start, first)
+            cells = part.cells(seq)[begin - first : max(end - first, 0)]
+            found.append(Keys(np.array(cells, dtype=np.int64), begin))
+        return tuple(found)
 
     def floor(self, seq: SequenceId) -> int:
         """Position of the first token that all groups hold."""

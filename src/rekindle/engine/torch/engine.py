@@ -30,7 +30,7 @@ from rekindle.engine.saved import distances
 from rekindle.engine.sequences import BookKeeping
 from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
-from rekindle.engine.torch.cells import Cells, CellTable, Keys
+from rekindle.engine.torch.cells import Cells, CellTable
 from rekindle.engine.torch.groups import make_groups
 from rekindle.engine.torch.identity import identify, weights_digest
 from rekindle.engine.torch.kernels import kernels_for
@@ -206,10 +206,10 @@ class TorchEngine(BookKeeping):
         before = [self._cells(seq, start, stop) for start, stop in ranges]
         for start, stop in ranges:
             self._table.renew(seq, start, stop)
-        keys, tokens = self._table.keys(seq), self.tokens(seq)
+        tokens = self.tokens(seq)
         kept = self._pool.save(_joined(before), count)
         try:
-            self._compute([Span(tokens[start:stop], start, _between(keys, 0, stop)) for start, stop in ranges])
+            self._compute([Span(tokens[start:stop], start, self._table.keys(seq, 0, stop)) for start, stop in ranges])
         except BaseException:
             after = [self._cells(seq, start, stop) for start, stop in ranges]
             self._pool.load(kept, _joined(after), count, stop=count)  # cells that others shared stay the sequence's own
@@ -260,6 +260,16 @@ class TorchEngine(BookKeeping):
 
     # Book-keeping.
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the pool are."""
+        return self._pool.device
+
+    @property
+    def bytes_per_cell(self) -> int:
+        """Of the pool, with what fills up groups of layers."""
+        return self._pool.bytes_per_cell
+
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)
 
@@ -287,8 +297,7 @@ class TorchEngine(BookKeeping):
         spans = []
         for item, start in work:
             self._table.append(item.seq, item.tokens)
-            end = start + len(item.tokens)
-            keys = _between(self._table.keys(item.seq), start if blind else 0, end)
+            keys = self._table.keys(item.seq, start if blind else 0)
             spans.append(Span(item.tokens, start, keys, item.logits))
         try:
             return self._compute(spans)
@@ -325,7 +334,7 @@ class TorchEngine(BookKeeping):
 
     def _cells(self, seq: SequenceId, start: int, stop: int) -> list[Cells]:
         """Of each group, for those of the tokens [start, stop) that it holds."""
-        return [keys.cells for keys in _between(self._table.keys(seq), start, stop)]
+        return [keys.cells for keys in self._table.keys(seq, start, stop)]
 
     def _turn(self, cells: Sequence[Cells], by: int) -> None:
         if not by:
@@ -351,10 +360,6 @@ class TorchEngine(BookKeeping):
             raise ContextFull(
                 f"a sequence of this engine has at most {self._max_length} tokens, {length} would be needed"
             )
-
-
-def _between(keys: Sequence[Keys], start: int, stop: int) -> tuple[Keys, ...]:
-    return tuple(each.between(start, stop) for each in keys)
 
 
 def _joined(parts: Sequence[Sequence[Cells]]) -> list[Cells]:

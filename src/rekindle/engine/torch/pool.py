@@ -37,6 +37,12 @@ class Pool:
         self.keys = [keys[place] for place in groups.place]  # of each layer; layers at one place share
         self.values = [values[place] for place in groups.place]
 
+    @property
+    def bytes_per_cell(self) -> int:
+        """Of one cell in every group."""
+        shapes = [self.layout.layers[self.groups.place.index(place)] for place in range(self.groups.size)]
+        return self.groups.count * self.layout.dtype.itemsize * sum(shape.values for shape in shapes)
+
     def index(self, cells: Cells | Sequence[int]) -> Index:
         """Cells as what a tensor is best indexed with: a slice if they are neighbours."""
         cells = np.asarray(cells, dtype=np.int64)
@@ -60,8 +66,11 @@ class Pool:
         there = self.layout.wrap(data, count, lacks).to(self.device)  # at once, as above
         parts = self.layout.split(there, count, lacks)
         for layer, ((key, value), (keys, values, index)) in enumerate(zip(parts, self._layers(cells), strict=True)):
+            wanted = len(cells[self.groups.of[layer]])
+            if not wanted:
+                continue
             end = stop - (count - len(key))
-            part = slice(end - len(cells[self.groups.of[layer]]), end)
+            part = slice(end - wanted, end)
             keys[index] = key[part]
             values[index] = value[part]
 
