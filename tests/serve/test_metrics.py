@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from prometheus_client import Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.kv.doubles import DictTier
+from tests.serve.blending import HEAD, prompt_of
 from tests.serve.conftest import END, Stage, ids
 from tests.serve.test_fetch import ask, settled
 
 from rekindle.errors import EngineError, PromptTooLong
 from rekindle.kv.store import Fetched
+from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Compute, Fork, Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.counting import Rate, Times
 from rekindle.serve.metric_list import METRICS, PREFIX
-from rekindle.serve.metrics import OUTCOMES, SOURCES, Metrics, sources_of
+from rekindle.serve.metrics import CHUNK_OUTCOMES, OUTCOMES, SOURCES, Metrics, sources_of
 from rekindle.serve.request import Generation, Sampling, request_id
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -60,6 +62,22 @@ def test_tokens_of_a_cold_prompt_a_repeat_and_a_longer_one_by_source() -> None:
     counted.stage.ask(prompt + ids(2, 30), 5)
     assert counted.sources() == {"computed": 130, "resident": 200}
     assert counted.value("generated_tokens_total") == 15 == counted.metrics.num_generated
+
+
+def test_chunks_of_blended_prompts_by_what_became_of_them() -> None:
+    counted = Counted(head=HEAD)
+    one, other, third = ids(21, 60), ids(22, 60), ids(23, 60)
+    blend = Blend("none", 0)
+    counted.stage.ask(prompt_of([one, other, []]), 1, blend=blend)
+    while counted.stage.scheduler.use_idle_time():
+        counted.stage.run()
+    assert counted.sources() == {"computed": 130}
+    counted.stage.ask(prompt_of([one, third, other]), 1, blend=blend)
+    outcomes = {outcome: counted.value("chunks_total", outcome=outcome) for outcome in CHUNK_OUTCOMES}
+    assert outcomes == {"exact": 1, "placed": 1, "computed": 3}
+    assert counted.sources() == {"computed": 130 + 60 + 2 + 2 + 3, "resident": 63, "blended": 60}
+    counted.stage.ask(prompt_of([one, other]), 1)
+    assert sum(counted.value("chunks_total", outcome=outcome) for outcome in CHUNK_OUTCOMES) == 5
 
 
 def test_tokens_from_memory_after_the_residents_have_left() -> None:

@@ -75,6 +75,7 @@ METRICS = (
     Metric(
         "prompt_tokens", "counter", "Prompt tokens of admitted requests, by where their KV comes from.", ("source",)
     ),
+    Metric("chunks", "counter", "Chunks of requests that blend, by what became of them.", ("outcome",)),
     Metric("generated_tokens", "counter", "Tokens of answers."),
     Metric("computed_tokens", "counter", "Tokens that the engine has computed, of prompts and answers."),
     Metric("model_calls", "counter", "Calls of the model."),

@@ -28,7 +28,16 @@ from rekindle.serve.slide import Slid
 
 SOURCES = ("resident", "memory", "disk", "network", "blended", "computed")
 SESSION_STATES = ("hot", "hibernating")
+CHUNK_OUTCOMES = ("exact", "placed", "computed")
 OUTCOMES = ("stop", "length", "cancelled", "failed", "refused")
+
+
+def outcomes_of(plan: Plan) -> Iterator[str]:
+    """Of each chunk of a blended prompt that is not empty."""
+    for chunk in plan.chunks:
+        length = chunk.stop - chunk.start
+        if length:
+            yield "exact" if chunk.exact == length else "placed" if chunk.placed else "computed"
 
 
 def sources_of(plan: Plan, fetched: Fetched) -> dict[str, int]:
@@ -85,6 +94,8 @@ class Metrics(Observer):
         self._outcomes = {outcome: self._requests.labels(outcome) for outcome in OUTCOMES}
         prompt_tokens = self._counter("prompt_tokens")
         self._sources = {source: prompt_tokens.labels(source) for source in SOURCES}
+        chunks = self._counter("chunks")
+        self._chunks = {outcome: chunks.labels(outcome) for outcome in CHUNK_OUTCOMES}
         self._swaps = self._counter("swaps")
         self._evictions = self._counter("resident_evictions")
         self._sessions = self._gauge("sessions")
@@ -127,6 +138,8 @@ class Metrics(Observer):
             self._restore.observe(clock.restored - clock.planned + fetching)
         for source, count in sources_of(plan, fetched).items():
             self._sources[source].inc(count)
+        for outcome in outcomes_of(plan):
+            self._chunks[outcome].inc()
 
     def first_token(self, run: Run) -> None:
         clock = run.clock
