@@ -55,6 +55,7 @@ def test_what_was_measured_to_be_good_enough_passes(tmp_path: Path) -> None:
         (Blend("first", 0.09), "first at 9% kept 0.930 of"),
         (Blend("first", 0.01), "first at 1% was not measured"),
         (Blend("none", 0.0), "none at 0% kept 0.500 of"),
+        (Blend("none", 1.0), "none at 100% kept 0.500 of"),  # which computes nothing anew, whatever the ratio
         (Blend("query", 0.5), "query at 50% was not measured"),
     ],
 )

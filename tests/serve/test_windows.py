@@ -16,8 +16,11 @@ from transformers import Gemma3TextConfig
 import rekindle
 from rekindle.lab.torch_models import TINY, random_model
 from rekindle.model import ember
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.prompt import Chunk, Prompt
 from rekindle.serve.local import LLM
 from rekindle.serve.request import Done, Event, Failed, Generation, Sampling
+from rekindle.tokens import as_tokens
 
 WINDOW, LENGTH = 32, 300
 
@@ -104,3 +107,16 @@ def test_running_requests_give_up_before_one_is_swapped_out(llm: LLM, reuses: bo
             ended[number] = event.tokens
     assert llm.service.metrics.registry.get_sample_value("rekindle_swaps_total") == 0
     assert ended == {number: answer(llm, ids(number, 60), reuses=False, count=250).tokens for number in range(3)}
+
+
+def test_a_chunk_that_a_window_has_passed_is_studied_without_looking_into_it(llm: LLM) -> None:
+    prompts = [ids(seed) for seed in range(4)]
+    first = [answer(llm, prompt) for prompt in prompts]  # after which the first can't be forked at the chunk's end
+    tokens = as_tokens([*prompts[0], *first[0].tokens, *ids(9, 5)])
+    prompt = Prompt(tokens, chunks=(Chunk(100, 200),))
+    wanted = Generation(prompt=prompt, max_tokens=2, sampling=Sampling(temperature=0), blend=Blend("remembered"))
+    *_, done = llm.service.events(wanted)
+    assert isinstance(done, Done) and done.usage.computed_tokens <= 6, "from the resident that gave up going back"
+    assert llm.service.study(60), "the worker lives on"
+    chunk = llm.service.chunk_prompt(tokens[100:200])
+    assert answer(llm, chunk.tokens.tolist()).usage.computed_tokens <= 1, "the chunk was warmed all the same"

@@ -74,7 +74,7 @@ class BlendGate:
 
     def check(self, blend: Blend) -> None:
         """Raises BlendingRefused."""
-        if blend.ratio == 1:  # all is computed
+        if blend.ratio == 1 and blend.select != "none":  # all is computed
             return
         if self.fault is not None:
             raise BlendingRefused(f"this server does not blend: {self.fault}", param="rekindle.blend")

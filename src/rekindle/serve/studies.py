@@ -42,7 +42,7 @@ class Meeting:
     key: Key
     own: Prompt  # [head, chunk]
     start: int  # in the sequence set aside
-    aside: Resident | None  # None: there was no sequence to keep it in
+    aside: Resident | None  # None: there was no sequence to keep it in, or none that still has all of it
     computed: int  # of its tokens, those computed in place: all or none to begin with
     warmed: bool = False
 
@@ -64,11 +64,15 @@ class Studies:
         """Queue those chunks of a complete run that there is something to learn about; its sequence is still whole."""
         if run.seq is None or run.plan is None or not blends(run):
             return
+        engine = self._state.engine
         new = list(self._unknown(run))[: MAX_QUEUE - len(self._queue)]
-        if new and self._state.engine.num_free_sequences:
-            stop = max(meeting.start + len(meeting.own) - self._head for meeting in new)
-            aside = self._state.residents.set_aside(self._state.engine.fork(run.seq, stop))
-            for meeting in new:
+        whole = [
+            meeting for meeting in new if meeting.start >= engine.reach(run.seq)
+        ]  # no layer has given up any of it
+        if whole and engine.num_free_sequences:
+            stop = max(meeting.start + len(meeting.own) - self._head for meeting in whole)
+            aside = self._state.residents.set_aside(engine.fork(run.seq, stop))
+            for meeting in whole:
                 meeting.aside = aside
         self._queue.extend(new)
 
