@@ -86,7 +86,7 @@ class Settings(BaseModel):
     blend: Literal["asked", "marked"] = Field(
         "asked", description="which prompts with marked chunks are blended: those that ask for it, or all"
     )
-    blend_select: Literal["none", "first", "remembered", "deviation", "query", "auto"] = Field(
+    blend_select: Literal["none", "first", "remembered", "auto"] = Field(
         "auto", description="which tokens of placed chunks are computed anew, unless a request that blends says"
     )
     blend_ratio: float = Field(

@@ -15,6 +15,7 @@ from rekindle.model.chunks import Chunk
 from rekindle.reuse.blend import Blend
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
 from rekindle.serve.marked import wished_blend
+from rekindle.serve.request import Done, Generation
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -112,6 +113,25 @@ def test_a_measured_report_opens_the_gate_of_the_same_model(tmp_path: Path, capl
         assert service.blend_of(None, marked) is None, "not asked for: read exactly"
         with pytest.raises(BlendingRefused, match="not measured for this model with these settings"):
             service.blend_of(True, marked)
+
+
+def test_a_model_that_cannot_be_blended_is_read_exactly_unless_blending_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")  # then llama.cpp cannot move what is quantised
+    settings = Settings(store="none", context=512, threads=1, kv_type="q8_0", blend="marked")
+    with Service.open(settings) as service:
+        marked = service.text_prompt(["Read this:", Chunk(" Vodris paints in orange."), " What?"])
+        usual = Generation(prompt=marked, max_tokens=1, blend=service.blend_of(None, marked))
+        assert isinstance(list(service.events(usual))[-1], Done)
+        with pytest.raises(InvalidRequest, match="can't be moved to other positions; leave blend out"):
+            list(service.events(Generation(prompt=marked, max_tokens=1, blend=service.blend_of(True, marked))))
+
+
+@pytest.mark.parametrize("select", ["deviation", "query"])
+def test_what_can_only_be_measured_is_no_setting_of_a_server(select: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"'none', 'first', 'remembered' or 'auto', got '{select}'"):
+        Settings.load(None, blend_select=select)
 
 
 def test_wishes() -> None:

@@ -337,7 +337,8 @@ class Service:
         Raises InvalidRequest; BlendingRefused if it asks for what was not measured to be good enough.
         """
         is_asked = wish is not None
-        blend = wished_blend(wish if is_asked else self.settings.blend == "marked", self.default_blend)
+        is_usual = self.settings.blend == "marked" and self.engine_spec.can_shift
+        blend = wished_blend(wish if is_asked else is_usual, self.default_blend)
         if blend is None or not prompt.chunks:
             return None
         try:
