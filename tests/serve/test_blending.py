@@ -15,6 +15,7 @@ from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.engine.protocol import Payload
 from rekindle.errors import BadRange, InvalidRequest
+from rekindle.kv.folder import Folder
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan, Stored, make_plan
 from rekindle.reuse.prompt import Prompt
@@ -369,8 +370,16 @@ def test_scores_live_on_in_files_and_bad_files_are_none(tmp_path: Path) -> None:
     for other in (Scores(b"other model", head, tmp_path), Scores(TOY_SPEC.fingerprint, as_tokens([1, 2]), tmp_path)):
         assert other.key(as_tokens(A), b"") != key
     assert again.key(as_tokens(A), b"salt") != key
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
     again.clear()
     assert not any(path.is_file() for path in tmp_path.rglob("*")) and again.get(key) is None
+
+
+def test_a_cleared_folder_has_no_scores(tmp_path: Path) -> None:
+    learned(A, scores=Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path))
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
+    Folder(tmp_path).clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_refused() -> None:

@@ -6,6 +6,7 @@
     <folder>/v1/ab/cd/.<random>.writing          a file that is being written, or was when its writer died
     <folder>/v1/aside/                           the last few files that were not what was written
     <folder>/v1/models/<fingerprint>.json        what people call the model that a fingerprint stands for
+    <folder>/v1/scores/                          what was learned of chunks; written elsewhere, deleted with the rest
 
 A file gets its name only when it is whole, so readers need no lock. There is no fsync: what a killed process has written
 stays, and what a power failure tears fails its checksum. Everything here raises OSError as it comes.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -61,6 +63,7 @@ class Folder:
         self._prefix = f"{self._root}/"
         self._aside = self._root / "aside"
         self._models = self._root / "models"
+        self.scores = self._root / "scores"
 
     def name_of(self, place: Place) -> str:
         """The path of its file: a string made in one go, because this is done for every look-up."""
@@ -151,6 +154,7 @@ class Folder:
         """Delete all that is ours, and the folders that are empty then."""
         for path in [*(file.path for file in [*self.walk(), *self.set_aside_files()]), *self._labels()]:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.scores, ignore_errors=True)
         for folder in [*self._folders(), *self._fans(self._root), self._aside, self._models, self._root]:
             with suppress(OSError):  # not empty, or not there
                 folder.rmdir()

@@ -12,17 +12,16 @@ Look-ups in a request's way ask the memory alone. Files are read where blocks ar
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import threading
+import time
 from contextlib import suppress
 from hashlib import blake2b
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from rekindle.kv.format import VERSION
+from rekindle.kv.folder import Folder
 from rekindle.kv.keys import Key, digest, token_bytes
 from rekindle.reuse.blend import Memory
 from rekindle.reuse.blend_select import Floats
@@ -31,7 +30,6 @@ from rekindle.tokens import Tokens
 _log = logging.getLogger(__name__)
 _MAGIC = b"rekindle scores\n"
 _HEAD = struct.Struct("<16s16sII")  # magic, checksum of what follows it, meetings, tokens
-_FOLDER_MODE, _FILE_MODE = 0o700, 0o600
 MAX_FILES = 10_000  # of one model; counted when the folder is opened, the oldest go
 
 
@@ -41,8 +39,8 @@ class Scores:
     def __init__(self, fingerprint: bytes, head: Tokens, store_folder: Path | None = None) -> None:
         """`head`: what stands before chunks on their own; another head, other scores."""
         self._identity = digest(b"chunk", fingerprint, token_bytes(head))
-        parts = (f"v{VERSION}", "scores", fingerprint.hex())
-        self._folders = [] if store_folder is None else list(accumulate(parts, Path.joinpath, initial=store_folder))
+        self._store = None if store_folder is None else Folder(store_folder)
+        self._folder = None if self._store is None else self._store.scores / fingerprint.hex()
         self._memory = Memory()
         self._lock = threading.Lock()
         self._remove_oldest()
@@ -58,10 +56,10 @@ class Scores:
 
     def fetch(self, key: Key, length: int) -> None:
         """Bring what a file has of a chunk of this length into memory, if it is not there."""
-        if not self._folders or self.get(key) is not None:
+        if self._folder is None or self.get(key) is not None:
             return
         with suppress(OSError):
-            found = _decoded((self._folders[-1] / key.hex()).read_bytes(), length)
+            found = _decoded((self._folder / key.hex()).read_bytes(), length)
             if found is not None:
                 with self._lock:
                     self._memory.put(key, *found)
@@ -72,9 +70,9 @@ class Scores:
             self._memory.add(key, scores)
             count, mean = self._memory.meetings(key), self._memory.get(key)
         assert mean is not None
-        if self._folders:
+        if self._store is not None and self._folder is not None:
             try:
-                self._write(self._folders[-1] / key.hex(), _encoded(count, mean))
+                self._store.write(self._folder / key.hex(), [_encoded(count, mean)], time.time_ns())
             except OSError as error:
                 _log.warning("what was learned of a chunk could not be written: %s", error)
 
@@ -88,7 +86,7 @@ class Scores:
 
     def _files(self) -> list[Path]:
         with suppress(OSError):
-            return list(self._folders[-1].iterdir()) if self._folders else []
+            return [] if self._folder is None else list(self._folder.iterdir())
         return []
 
     def _remove_oldest(self) -> None:
@@ -97,19 +95,6 @@ class Scores:
             with suppress(OSError):
                 for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[:-MAX_FILES]:
                     path.unlink(missing_ok=True)
-
-    def _write(self, path: Path, data: bytes) -> None:
-        self._folders[0].parent.mkdir(parents=True, exist_ok=True)
-        for folder in self._folders:
-            folder.mkdir(_FOLDER_MODE, exist_ok=True)
-        temporary = path.with_name(f".{os.urandom(8).hex()}.writing")
-        try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "wb") as file:
-                file.write(data)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _encoded(count: int, scores: Floats) -> bytes:
