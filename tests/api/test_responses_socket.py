@@ -214,6 +214,25 @@ def test_random_messages_do_no_harm(socket: ClientConnection) -> None:
     assert event["type"] != "error" and refused > 100
 
 
+def test_what_fails_on_the_server_ends_one_message_and_not_those_behind_it(
+    socket: ClientConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn_of, inputs = module.turn_of, iter(["fails", "goes on"])
+
+    async def failing(*given: Any, **options: Any) -> Any:
+        if next(inputs) == "fails":
+            raise ZeroDivisionError
+        return await turn_of(*given, **options)
+
+    monkeypatch.setattr(module, "turn_of", failing)
+    send(socket, input="Hello.")
+    send(socket, input="Hello.")
+    event = answer(socket)
+    assert (event["type"], event["status"], event["error"]["code"]) == ("error", 500, "internal_error")
+    assert "log says why" in event["error"]["message"] and "ZeroDivision" not in json.dumps(event)
+    assert answer(socket)["response"]["status"] in ("completed", "incomplete")
+
+
 def test_too_many_messages_are_refused(socket: ClientConnection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 2)
     send(socket, input="Long.", max_output_tokens=300, ignore_eos=True)

@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from rekindle.api import sockets as module
 from rekindle.api.server import running
 from rekindle.serve.service import Service
+from rekindle.serve.sessions.session import Session
 from rekindle.settings import Settings
 
 WAIT_SECONDS = 60
@@ -156,6 +157,23 @@ def test_what_makes_no_sense_is_answered_with_an_error(clients: Any, sent: Any, 
     (error,) = client.until("error")
     assert says in error["error"]["message"] and error["error"]["type"] == "invalid_request_error"
     assert client.ask()[-1]["turn"] == 1
+
+
+def test_what_fails_on_the_server_hangs_up_instead_of_falling_silent(
+    clients: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: Session, text: str) -> None:
+        raise ZeroDivisionError
+
+    client = clients("/ws?session=broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "replace", fail)
+        client.send({"type": "partial", "data": "Who"})
+        with pytest.raises(ConnectionClosed) as caught:
+            client.next()
+    assert caught.value.rcvd is not None and caught.value.rcvd.code == 1011
+    assert "its log says why; come back with last_event" in caught.value.rcvd.reason
+    assert clients("/ws?session=broken").ask()[-1]["type"] == "end"
 
 
 def test_who_only_listens_can_not_speak(clients: Any) -> None:

@@ -21,7 +21,8 @@ MAX_MESSAGE_CHARACTERS = 1 << 18
 SEND_SECONDS = 30.0  # for one message to go out
 GOODBYE_SECONDS = 30.0  # for whoever does not read to hear why it is over, once it reads again
 WATCH_SECONDS = 0.25
-TOO_SLOW, GOING_AWAY, IDLE = 1008, 1001, 1000
+TOO_SLOW, GOING_AWAY, IDLE, BROKEN = 1008, 1001, 1000, 1011
+_STOPPING = "the server is being stopped; come back later"
 _log = logging.getLogger(__name__)
 
 
@@ -107,13 +108,16 @@ class Connection:
         return text
 
     async def _read(self, obey: Callable[[str | None], Awaitable[None]]) -> None:
-        while True:
-            message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                self.end(GOING_AWAY, "")
-                return
-            self._active_at = self._loop.time()
-            await obey(message.get("text"))
+        try:
+            while (message := await self._socket.receive())["type"] != "websocket.disconnect":
+                self._active_at = self._loop.time()
+                await obey(message.get("text"))
+            self.end(GOING_AWAY, "")
+        except Stopping:
+            self.end(GOING_AWAY, _STOPPING)
+        except Exception:  # nobody would listen to the other side any more, and it would wait for ever
+            _log.exception("a message on a socket could not be dealt with")
+            self.end(BROKEN, f"the server failed, and its log says why{self._back}")
 
     async def _write(self) -> None:
         try:
@@ -134,4 +138,4 @@ class Connection:
             await asyncio.sleep(WATCH_SECONDS)
             if self._idle_seconds is not None and self._loop.time() - self._active_at > self._idle_seconds:
                 self.end(IDLE, f"nothing was said for {self._idle_seconds:g} seconds{self._back}")
-        self.end(GOING_AWAY, "the server is being stopped; come back later")
+        self.end(GOING_AWAY, _STOPPING)

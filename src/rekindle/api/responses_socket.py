@@ -172,7 +172,7 @@ class _Responses:
                 self._running[message.stream_id] = (turn.writer, answers)
                 async for events in events_of(turn, answers, keep, at_once=True):
                     self._post(events, message.stream_id)
-        except RekindleError as error:
+        except Exception as error:  # whatever is wrong with one message, its stream hears of it and goes on
             self._post([_refused(error)], message.stream_id)
         finally:
             self._running.pop(message.stream_id, None)
@@ -183,7 +183,7 @@ class _Responses:
             self._connection.post(event if stream is None else event | {"stream_id": stream})
 
 
-def _refused(error: RekindleError) -> WireEvent:
+def _refused(error: Exception) -> WireEvent:
     status, body = refusal_of(error)
     return {"type": "error", "status": status, "sequence_number": 0, **body}  # a response of its own, for some clients
 

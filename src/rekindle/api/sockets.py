@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -29,7 +30,7 @@ from rekindle.api.keys import caller_of
 from rekindle.api.live_wire import Incoming, decode, encode
 from rekindle.api.load import Load
 from rekindle.api.refusals import Json, refusal_of, refuse
-from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.errors import InvalidRequest, RekindleError, Stopping
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import REMEMBERED_NEWS, News
 from rekindle.serve.sessions.session import Session
@@ -164,7 +165,8 @@ class _Socket:
             await connection.run(obey, begin)
         finally:
             if self._hears:
-                await self._live.call(lambda sessions: session.leave(listener))
+                with suppress(Stopping):
+                    await self._live.call(lambda sessions: session.leave(listener))
             await connection.hang_up()
 
     async def _obey(self, session: Session, connection: Connection, text: str | None) -> None:
