@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rekindle.cli.app import app
 from rekindle.errors import InvalidRequest
+from rekindle.lab.shapes import shape_named
+from rekindle.model.gguf import GgufModel
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -39,3 +44,14 @@ def test_bad_wishes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="exists already"):
         make_folder("gemma3-270m", "bf16", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_a_gguf_or_a_folder(tmp_path: Path) -> None:
+    shape = replace(shape_named("tiny-llama"), context=9000)
+    done = CliRunner().invoke(app, ["lab", "model", shape.name, str(tmp_path / "m.gguf"), "--context", "9000"])
+    assert done.exit_code == 0, done.output
+    model = GgufModel(tmp_path / "m.gguf")
+    assert model.train_context == shape.context
+    model.close()
+    refused = CliRunner().invoke(app, ["lab", "model", shape.name, str(tmp_path / "m"), "--folder", "--quant", "q8_0"])
+    assert refused.exit_code == 2 and not (tmp_path / "m").exists()
