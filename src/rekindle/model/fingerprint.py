@@ -75,18 +75,21 @@ def _note(folder: Path, identity: list[Any]) -> Path:
 class FileStates:
     """Files as they were when this was made, and digests of what became of them when they were loaded.
 
-    Made before they are loaded, so that what is remembered is of these states or older, never of later ones.
+    Made before they are loaded, and looked at again afterwards: what was loaded of files that changed meanwhile is nobody's
+    but its own.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None) -> None:
         """Raises ModelError."""
-        self._folder = folder or cache_folder() / "digests"
+        self._files, self._folder = files, folder or cache_folder() / "digests"
         now = time.time_ns()
         self._identities = [_identity(path) for path in files]
         self._settled = all(now - max(identity[2:]) > _SETTLED_NS for identity in self._identities)
 
     def digest(self, facts: Mapping[str, object], make: Callable[[], bytes]) -> bytes:
         """What `make` returns, 16 bytes, made once for each state of the files and these facts of how they were loaded."""
+        if [_identity(path) for path in self._files] != self._identities:
+            return make()
         identity = [*self._identities, [json.dumps(facts, sort_keys=True)]]
         note = _note(self._folder, identity)
         known = _read(note, identity)
