@@ -134,8 +134,7 @@ class CellTable(SequenceTable):
         floor, old = min(length, self.length(seq)) - self._groups.window + 1, self.floor(seq)
         if not self._groups.window or floor <= old:
             return 0
-        count = (floor - old) * self._groups.num_windowed
-        return (count - sum(part.num_shared(seq, 0, floor - old) for part in self._windowed())) // self._groups.count
+        return sum(_num_own(part, seq, floor - old) for part in self._windowed()) // self._groups.count
 
     def truncate(self, seq: SequenceId, length: int) -> None:
         self.check_range(seq, 0, length)
@@ -221,6 +220,12 @@ class CellTable(SequenceTable):
 
     def _windowed(self) -> list[SequenceTable]:
         return self._parts[self._groups.count - self._groups.num_windowed :]
+
+
+def _num_own(part: SequenceTable, seq: SequenceId, stop: int) -> int:
+    """How many of its first cells only this sequence sees."""
+    cells = np.array(part.cells(seq)[:stop], dtype=np.intp)
+    return int((np.frombuffer(part._references, dtype=np.intc)[cells] == 1).sum())
 
 
 def _floor_after(floor: int, start: int, stop: int) -> int:
