@@ -237,7 +237,9 @@ class RekindleOptions(Ours):
     plan: bool = Field(False, description="which spans of the prompt were reused or computed, and why")
     timings: bool = Field(False, description="where the time went, in milliseconds")
     pin: Span | None = Field(None, description="keep the KV of prompt and answer for so long: 10m, 2h, or seconds")
-    blend: Annotated[BlendOptions | None, BeforeValidator(_blend)] = Field(
+    blend: Annotated[
+        BlendOptions | None, BeforeValidator(_blend, json_schema_input_type=bool | BlendOptions | None)
+    ] = Field(
         None, description="place marked chunks wherever they stand: true, false, or an object of select and ratio"
     )
 
