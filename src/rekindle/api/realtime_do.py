@@ -102,6 +102,11 @@ class Commands:
     def _is_busy(self) -> bool:
         return self._session.state == "answering" or any(aside.is_adopted for aside in self._asides.values())
 
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the session is no more; what comes too late must not bring a part of it back."""
+        return self._session not in self._sessions.all(salt=self._session.salt)
+
     def _kick(self) -> None:
         if self._waiting:
             self._sessions.call(self._do_waiting)
@@ -110,6 +115,8 @@ class Commands:
         while self._waiting and not self._is_busy:
             event, sink = self._waiting.popleft()
             try:
+                if self._has_ended:
+                    raise SessionError("the session has ended; connect again")
                 self._do(event, sink)
             except RekindleError as error:
                 sink(self.conversation.stamped(error_event(error, event.event_id)))
@@ -345,7 +352,7 @@ class Commands:
 
     def _aside_ended(self, aside: Aside) -> str | None:
         self._asides.pop(aside.response.id, None)
-        if not aside.is_adopted:
+        if not aside.is_adopted or self._has_ended:
             return None
         item, conversation = aside.response.item, self.conversation
         item.text = aside.text
