@@ -25,7 +25,7 @@ from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
 from rekindle.serve.scores import Scores
 from rekindle.serve.studies import SLICE
-from rekindle.tokens import as_tokens
+from rekindle.tokens import as_tokens, common_length
 
 A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
 BLEND = Blend("first", 0.2)
@@ -54,6 +54,10 @@ def learned(*chunks: list[int], **options: object) -> Stage:
 def chunks_of(answer: Answer) -> list[tuple[int, int]]:
     """(placed, recomputed) of each chunk."""
     return [(chunk.placed, chunk.recomputed) for chunk in answer.done.plan.chunks]
+
+
+def common(one: list[int], other: list[int]) -> list[int]:
+    return one[: common_length(as_tokens(one), as_tokens(other))]
 
 
 def fresh(prompt: Prompt, count: int = 5) -> list[int]:
@@ -131,6 +135,18 @@ def test_two_salts_share_no_chunk() -> None:
     study(stage)
     own = stage.ask(prompt_of([C, A, B], salt=b"other"), blend=BLEND)
     assert [placed > 0 for placed, _ in chunks_of(own)] == [False, True, True]
+
+
+def test_chunks_that_begin_alike_are_told_apart() -> None:
+    stage = learned(A)
+    for alike in (A[:50], A[:70] + ids(31, 20), A + ids(32, 10), A[:98] + ids(33, 30)):
+        prompt = prompt_of([D, alike])
+        stage.scheduler.residents.clear()
+        answer = stage.ask(prompt, blend=Blend("none", 0))
+        shared = len(common(A, alike))
+        assert shared - 16 < chunks_of(answer)[1][0] <= shared
+        assert answer.run.tokens.tolist()[: len(prompt)] == prompt.tokens.tolist()
+        assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 5)
 
 
 def test_edges() -> None:
@@ -401,6 +417,7 @@ def test_models_whose_kv_cannot_be_moved_refuse() -> None:
 
 
 POOL = [[], ids(70, 1), ids(71, 19), ids(72, 20), ids(73, 47), ids(74, 64), ids(75, 95), ids(76, 130)]
+POOL += [ids(75, 95)[:60], ids(75, 95)[:93] + ids(77, 50), ids(73, 47)[:30] + ids(78, 12)]  # that begin alike
 chunk_lists = st.lists(st.sampled_from(POOL), max_size=5)
 asked = st.tuples(
     chunk_lists,

@@ -58,7 +58,7 @@ class Found:
 
     known: list[OnItsOwn | None] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
-    blocks: list[list[Block]] = field(default_factory=list)  # those that hold nothing but head and chunk
+    blocks: list[list[Block]] = field(default_factory=list)  # `whole_blocks` of these
 
 
 def check_blend(generation: Generation, spec: ModelSpec) -> None:
@@ -104,10 +104,6 @@ class Blending:
         """Names what is remembered of the chunk that this prompt is of."""
         return self.scores.key(own.tokens[len(self.head) :], own.salt)
 
-    def blocks(self, own: Prompt, match: Match) -> list[Block]:
-        """Of what was found, that which goes on with nothing else, as another prompt's tail may do."""
-        return [block for block in match.blocks if block.position + len(block.tokens) <= len(own)]
-
     def fetch(self, prompt: Prompt, compute: Speed | None) -> FetchedChunks:
         """Bring the prompt's beginning, all its chunks and what is remembered of them into memory. For other threads."""
         beginning = self._store.fetch(prompt.tokens, prompt.salt, compute=compute)
@@ -124,7 +120,7 @@ class Blending:
         fetched = run.fetched.chunks if isinstance(run.fetched, FetchedChunks) else ()
         for index, own in enumerate(self.own_prompts(prompt)):
             match = self._store.match(own.tokens, own.salt)
-            blocks = self.blocks(own, match)
+            blocks = whole_blocks(match)
             length = sum(len(block.tokens) for block in blocks) - len(self.head)
             is_known = length >= max(1, least_tokens)
             scores = self.scores.get(self.key(own)) if is_known else None
@@ -147,6 +143,11 @@ class Blending:
         for chunk in plan.chunks:
             if chunk.placed:
                 self._store.used(found.matches[chunk.index])
+
+
+def whole_blocks(match: Match) -> list[Block]:
+    """Of what was found, blocks that hold nothing else; another prompt's tail, of which only some is shared, does."""
+    return [block for block in match.blocks if block.position + len(block.tokens) <= match.length]
 
 
 def blends(run: Run) -> bool:

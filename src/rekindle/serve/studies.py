@@ -23,7 +23,7 @@ from rekindle.engine.protocol import Payload
 from rekindle.errors import EngineError
 from rekindle.kv.keys import Key
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.blending import Blending, blends, cut
+from rekindle.serve.blending import Blending, blends, cut, whole_blocks
 from rekindle.serve.request import Done, Event, Failed, Generation
 from rekindle.serve.residents import Resident
 from rekindle.serve.run import Clock, Run
@@ -134,7 +134,7 @@ class Studies:
     def _stored(self, own: Prompt) -> list[Payload] | None:
         """What the store's memory has of a chunk on its own, if that is all of it."""
         match = self._state.store.match(own.tokens, own.salt)
-        blocks = self._blending.blocks(own, match)
+        blocks = whole_blocks(match)
         if sum(len(block.tokens) for block in blocks) < len(own):
             return None
         fingerprint = self._state.engine.spec.fingerprint
