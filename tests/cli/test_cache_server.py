@@ -57,6 +57,18 @@ def asked(cache: Cache, *arguments: str, **options: Any) -> dict[str, Any]:
     return found
 
 
+def test_warming_chunks_of_a_server(cache: Cache, tmp_path: Path) -> None:
+    file = tmp_path / "parts.json"
+    file.write_text(
+        json.dumps([{"title": "About Ostrel", "text": "Ostrel drives a red van. " * 20}, "Kundas sings. " * 30])
+    )
+    first = asked(cache, "warm", "--chunk", "Palluk has a red bridge. " * 20, "--chunks-from", str(file))
+    assert [each["computed"] > 50 for each in first["prompts"]] == [True] * 3 and first["bytes"] > 0
+    for way in ([], ["--chat"], ["--raw"]):  # one line is the same chunk in both
+        again = asked(cache, "warm", "--chunk", "Palluk has a red bridge. " * 20, *way)
+        assert (again["computed"] == 0) == (way != ["--raw"]), "here a template writes a space before each line"
+
+
 def test_warming_a_server_and_looking_at_it(cache: Cache, tmp_path: Path) -> None:
     file = tmp_path / "story.txt"
     file.write_text(STORY)
