@@ -187,3 +187,16 @@ def test_one_fetch_that_fails_holds_up_none_of_those_who_waited_for_it() -> None
     stage.end_fetches()
     stage.run()
     assert sum(each.done.usage.computed_tokens for each in answers) == 160 + 60
+
+
+def test_a_stored_prompt_has_its_own_logits_beside_a_resident_that_begins_alike_and_is_as_long(stage: Stage) -> None:
+    """It forks the resident for their common blocks, and goes on with its own: in KV, and in what comes first."""
+    beginning = ids(1, 64)
+    one, other = ([*beginning, *ids(seed, 20)] for seed in (2, 3))
+    answers = [list(stage.ask(prompt, 5).done.tokens) for prompt in (one, other)]
+    assert answers[0] != answers[1]
+    while stage.scheduler.residents.evict():
+        pass
+    stage.ask(one, 1)  # is a resident now, the other is in the store only
+    again = stage.ask(other, 5).done
+    assert again.usage.cached_tokens == len(other) and list(again.tokens) == answers[1]

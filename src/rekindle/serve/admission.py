@@ -163,8 +163,12 @@ class Admission:
         return Stored(match.length, has_logits, self._store.block_tokens, words, tier, fetched.refused)
 
     def _known_logits(self, plan: Plan, match: Match) -> Vector:
-        """Logits after the prompt, of a plan that computes nothing."""
-        source = next((step.seq for step in plan.steps if isinstance(step, Fork)), None)
+        """Logits after the prompt, of a plan that computes nothing.
+
+        A sequence that is only forked for a beginning may have as many tokens and others at its end.
+        """
+        whole = (step.seq for step in plan.steps if isinstance(step, Fork) and step.stop == plan.total)
+        source = next(whole, None)
         resident = None if source is None else self._state.residents.touch(source)
         marks = (
             [resident.marks]
