@@ -111,6 +111,14 @@ def test_what_is_typed_is_read_before_it_is_committed(clients: Any) -> None:
     assert client.error()["event_id"] == "empty"
 
 
+def test_an_empty_buffer_is_refused_also_while_a_message_waits(clients: Any) -> None:
+    client = clients()
+    client.item(QUESTION)
+    client.send("input_text_buffer.commit", event_id="empty")
+    error = client.error()
+    assert error["event_id"] == "empty" and "append text" in error["message"]
+
+
 def test_items_are_put_in_taken_out_and_shown(clients: Any) -> None:
     client = clients()
     client.item("Ada is a baker.", role="system")

@@ -233,6 +233,8 @@ class Commands:
             self.conversation.tell_item(item)
 
     def _commit_buffer(self, event: wire.BufferCommit) -> None:
+        if not self._session.context.draft.strip():  # also where a message waits that would take it as a part of itself
+            raise InvalidRequest("the buffer is empty: append text before it is committed", param="text")
         item = Item("user", "")
         if event.item_id is not None:
             self._check_new(event.item_id)
