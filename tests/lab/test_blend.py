@@ -28,6 +28,7 @@ from rekindle.model.source import BUILTIN, locate
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place
 from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve.request import Done, Generation, Sampling
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 from rekindle.tokens import Tokens, as_tokens
@@ -159,6 +160,31 @@ def test_the_report_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     } <= set(told["arms"][0])
     plot_report(report, tmp_path / "blend.png")
     assert (tmp_path / "blend.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_server_answers_what_crosses_chunks_as_full_prefill_does() -> None:
+    """Warmed chunks in the tasks' order, through the worker and its store."""
+    arms = {"full": None, "none": Blend("none", 0.0), "first": Blend("first", 0.15), "auto": Blend("auto", 0.15)}
+    right: dict[str, int] = dict.fromkeys(arms, 0)
+    with Service.open(Settings(store="none", threads=1, context=12_000)) as service:
+        for task in islice(ember_tasks(7), 3):
+            for chunk in task.chunks:
+                service.warm(service.chunk_prompt(chunk))
+            for asked in task.asked:
+                tokens = np.concatenate([task.prompt.tokens, asked.tokens])
+                prompt = Prompt(tokens, chunks=task.prompt.chunks)
+                for name, blend in arms.items():
+                    text = said(service, prompt, asked.max_tokens, blend)
+                    right[name] += text.strip() == asked.answers[0]
+    assert right["full"] == right["first"] == right["auto"] > right["none"] + 3, right
+
+
+def said(service: Service, prompt: Prompt, max_tokens: int, blend: Blend | None) -> str:
+    greedy = Sampling(temperature=0)
+    wish = Generation(prompt=prompt, max_tokens=max_tokens, sampling=greedy, blend=blend, use_prefix_cache=bool(blend))
+    (done,) = [event for event in service.events(wish) if isinstance(event, Done)]
+    return done.text
 
 
 @pytest.mark.parametrize("engine", ["llama", "torch"])
