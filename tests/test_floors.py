@@ -16,6 +16,7 @@ import rekindle
 PACKAGE = Path(rekindle.__file__).parent
 FLOORS = {
     "errors": 0,
+    "openmp": 0,
     "tokens": 0,
     "settings": 1,
     "model": 1,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rekindle import openmp
 from rekindle.errors import (
     EngineError,
     InvalidRequest,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rekindle.kv.simple import SimpleKVCache
     from rekindle.model.chunks import Chunk
     from rekindle.serve.local import LLM
+
+openmp.load()  # before anything loads llama.cpp
 
 __version__ = "0.1.0"
 
