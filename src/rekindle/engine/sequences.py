@@ -58,6 +58,7 @@ class SequenceTable:
         self._free_ids = list(reversed(self.ids))
         self._free_cells = FreeCells(num_cells) if free is None else free
         self._references = array("i", [0] * num_cells)
+        self._counts = np.frombuffer(self._references, np.intc)  # the same, for many cells at once
         self._rows: dict[SequenceId, _Row] = {}
 
     @property
@@ -103,8 +104,7 @@ class SequenceTable:
         self.check_range(seq, 0, length)
         new = self.open()
         self._rows[new] = _Row(row.tokens[:length], row.cells[:length])
-        for cell in row.cells[:length]:
-            self._references[cell] += 1
+        self._counts[np.frombuffer(self._rows[new].cells, np.intc)] += 1
         return new
 
     def append(self, seq: SequenceId, tokens: Tokens) -> list[int]:
@@ -144,12 +144,11 @@ class SequenceTable:
 
     def num_own(self, seq: SequenceId) -> int:
         """Cells that only this sequence sees."""
-        cells = np.array(self.row(seq).cells, dtype=np.intp)
-        return int((np.frombuffer(self._references, dtype=np.intc)[cells] == 1).sum())
+        return int((self._counts[np.frombuffer(self.row(seq).cells, np.intc)] == 1).sum())
 
     def num_shared(self, seq: SequenceId, start: int, stop: int) -> int:
         """How many cells of a range other sequences see too."""
-        return sum(self._references[cell] > 1 for cell in self.row(seq).cells[start:stop])
+        return int((self._counts[np.frombuffer(self.row(seq).cells[start:stop], np.intc)] > 1).sum())
 
     def check_range(self, seq: SequenceId, start: int, stop: int) -> None:
         length = self.length(seq)
@@ -186,9 +185,9 @@ class SequenceTable:
         return cells
 
     def _release(self, cells: array[int]) -> None:
-        for cell in cells:
-            self._references[cell] -= 1
-        self._free_cells.give([cell for cell in cells if self._references[cell] == 0])
+        held = np.frombuffer(cells, np.intc)
+        self._counts[held] -= 1
+        self._free_cells.give(held[self._counts[held] == 0].tolist())
 
 
 class BookKeeping:
