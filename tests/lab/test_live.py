@@ -41,7 +41,7 @@ def test_a_talk_computes_what_is_new_and_knows_its_head() -> None:
     first, second = printed(run_live(plan, ["talk"], turns=60, window=1024))["talks"]
     for talk in (first, second):
         assert talk["moves"] > 0 and talk["computed_tokens"] == talk["new_tokens"]
-        assert talk["judged"] == 60 and talk["num_right"] >= 0.95 * talk["num_right_alone"] > 0
+        assert talk["judged"] == 60 and talk["num_right"] >= 0.95 * 60 and talk["num_right_alone"] == 60
     assert second["placed_tokens"] > 0  # a window that moves by little slides often
 
 

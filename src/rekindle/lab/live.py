@@ -132,7 +132,7 @@ def long_talk(
         asker.settle()
         forgotten = session.context.forgotten
         computed = service.num_computed - before
-    alone = sum(_alone(service, head, question.text) == question.answer for question in asked)
+    alone = sum(answer_alone(service, head, question.text) == question.answer for question in asked)
     turned, placed = (service.metrics.slid_tokens[how] - slid[how] for how in ("turned", "placed"))
     return Talk(
         policy=session.policy,
@@ -150,7 +150,8 @@ def long_talk(
     )
 
 
-def _alone(service: Service, head: str, text: str) -> str:
+def answer_alone(service: Service, head: str, text: str) -> str:
+    """What the model answers when nothing but the head goes before the question."""
     prompt = service.chat_prompt([{"role": "system", "content": head}, {"role": "user", "content": text}])
     *_, done = service.events(Generation(prompt=prompt, max_tokens=MAX_ANSWER, sampling=GREEDY))
     assert isinstance(done, Done)

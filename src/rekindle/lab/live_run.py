@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rekindle.errors import InvalidRequest
-from rekindle.lab.live import MAX_ANSWER, Question, Talk, long_talk
+from rekindle.lab.live import MAX_ANSWER, Question, Talk, answer_alone, long_talk
 from rekindle.lab.live_drift import Drift, measure_drift
 from rekindle.lab.live_ttft import Plan, Ttft, measure_ttft
 from rekindle.lab.machine import Machine, this_machine
-from rekindle.model.ember.language import Kind, generate_questions
+from rekindle.model.ember.language import Document, Kind, generate_questions
 from rekindle.model.ember.village import village
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -30,7 +30,7 @@ PARTS: tuple[Part, ...] = ("ttft", "talk", "drift")
 TALK_MODEL = "builtin"  # the facts are in its language
 RETENTIONS = (0.8, 0.95)
 _JUDGED = 100  # turns at the end of a talk, at most
-_QUESTIONS = 12
+_QUESTIONS = 16
 Progress = Callable[[str, int, int], object]  # what runs, done, of how many
 
 
@@ -73,8 +73,7 @@ def _talks(threads: int, turns: int, window: int, progress: Progress) -> tuple[T
     talks = []
     with Service.open(Settings.load(model=TALK_MODEL, threads=threads, store="none", context=2 * window)) as service:
         document = village()
-        asked = generate_questions(document, "live", kinds=(Kind.DIRECT,), count=_QUESTIONS)
-        questions = [Question(each.text, each.answer) for each in asked]
+        questions = _known(service, document)
         for retention in RETENTIONS:
             talks.append(
                 long_talk(
@@ -89,6 +88,16 @@ def _talks(threads: int, turns: int, window: int, progress: Progress) -> tuple[T
                 )
             )
     return tuple(talks)
+
+
+def _known(service: Service, document: Document) -> list[Question]:
+    """Questions that the model answers right when nothing else was said: what it never knew it can't forget."""
+    asked = generate_questions(document, "live", kinds=(Kind.DIRECT,), count=_QUESTIONS)
+    return [
+        Question(each.text, each.answer)
+        for each in asked
+        if answer_alone(service, document.text, each.text) == each.answer
+    ]
 
 
 def _drifts(plan: Plan, kv_types: Sequence[str], most: int, progress: Progress) -> tuple[Drift, ...]:

@@ -183,7 +183,15 @@ def test_an_owners_oldest_sessions_go_when_there_are_too_many_and_no_others(few:
 
 
 def test_open_sessions_are_not_too_many(few: Service) -> None:
-    assert still(few, b"owner", begun(few, b"owner", "a", "b", "c")) == [True, True, True]
+    with Sessions(few) as sessions:
+        for name in ("a", "b", "c"):
+            Talker(sessions, name, salt=b"owner")
+        sessions.call(sessions.tick).result(60)
+        assert few.folder is not None
+        assert len(list((few.folder / "sessions").glob("*/*.json"))) == 3
+    with Sessions(few) as sessions:
+        sessions.call(lambda: None).result(60)
+        assert len(list((few.folder / "sessions").glob("*/*.json"))) == 2
 
 
 def test_what_was_not_used_for_long_goes_and_what_a_killed_writer_left(few: Service) -> None:

@@ -95,7 +95,7 @@ def test_nothing_is_read_in_vain_while_somebody_else_is_answered() -> None:
         two.do("replace", LONG)
         tokens = two.call(lambda: len(two.session.context.tokens) + len(two.session.context.draft_tokens))
         two.call(lambda: None)
-        fed = two.call(lambda: two.session._lines["main"]._fed)
+        fed = two.call(lambda: two.session._reader.line(two.session.context)._fed)
         assert one.session.state == "answering" and fed is not None and len(fed) == tokens
 
 

@@ -71,6 +71,20 @@ def test_what_has_slid_often_is_placed_anew_and_nothing_is_computed_for_it(keepi
     assert keeping.metrics.slid_tokens["placed"] > 0
 
 
+def test_what_is_placed_anew_is_what_would_have_slid() -> None:
+    """The toy's KV bears any rotation without loss, so it must make no difference to any answer."""
+    answers = []
+    for most in (1, 2, 1000):
+        with Service.open(Settings(engine="toy", store="none", block_tokens=16, session_slides=most)) as service:
+            with Sessions(service) as sessions:
+                options = {"window": 500, "answer_tokens": 20, "retention": 0.9}
+                talker = Talker(sessions, head=head("Read."), options=options)
+                answers.append([talker.ask(f"{number} {TEXT}", 20).text for number in range(40)])
+            assert (service.metrics.slid_tokens["placed"] > 0) == (most < 1000)
+            service.check_integrity()
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize("keeping", [1], indirect=True)
 def test_what_the_store_has_lost_slides_once_more(keeping: Service) -> None:
     before = keeping.num_computed

@@ -7,11 +7,6 @@ A draft grows and changes while a user types or speaks; what of it is new is rea
 message, and answer has it answered: both compute only what has not been read yet. Whatever comes while an answer is
 generated waits as a draft; interrupt ends the answer and keeps what the user has heard of it.
 
-What a template writes between a message and its answer is a handful of tokens, and to read those alone takes as long as
-decoding two to four. So a draft that rests for a moment is read to the beginning of its answer, as if it were the whole
-message, when nobody else is waiting: if it is, the first token needs no model call any more, and if it goes on, those few
-tokens were read in vain.
-
 The window is made to fit before something is read, and after each answer for the next turn, when nobody waits for it.
 
 All methods belong to the sessions' thread; none of them waits for the worker.
@@ -19,13 +14,10 @@ All methods belong to the sessions' thread; none of them waits for the worker.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from rekindle.errors import InvalidRequest, SessionError
 from rekindle.reuse.prompt import Prompt
@@ -33,15 +25,15 @@ from rekindle.serve.request import Done, Event, Failed, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Exchange, Turn
 from rekindle.serve.sessions.gate import Gate, Open
-from rekindle.serve.sessions.line import Line, Post, Work
+from rekindle.serve.sessions.line import Post, Work
 from rekindle.serve.sessions.news import Audience, End, Failure, Listener, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.options import Options, WindowPolicy
+from rekindle.serve.sessions.reader import Later, Reader
 from rekindle.serve.sessions.script import Message, Script
 from rekindle.serve.sessions.window import Window
 
 MAIN = "main"  # the context that a session begins with
 MAX_CONTEXTS = 16
-Later = Callable[[float, Callable[[], None]], None]  # do this on the sessions' thread, in so many seconds
 _AMENDED = ("head", "script", "salt", "cut", "turns", "open", "forgotten")  # of a context
 
 
@@ -64,16 +56,13 @@ class Session:
 
         `gate` says how many answers its owner may have; without one, any number.
         """
-        self._later = later
-        self._drafts = 0  # changes of drafts: what is to be done when one rests is not done if it did not
         self.key, self.name, self.salt = key, name, salt
         self._service = service
         self.contexts: dict[str, Context] = {}
         self.configure(options)
         self.pinned_until = 0.0  # on the sessions' clock
         self.is_hot = True  # not hibernating
-        self._post = post
-        self._lines: dict[str, Line] = {}
+        self._reader = Reader(service, post, later, key)
         self._audience = Audience()
         self._gate = gate or Open()
         self._answering = False
@@ -109,7 +98,7 @@ class Session:
     @property
     def work(self) -> Work:
         """What was computed, reused and generated for it, in all its contexts."""
-        return Work.total(line.work for line in self._lines.values())
+        return self._reader.work
 
     @property
     def status(self) -> dict[str, Any]:
@@ -119,7 +108,7 @@ class Session:
             "session": self.name,
             "state": self.state,
             "hot": self.is_hot,
-            "reading": any(line.is_busy for line in self._lines.values()),
+            "reading": self._reader.is_busy,
             "context": self.active,
             "contexts": list(self.contexts),
             "turns": len(context.turns),
@@ -168,8 +157,6 @@ class Session:
         script = self._script(head)
         if name == self.active and self._answering:
             self.interrupt()
-        if name in self._lines:
-            self._lines.pop(name).let_go()
         self.adopt(Context.new(name, tuple(dict(message) for message in head), script, self.salt))
         if not script.is_faithful:
             self._warn("the model's template would write earlier turns differently; they are kept as they were read")
@@ -187,7 +174,7 @@ class Session:
     def adopt(self, context: Context) -> None:
         """Take a context over as it is."""
         self.contexts[context.name] = context
-        self._lines[context.name] = Line(self._service, self._post, f"{self.key}/{context.name}")
+        self._reader.adopt(context)
 
     def swap(self, name: str) -> None:
         """Go on in another context; the draft comes along. An answer under way is interrupted."""
@@ -214,10 +201,7 @@ class Session:
             raise SessionError(f"the draft has {len(text)} characters; expected at most {self._most_characters}")
         self.context.draft = text
         self._read(self.context)
-        self._drafts += 1
-        pause, number = self._service.settings.session_pause_seconds, self._drafts
-        if not math.isinf(pause):
-            self._later(pause, lambda: self._read_to_answer(number))
+        self._reader.when_it_rests(self._read_to_answer)
 
     @property
     def _most_characters(self) -> int:
@@ -266,9 +250,8 @@ class Session:
     def _ask(self, max_tokens: int | None, sampling: Sampling) -> int:
         turn, context = self.context.open or self.commit(), self.context
         room = self.window - context.num_tokens
-        line = self._lines[self.active]
         self.is_hot = True
-        line.ask(
+        self._reader.line(context).ask(
             context,
             min(max_tokens or room, room),
             sampling,
@@ -306,7 +289,7 @@ class Session:
             raise SessionError("there is no answer to interrupt")
         turn.shorten(len(turn.text) if characters is None else characters, tokens, self._service.model.tokenizer.piece)
         if self._answering:
-            self._lines[self.active].hang_up()
+            self._reader.line(self.context).hang_up()
             self._settle(turn, "interrupted", None)
         else:
             self._tell(System("truncated", "the answer was cut", {"turn": turn.number, "text": turn.text}))
@@ -376,7 +359,7 @@ class Session:
     def _drop_answer(self) -> None:
         if self._answering:
             self._stop_answering(None)
-            self._lines[self.active].hang_up()
+            self._reader.line(self.context).hang_up()
 
     def _stop_answering(self, done: Done | None) -> None:
         self._answering = False
@@ -404,21 +387,17 @@ class Session:
         """Let the engine have the room; KV goes to the store, and whatever is done next brings it back."""
         if self._answering:
             raise SessionError("an answer is being generated; interrupt it, or wait for its end")
-        self._drafts += 1
         if self.is_hot:
-            for context, line in ((self.contexts[name], line) for name, line in self._lines.items()):
-                line.let_go()
-                if context.cut is not None:  # never made, and what would be cut leaves: it is computed where needed
-                    context.cut = None
+            self._reader.let_go()
+            for context in self.contexts.values():
+                context.cut = None  # if never made, what would be cut leaves: it is computed where needed
             self.is_hot = False
             self._tell(System("hibernated", "the session sleeps; anything wakes it"))
 
     def close(self) -> None:
         """Nobody goes on with it."""
-        self._drafts += 1
         self._drop_answer()
-        for line in self._lines.values():
-            line.let_go()
+        self._reader.let_go()
         self._audience.clear()
 
     def prompt(self) -> Prompt:
@@ -432,22 +411,11 @@ class Session:
         if self._answering and context is self.context:
             return
         self.is_hot = True
-        draft = context.draft_tokens if context.open is None else None
-        tokens = context.tokens
-        if draft is not None and len(draft):
-            tokens = np.concatenate([tokens, draft])
-        if len(tokens) > self.window:  # too long for now: commit makes room, or says why there is none
-            return
-        self._lines[context.name].feed(context, tokens, passing=draft is None or len(draft) > 0)
+        self._reader.read(context, self.window)
 
-    def _read_to_answer(self, number: int) -> None:
-        """Read the draft as the whole message, if it is still the one of this number and nobody else is answered."""
-        context, others = self.context, self._service.metrics
-        if number != self._drafts or self.state != "idle" or not context.draft.strip():
-            return
-        tokens = np.concatenate([context.tokens, context.said(context.draft)])
-        if len(tokens) + self.answer_tokens <= self.window and not others.num_running + others.num_queued:
-            self._lines[context.name].feed(context, tokens, passing=True)
+    def _read_to_answer(self) -> None:
+        if self.state == "idle":
+            self._reader.read_to_answer(self.context, self.window - self.answer_tokens)
 
     def _fit(self, context: Context, extra: int, *, is_read: bool = True) -> None:
         """Make room for so many more tokens. Raises SessionError."""
