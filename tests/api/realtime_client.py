@@ -111,7 +111,7 @@ class Realtime:
                     order.insert(0 if previous is None else order.index(previous) + 1, item["id"])
             elif event["type"] == "conversation.item.deleted":
                 order.remove(event["item_id"])
-            elif event["type"] in ("rekindle.session.resumed", "rekindle.context.swapped"):
+            elif "items" in event:  # the whole, as it is
                 items, order = (
                     {item["id"]: _said(item) for item in event["items"]},
                     [item["id"] for item in event["items"]],

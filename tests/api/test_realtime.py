@@ -400,6 +400,8 @@ def test_what_was_forgotten_and_cut_while_nobody_was_there_is_told_later(clients
     client.ask("This is the first message.")
     last = client.heard[-1]["event_id"]
     client.close()
+    while _num_listeners(url, "gone"):
+        pass
     simple = Client(url, "/ws?session=gone")
     for number in range(6):
         simple.ask({"type": "message", "data": f"This is message {number}.", "max_tokens": 5, "temperature": 0})
@@ -409,12 +411,16 @@ def test_what_was_forgotten_and_cut_while_nobody_was_there_is_told_later(clients
     assert back.last("rekindle.session.resumed")["is_complete"] is True
     client.heard += back.until("conversation.item.truncated")
     assert any(event["type"] == "rekindle.conversation.forgotten" for event in client.heard)
-    known = clients("session=gone").last("rekindle.session.resumed")
+    other = clients("session=gone")
+    known = other.last("rekindle.session.resumed")
+    other.close()
     assert client.item_ids() == [item["id"] for item in known["items"]]
     simple.send({"type": "context", "context": "main", "instructions": "Begin anew."})
     simple.send({"type": "reset"})
-    back.until("conversation.item.deleted")
+    assert back.last("rekindle.context.swapped")["items"] == []
     back.close()
+    while _num_listeners(url, "gone") > 1:
+        pass
     simple.ask()
     simple.send({"type": "swap", "context": "main"})
     simple.until("system")

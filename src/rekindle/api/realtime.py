@@ -87,8 +87,8 @@ class Realtime:
         sink(conversation.stamped({"type": "session.created", "session": commands.settings}))
         if not commands.is_new:
             missed = None if last_event_id is None else conversation.missed(last_event_id)
-            told = conversation.shown() | {"is_complete": missed is not None}
-            sink(conversation.stamped({"type": "rekindle.session.resumed"} | told))
+            told = conversation.shown() if missed is None else {}  # what was missed leads there by itself
+            sink(conversation.stamped({"type": "rekindle.session.resumed", "is_complete": missed is not None} | told))
             for event in missed or ():
                 sink(event)
         commands.is_new = False

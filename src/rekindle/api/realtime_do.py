@@ -160,8 +160,7 @@ class Commands:
                 session.add_context(event.context, head_of(event.instructions))
                 created = {"context": event.context, "contexts": list(session.contexts)}
                 self.conversation.emit({"type": "rekindle.context.created"} | created)
-                if event.context == session.active:  # in place of the one that was
-                    self.conversation.emit({"type": "rekindle.context.swapped"} | self.conversation.shown())
+                self.conversation.look()
             case wire.ContextSwap():
                 if event.instructions is not None and event.context not in session.contexts:
                     session.add_context(event.context, head_of(event.instructions))

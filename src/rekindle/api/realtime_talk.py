@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rekindle.api.realtime_items import Item, exchange_of, group, items_of, words_of
 from rekindle.api.realtime_response import Cost, Response
@@ -32,7 +32,6 @@ from rekindle.serve.sessions.session import Session
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # must not block
 REMEMBERED_EVENTS = 1024
-_TOLD_LATER = (UserInput, Token, End, Spent, Failure)  # news that say all there is to know
 
 
 @dataclass(eq=False)
@@ -43,6 +42,12 @@ class _Shown:
     items: list[Item]
     instructions: str
     id: str = field(default_factory=lambda: f"conv_{secrets.token_hex(8)}")
+
+    @classmethod
+    def of(cls, context: Context) -> Self:
+        """As it is now."""
+        first = context.head[0] if context.head else {"role": "", "content": ""}
+        return cls(context, items_of(context), first["content"] if first["role"] == "system" else "")
 
 
 class Conversation:
@@ -64,7 +69,7 @@ class Conversation:
         self._epoch = secrets.token_hex(4)
         self._num_events = 0
         self._events: deque[tuple[int, Event]] = deque(maxlen=REMEMBERED_EVENTS)
-        self._shown: dict[str, _Shown] = {}  # by the context's name
+        self._shown = {session.active: _Shown.of(session.context)}  # by the context's name
         self.coming: Item | None = None  # what is being committed, if it is a client's own
         self.is_buffer_coming = False
         self.cut_ms: int | None = None  # what a client that cuts an answer has said of it
@@ -85,9 +90,7 @@ class Conversation:
         context = self.session.context
         shown = self._shown.get(context.name)
         if shown is None or shown.context is not context:  # there was none, or another in its place
-            first = context.head[0] if context.head else {"role": "", "content": ""}
-            instructions = first["content"] if first["role"] == "system" else ""
-            shown = self._shown[context.name] = _Shown(context, items_of(context), instructions)
+            shown = self._shown[context.name] = _Shown.of(context)
         return shown
 
     @property
@@ -177,8 +180,10 @@ class Conversation:
 
         self.session.listen(listener, after=self._heard)
         self.session.leave(listener)
+        shown, context = self._shown.get(self.session.active), self.session.context
+        is_same = shown is not None and shown.context is context
         is_whole = not missed or missed[0][0] == self._heard + 1
-        if is_whole and all(isinstance(news, _TOLD_LATER) for _, news in missed):
+        if is_same and is_whole and not any(_is_elsewhere(news) for _, news in missed):
             for number, news in missed:
                 self._hear(number, news)
         else:
@@ -241,7 +246,14 @@ class Conversation:
         else:
             self._take(news)
 
+    def look(self) -> None:
+        """Tell of a context that stands in the place of the active one, of which there is no news."""
+        shown, context = self._shown.get(self.session.active), self.session.context
+        if shown is not None and shown.context is not context:
+            self.emit({"type": "rekindle.context.swapped"} | self.shown())
+
     def _take(self, news: News) -> None:
+        self.look()
         match news:
             case UserInput():
                 self._heard_user(news)
@@ -374,6 +386,11 @@ class Conversation:
             "items": [item.as_dict for item in self.items],
             "response": None if self.response is None else self.response.as_dict,
         }
+
+
+def _is_elsewhere(news: News) -> bool:
+    """Whether what it is about can only be seen when it happens."""
+    return isinstance(news, System) and news.kind in ("swapped", "amended")
 
 
 def _is_amendment(news: News) -> bool:
