@@ -424,7 +424,7 @@ asked = st.tuples(
     st.sampled_from(["none", "first", "remembered", "auto", None]),
     st.sampled_from([0.0, 0.05, 0.15, 0.5, 1.0]),
     st.sampled_from([b"", b"salt"]),
-    st.sampled_from(["", "study", "evict", "clear"]),
+    st.sampled_from(["", "study", "evict", "clear", "cancel"]),
 )
 
 
@@ -446,6 +446,10 @@ def test_any_mix_of_requests(
             continue
         blend = None if select is None else Blend(select, ratio)  # type: ignore[arg-type]
         answers.append((prompt, select, stage.submit(prompt, 5, blend=blend)))
+        if then == "cancel":
+            for _ in range(3):
+                stage.scheduler.step()
+            answers[-1][2].run.cancel()
         if one_by_one or then:
             stage.run()
         if then == "study":
@@ -458,6 +462,8 @@ def test_any_mix_of_requests(
     stage.run()
     for prompt, select, answer in answers:
         plan: Plan = answer.done.plan
+        if answer.done.reason == "cancelled":
+            continue
         if answer.run.parked:
             assert num_cells == 560
             continue
