@@ -160,7 +160,6 @@ class Commands:
                 session.add_context(event.context, head_of(event.instructions))
                 created = {"context": event.context, "contexts": list(session.contexts)}
                 self.conversation.emit({"type": "rekindle.context.created"} | created)
-                self.conversation.look()
             case wire.ContextSwap():
                 if event.instructions is not None and event.context not in session.contexts:
                     session.add_context(event.context, head_of(event.instructions))

@@ -246,14 +246,7 @@ class Conversation:
         else:
             self._take(news)
 
-    def look(self) -> None:
-        """Tell of a context that stands in the place of the active one, of which there is no news."""
-        shown, context = self._shown.get(self.session.active), self.session.context
-        if shown is not None and shown.context is not context:
-            self.emit({"type": "rekindle.context.swapped"} | self.shown())
-
     def _take(self, news: News) -> None:
-        self.look()
         match news:
             case UserInput():
                 self._heard_user(news)
@@ -333,7 +326,7 @@ class Conversation:
                 self._heard_dropped(news.detail["turn"])
             case "truncated":
                 self._heard_cut(news)
-            case "swapped":
+            case "swapped" | "replaced":
                 self.emit({"type": "rekindle.context.swapped"} | self.shown())
             case "amended":  # by somebody who has no items
                 gone, self.items[:] = list(self.items), items_of(self.session.context)
@@ -390,7 +383,7 @@ class Conversation:
 
 def _is_elsewhere(news: News) -> bool:
     """Whether what it is about can only be seen when it happens."""
-    return isinstance(news, System) and news.kind in ("swapped", "amended")
+    return isinstance(news, System) and news.kind in ("swapped", "replaced", "amended")
 
 
 def _is_amendment(news: News) -> bool:

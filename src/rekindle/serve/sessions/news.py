@@ -52,7 +52,7 @@ class Spent:
 class System:
     """Something else has happened to the session."""
 
-    kind: str  # reset, rewound, amended, swapped, forgotten, hibernated, truncated, warning
+    kind: str  # reset, rewound, amended, swapped, replaced, forgotten, hibernated, truncated, warning
     message: str
     detail: dict[str, Any] = field(default_factory=dict)
 

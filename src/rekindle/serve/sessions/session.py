@@ -157,7 +157,10 @@ class Session:
         script = self._script(head)
         if name == self.active and self._answering:
             self.interrupt()
+        is_replaced = name == self.active and name in self.contexts
         self.adopt(Context.new(name, tuple(dict(message) for message in head), script, self.salt))
+        if is_replaced:
+            self._tell(System("replaced", f"the context {name} begins anew", {"context": name}))
         if not script.is_faithful:
             self._warn("the model's template would write earlier turns differently; they are kept as they were read")
         self._read(self.contexts[name])
