@@ -71,7 +71,10 @@ def runs(cells: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[tuple[int, i
     """Cells, in the order given, as maximal [start, stop) of neighbours."""
     if not len(cells):
         return []
-    breaks = np.flatnonzero(np.diff(cells) != 1) + 1
+    apart = cells[1:] - cells[:-1] != 1
+    if not apart.any():  # as almost always, and asked for each sequence and group in each step
+        return [(int(cells[0]), int(cells[-1]) + 1)]
+    breaks = np.flatnonzero(apart) + 1
     starts = cells[np.concatenate(([0], breaks))]
     stops = cells[np.concatenate((breaks - 1, [-1]))] + 1
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
