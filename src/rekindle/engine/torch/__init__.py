@@ -2,8 +2,9 @@
 
 No model is rewritten. The engine lends the model an attention function of its own for the length of a call (`borrow.py`);
 that function writes the new K and V into a pool of cells (`pool.py`) and lets each query see the cells of its own sequence
-(`attention.py`). Which cells those are is kept in `cells.py`, and who may use which in `groups.py`. What a model must be for that, and how its keys turn with their position, is not looked up by
-name but found out by running a few tokens through it (`survey.py`, `rotation.py`).
+(`attention.py`). Which cells those are is kept in `cells.py`, and which layers may use which in `groups.py`. What a model
+must be for that, and how its keys turn with their position, is not looked up by name but found out by running a few tokens
+through it (`survey.py`, `rotation.py`).
 """
 
 from __future__ import annotations
