@@ -145,6 +145,6 @@ def test_wishes() -> None:
     for wrong in ("first", 0.15, [1]):
         with pytest.raises(InvalidRequest, match="blend: expected True, False, or"):
             wished_blend(wrong, default)  # type: ignore[arg-type]
-    for bad in ({"select": "best"}, {"ratio": 1.5}, {"ratio": float("nan")}):
+    for bad in ({"select": "best"}, {"select": ["first"]}, {"ratio": 1.5}, {"ratio": float("nan")}, {"ratio": "15 %"}):
         with pytest.raises(InvalidRequest, match="must be"):
             wished_blend(bad, default)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import get_args
 
 import numpy as np
@@ -54,8 +55,8 @@ class Blend:
             raise InvalidRequest(
                 f"blend.select must be one of {', '.join(SELECTS)}, got {self.select!r}", param="blend.select"
             )
-        if not 0 <= self.ratio <= 1:  # also false for NaN
-            raise InvalidRequest(f"blend.ratio must be between 0 and 1, got {self.ratio}", param="blend.ratio")
+        if not isinstance(self.ratio, Real) or not 0 <= self.ratio <= 1:  # also false for NaN
+            raise InvalidRequest(f"blend.ratio must be between 0 and 1, got {self.ratio!r}", param="blend.ratio")
 
 
 @dataclass(frozen=True, eq=False)
