@@ -22,7 +22,8 @@ def check_work(table: SequenceTable, work: Sequence[Work], vocab_size: int) -> N
         seen.add(item.seq)
         if len(item.tokens) == 0:
             raise BadRange(f"no tokens to append to sequence {item.seq}")
-        low, high = int(item.tokens.min()), int(item.tokens.max())
+        single = len(item.tokens) == 1  # an answer's next token, mostly
+        low, high = (int(item.tokens[0]),) * 2 if single else (int(item.tokens.min()), int(item.tokens.max()))
         if low < 0 or high >= vocab_size:
             raise EngineError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
     table.check_room(sum(len(item.tokens) for item in work))

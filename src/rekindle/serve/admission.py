@@ -46,6 +46,7 @@ class Admission:
         self._engine = state.engine
         self._store = state.store
         self._fetch = fetch
+        self._used: list[Match] = []  # what the store is still to be told of
 
     def expect(self, run: Run) -> None:
         """Note how much of a new request can be reused, for policies that ask."""
@@ -54,6 +55,12 @@ class Admission:
             held = max((common_length(run.prompt, resident.tokens) for resident in residents), default=0)
             known = self._look(run).known
             run.reusable = max(held, match.length, sum(own.length for own in known if own is not None))
+
+    def tell_used(self) -> None:
+        """Tell the store what was used since it was told last: that can wait until first tokens are sent."""
+        for match in self._used:
+            self._store.used(match)
+        self._used.clear()
 
     def admit_one(self, fail: Callable[[Run, EngineError], object]) -> Run | None:
         """Start the first that can be; None if that is nobody. One whose KV can't be put back has to `fail`."""
@@ -128,7 +135,7 @@ class Admission:
             return Outcome.NO_ROOM
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
         run.start(plan)
-        self._store.used(match)
+        self._used.append(match)
         self._blending.used(plan, found)
         if logits is not None:
             run.marks[plan.total] = logits

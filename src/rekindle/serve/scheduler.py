@@ -203,6 +203,7 @@ class Scheduler:
                 if reason is not None:
                     self._end(run, reason)
                     ended += 1
+        self._admission.tell_used()
         return admitted, ended
 
     def _collect_rent(self, has_started: bool) -> None:

@@ -20,7 +20,6 @@ from rekindle.errors import EngineError, Overloaded, Stopping
 from rekindle.serve.request import request_id
 from rekindle.serve.run import Run
 from rekindle.serve.scheduler import Scheduler
-from rekindle.serve.state import Counts
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +188,11 @@ class Worker:
             waiting=len(scheduler.waiting),
             residents=len(scheduler.residents),
             resident_tokens=scheduler.residents.num_tokens,
-            **{name: getattr(counts, name) for name in Counts.__dataclass_fields__ if name != "swaps"},
+            requests=counts.requests,
+            hits=counts.hits,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            generated_tokens=counts.generated_tokens,
         )
 
 

@@ -15,6 +15,7 @@ import ipaddress
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -204,7 +205,6 @@ class Target:
         self, messages: list[Message], max_tokens: int, *, due: float | None = None, heard: Heard | None = None
     ) -> Answer:
         """Stream one answer; greedy. Never raises but for being cancelled, which hangs up."""
-        due = time.perf_counter() if due is None else due  # clock on
         stream = _Stream(heard)
         body = {
             "model": self._model,
@@ -214,9 +214,11 @@ class Target:
             "stream": True,
             **self._extras,
         }
+        request = self._http.build_request("POST", "/v1/chat/completions", json=body)
+        due = time.perf_counter() if due is None else due  # clock on
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                await self._read(body, stream)
+                await self._read(request, stream)
         except (TimeoutError, httpx.TimeoutException):
             return stream.answer(due, max_tokens, f"no end after {self._timeout_seconds:g} s")
         except httpx.HTTPError as error:
@@ -224,8 +226,9 @@ class Target:
             return stream.answer(due, max_tokens, f"{begun}: {str(error) or type(error).__name__}")
         return stream.answer(due, max_tokens, stream.error)
 
-    async def _read(self, body: dict[str, Any], stream: _Stream) -> None:
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+    async def _read(self, request: httpx.Request, stream: _Stream) -> None:
+        response = await self._http.send(request, stream=True)
+        async with aclosing(response):
             if response.status_code >= 400:
                 await response.aread()
                 stream.error = f"HTTP {response.status_code}: {reason_of(_object(response.text) or {})}"
