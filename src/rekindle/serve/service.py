@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -428,10 +429,11 @@ class Service:
         return future
 
     def _fetched(self, future: Future[Fetched]) -> None:
-        """In the thread that fetched: when the worker goes on, memory for the next fetch is made ready."""
+        """The worker goes on, and meanwhile memory for the next fetch is made ready."""
         self._worker.wake()
         if not future.cancelled() and future.exception() is None and future.result().tokens:
-            self._store.prepare()
+            with suppress(RuntimeError):  # at the end no more is taken on
+                self._fetchers.submit(self._store.prepare)
 
     def _remembering(self, generation: Generation, sink: Sink) -> Sink:
         """Note the whole text of a finished sequence before its end is told."""
