@@ -19,6 +19,8 @@ import pytest
 from tests.kv.redis_server import RedisServer, Wire, free_port, needs_redis
 
 import rekindle
+from rekindle.kv.disk import DiskTier
+from rekindle.kv.slabs import SLAB_BYTES
 from rekindle.serve.local import LLM
 from rekindle.serve.request import Done
 
@@ -67,6 +69,16 @@ def test_a_folder_that_can_be_used_is_no_news(tmp_path: Path, caplog: pytest.Log
         llm.service._probed.result(60)
         assert state(llm, "disk") == "ok"
     assert not [record for record in caplog.records if "tier" in record.getMessage()]
+
+
+def test_memory_for_the_first_fetch_is_ready_before_it(tmp_path: Path) -> None:
+    """As much as all cells of this small model take, in whole slabs."""
+    with load(store=str(tmp_path), context=2048) as llm:
+        llm.service._probed.result(60)
+        (disk,) = llm.service._store.tiers
+        assert isinstance(disk, DiskTier)
+        needed = llm.service.engine_spec.kv_bytes_per_token * 2048
+        assert needed <= sum(map(len, disk._slabs._idle)) < needed + SLAB_BYTES
 
 
 @pytest.fixture
