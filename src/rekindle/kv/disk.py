@@ -42,6 +42,7 @@ from rekindle.kv.keys import Key
 from rekindle.kv.reading import read_files
 from rekindle.kv.slabs import Slabs
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
+from rekindle.kv.totals import Totals
 from rekindle.tokens import Tokens
 
 _TOUCH_NS = 10 * 10**9  # a mark younger than this is not renewed
@@ -83,9 +84,9 @@ class DiskTier:
         self._reads = Breaker(clock, max_backoff_seconds=_MAX_BACKOFF_SECONDS)
         self._writes = Breaker(clock, max_faults=1, max_backoff_seconds=_MAX_BACKOFF_SECONDS)
         self._writing = threading.Lock()  # one change at a time
-        self._counting = threading.Lock()  # for the numbers below, held for moments
-        self._blocks = self._block_bytes = self._aside_bytes = 0
-        self._hits = self._misses = self._evictions = self._corrupt = 0
+        self._totals = Totals()
+        self._aside_bytes = 0
+        self._marking = threading.Lock()  # for the next line, held for moments
         self._last_mark = 0
         self._kept_bytes = 0  # pinned, as of the last walk
         self._victims: deque[File] = deque()  # least recently used first, as of the last walk
@@ -115,7 +116,7 @@ class DiskTier:
                     yield block
                     block = None
         finally:
-            self._count(hits=len(used), misses=misses)
+            self._totals.add(hits=len(used), misses=misses)
             self._mark(used)
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
@@ -161,20 +162,20 @@ class DiskTier:
             if (block.key, block.parent, block.logits is not None) != (place.key, place.parent, place.tail):
                 raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
         except CorruptBlock:
-            self._count(corrupt=1)
+            self._totals.add(corrupt=1)
             self._set_aside(Path(path))
             return None
         return block
 
     def _counted(self, block: Block | None) -> Block | None:
-        self._count(hits=1) if block is not None else self._count(misses=1)
+        self._totals.add(hits=1) if block is not None else self._totals.add(misses=1)
         return block
 
     def _set_aside(self, path: Path) -> None:
         with suppress(OSError):  # in a read-only folder it stays, and is a miss every time
             num_bytes = disk_bytes(path.stat().st_size)
             self._folder.set_aside(path, self.max_bytes // _ASIDE_SHARE)
-            self._count(blocks=-1, block_bytes=-num_bytes)
+            self._totals.add(blocks=-1, num_bytes=-num_bytes)
             self._aside_bytes = self._folder.aside_bytes()
 
     # Marking uses.
@@ -225,7 +226,7 @@ class DiskTier:
 
     def _newest_mark(self, length: int) -> int:
         """The mark of the head of a chain of this length, younger by all of it than any that was given."""
-        with self._counting:
+        with self._marking:
             self._last_mark = max(int(self._clock() * 1e9), self._last_mark + (length + 1) * STEP_NS)
             return self._last_mark
 
@@ -250,7 +251,7 @@ class DiskTier:
         if not self._make_room(num_bytes, mark):
             return False
         self._folder.write(path, parts, mark)
-        self._count(blocks=1, block_bytes=num_bytes)
+        self._totals.add(blocks=1, num_bytes=num_bytes)
         self._bytes_since_walk = (self._bytes_since_walk or 0) + num_bytes
         return True
 
@@ -261,7 +262,7 @@ class DiskTier:
         if self._bytes_since_walk is None or self._bytes_since_walk > self.max_bytes // _WALK_SHARE:
             self._walk()
         walked = False
-        while self._block_bytes + self._aside_bytes + num_bytes > self.max_bytes:
+        while self._totals.num_bytes + self._aside_bytes + num_bytes > self.max_bytes:
             if self._victims:
                 victim = self._victims.popleft()
                 if victim.used_ns < mark:
@@ -282,11 +283,11 @@ class DiskTier:
         used_ns = _used_ns(victim.path)
         if used_ns == victim.used_ns:
             self._folder.delete(victim.path)
-            self._count(evictions=1)
+            self._totals.add(evictions=1)
             if self._is_kept(victim):
                 self._kept_bytes -= victim.num_bytes
         if used_ns in (None, victim.used_ns):
-            self._count(blocks=-1, block_bytes=-victim.num_bytes)
+            self._totals.add(blocks=-1, num_bytes=-victim.num_bytes)
 
     def _is_kept(self, file: File) -> bool:
         return file.used_ns > self._clock() * 1e9 + KEPT_NS
@@ -298,7 +299,7 @@ class DiskTier:
                 with suppress(FileNotFoundError):
                     num_bytes = disk_bytes(path.stat().st_size)
                     self._folder.delete(path)
-                    self._count(blocks=-1, block_bytes=-num_bytes)
+                    self._totals.add(blocks=-1, num_bytes=-num_bytes)
 
     def clear(self) -> None:
         """All blocks of all models, and what was set aside."""
@@ -345,27 +346,20 @@ class DiskTier:
             if file.block:
                 blocks += 1
                 files.append(file)
-        with self._counting:
-            self._blocks, self._block_bytes = blocks, num_bytes
+        self._totals.recounted(blocks, num_bytes)
         self._kept_bytes = sum(file.num_bytes for file in files if self._is_kept(file))
         self._aside_bytes = self._folder.aside_bytes()
         self._victims = deque(heapq.nsmallest(_MAX_VICTIMS, files, key=lambda file: file.used_ns))
         self._bytes_since_walk = 0
 
     def stats(self) -> TierStats:
-        with self._counting:
-            return TierStats(
-                name=self.name,
-                blocks=self._blocks,
-                bytes=self._block_bytes + self._aside_bytes,
-                max_bytes=self.max_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._evictions,
-                faults=self._reads.faults + self._writes.faults,
-                corrupt=self._corrupt,
-                state=self._writes.state if self._writes.state != "ok" else self._reads.state,
-            )
+        return self._totals.stats(
+            self.name,
+            max_bytes=self.max_bytes,
+            faults=self._reads.faults + self._writes.faults,
+            state=self._writes.state if self._writes.state != "ok" else self._reads.state,
+            other_bytes=self._aside_bytes,
+        )
 
     def complaints(self) -> Iterator[str]:
         """Reads every file, of any model, and says which are not the blocks they should be."""
@@ -386,32 +380,13 @@ class DiskTier:
             assert not (found := list(self.complaints())), "\n".join(found)
             files = list(self._folder.walk())
             blocks, num_bytes = len([file for file in files if file.block]), sum(file.num_bytes for file in files)
-            assert self._blocks == blocks, f"{self._blocks} blocks counted, {blocks} there"
-            assert self._block_bytes == num_bytes, f"{self._block_bytes} bytes counted, {num_bytes} there"
+            assert self._totals.blocks == blocks, f"{self._totals.blocks} blocks counted, {blocks} there"
+            assert self._totals.num_bytes == num_bytes, f"{self._totals.num_bytes} bytes counted, {num_bytes} there"
             assert self._aside_bytes == self._folder.aside_bytes()
-            assert self._block_bytes + self._aside_bytes <= self.max_bytes
+            assert self._totals.num_bytes + self._aside_bytes <= self.max_bytes
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def _count(
-        self,
-        *,
-        hits: int = 0,
-        misses: int = 0,
-        corrupt: int = 0,
-        evictions: int = 0,
-        blocks: int = 0,
-        block_bytes: int = 0,
-    ) -> None:
-        """The one place where numbers change, but for a walk."""
-        with self._counting:
-            self._hits += hits
-            self._misses += misses
-            self._corrupt += corrupt
-            self._evictions += evictions
-            self._blocks += blocks
-            self._block_bytes += block_bytes
 
     @contextmanager
     def _faults(self, done: str) -> Iterator[None]:

@@ -12,7 +12,6 @@ that is full refuses writes alone; reading goes on.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -28,9 +27,11 @@ from rekindle.kv.format import VERSION, decode, encode, peek
 from rekindle.kv.keys import Key
 from rekindle.kv.link import Link
 from rekindle.kv.tier import Place, TierStats, most_alike, place_of
+from rekindle.kv.totals import Totals
 from rekindle.tokens import Tokens
 
 _PREFIX = f"rekindle:v{VERSION}:".encode()
+_PROBE = b"rekindle:probe"  # no name of a block
 _BATCH_BYTES = 4 << 20  # asked for or written together, about
 _MAX_BATCH = 64  # blocks
 _FIRST_GUESS_BYTES = 1 << 20  # of a block, before one was seen
@@ -63,8 +64,7 @@ class NetworkTier:
         self._writes = Breaker(clock, max_faults=1, fault=_Refusal)
         self._fingerprint = fingerprint
         self._ttl_ms = int(ttl_seconds * 1000)
-        self._counting = threading.Lock()
-        self._blocks = self._bytes = self._hits = self._misses = self._corrupt = 0
+        self._totals = Totals()
         self._block_bytes = float(_FIRST_GUESS_BYTES)  # of a block, lately
 
     # Reading.
@@ -84,13 +84,14 @@ class NetworkTier:
             start = stop
 
     def probe(self, *, writing: bool) -> None:
-        """Writing leaves a few bytes that the server forgets at once."""
+        """Writing writes a few bytes and deletes them."""
         if not writing:
-            self._link.ask("EXISTS", _PREFIX + b"probe")
+            self._link.ask("EXISTS", _PROBE)
             return
         with self._writes.attempt():
             batch = self._link.batch()
-            batch.set(_PREFIX + b"probe", b"", px=1)
+            batch.set(_PROBE, b"", px=1000)
+            batch.unlink(_PROBE)
             self._write(batch)
 
     def prepare(self) -> None:
@@ -162,7 +163,7 @@ class NetworkTier:
     def _decoded(self, place: Place, data: bytes | None) -> Block | None:
         """Counted; what is not the block it should be is deleted."""
         if data is None:
-            self._count(misses=1)
+            self._totals.add(misses=1)
             return None
         self._block_bytes += (len(data) - self._block_bytes) / 4
         try:
@@ -170,11 +171,11 @@ class NetworkTier:
             if place_of(block) != place:
                 raise CorruptBlock(f"the block {place} expected, got {place_of(block)}")
         except CorruptBlock:
-            self._count(misses=1, corrupt=1)
+            self._totals.add(misses=1, corrupt=1)
             with suppress(TierUnavailable):
                 self._link.ask("UNLINK", _name(place))
             return None
-        self._count(hits=1)
+        self._totals.add(hits=1)
         return block
 
     # Writing.
@@ -207,7 +208,7 @@ class NetworkTier:
         replies = self._link.send(batch, may_refuse=True)
         refusals = [isinstance(reply, redis.ResponseError) for reply in replies]
         written = [size for size, refused in zip(sizes, refusals, strict=False) if not refused]
-        self._count(blocks=len(written), num_bytes=sum(written))
+        self._totals.add(blocks=len(written), num_bytes=sum(written))
         if any(refusals):
             raise _Refusal(f"the store's server {self._link.server} refuses to write: {replies[refusals.index(True)]}")
 
@@ -222,7 +223,7 @@ class NetworkTier:
                 if place.tail:
                     batch.hdel(_tails_name(place.parent), place.key)
             self._write(batch)
-            self._count(blocks=-len([size for size in sizes if size]), num_bytes=-sum(sizes))
+            self._totals.add(blocks=-len([size for size in sizes if size]), num_bytes=-sum(sizes))
 
     def clear(self) -> None:
         """All that is ours in this database, of all models, and nothing else."""
@@ -231,8 +232,7 @@ class NetworkTier:
                 batch = self._link.batch()
                 batch.unlink(*names)
                 self._write(batch)
-        with self._counting:
-            self._blocks = self._bytes = 0
+        self._totals.recounted(0, 0)
 
     def clear_model(self) -> None:
         """What a block is of says its beginning, so this reads a little of every block."""
@@ -259,23 +259,16 @@ class NetworkTier:
             lengths = self._link.send(batch)
             blocks += len([length for length in lengths if length])
             num_bytes += sum(lengths)
-        with self._counting:
-            self._blocks, self._bytes = blocks, num_bytes
+        self._totals.recounted(blocks, num_bytes)
 
     def stats(self) -> TierStats:
-        with self._counting:
-            return TierStats(
-                name=self.name,
-                blocks=self._blocks,
-                bytes=self._bytes,
-                max_bytes=None,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=0,
-                faults=self._link.breaker.faults + self._writes.faults,
-                corrupt=self._corrupt,
-                state=self._link.breaker.state if self._link.breaker.state != "ok" else self._writes.state,
-            )
+        breaker, writes = self._link.breaker, self._writes
+        return self._totals.stats(
+            self.name,
+            max_bytes=None,
+            faults=breaker.faults + writes.faults,
+            state=breaker.state if breaker.state != "ok" else writes.state,
+        )
 
     def check_integrity(self) -> None:
         """Reads everything."""
@@ -310,15 +303,6 @@ class NetworkTier:
                 yield names
             if not cursor:
                 return
-
-    def _count(self, *, hits: int = 0, misses: int = 0, corrupt: int = 0, blocks: int = 0, num_bytes: int = 0) -> None:
-        """The one place where numbers change, but for a scan."""
-        with self._counting:
-            self._hits += hits
-            self._misses += misses
-            self._corrupt += corrupt
-            self._blocks += blocks
-            self._bytes += num_bytes
 
 
 def _name(place: Place) -> bytes:
