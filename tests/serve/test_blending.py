@@ -18,7 +18,7 @@ from rekindle.errors import BadRange, InvalidRequest
 from rekindle.kv.folder import Folder
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan, Stored, make_plan
-from rekindle.reuse.prompt import Prompt
+from rekindle.reuse.prompt import Prompt, join
 from rekindle.serve import studies
 from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
@@ -181,6 +181,20 @@ def test_what_does_not_fit_in_the_context_is_computed_or_refused() -> None:
     answer = stage.ask(prompt, 10, blend=Blend("none", 0))
     assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 10)
     assert answer.done.usage.cached_tokens >= 240
+
+
+def test_a_head_too_long_to_be_cut_off_beside_the_prompts_is_reused_exactly_and_costs_nobody_anything() -> None:
+    head = ids(90, 310)  # behind it chunks begin in the midst of a block, and twice it does not fit in
+    stage = blend_stage(560, head=head)
+    for chunk in (C, B):
+        stage.ask(prompt_of([ids(9, 30), chunk]), 1, blend=BLEND)
+        study(stage)
+    stored = stage.store.stats().blocks
+    parts = [(as_tokens(head), False), (as_tokens(B), True), (as_tokens(C), True), (as_tokens([5, 6, 7]), False)]
+    answer = stage.ask(join(parts), 3, blend=Blend("none", 0))
+    assert answer.done.usage.cached_tokens >= len(head) and not answer.done.usage.blended_tokens
+    assert list(answer.done.tokens) == fresh(join(parts), 3)
+    assert stage.store.stats().blocks >= stored, "nobody's blocks were lost for it"
 
 
 @pytest.mark.parametrize("head", [[], [1], ids(40, 15), ids(41, 16), ids(42, 37)])

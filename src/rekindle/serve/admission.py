@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from enum import Enum
 
 from rekindle.engine.protocol import Payload, SequenceId
-from rekindle.errors import EngineError
+from rekindle.errors import ContextFull, EngineError
 from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, prepare
@@ -119,7 +119,7 @@ class Admission:
             self._state.residents.cut(hold.name, hold.cut, run.salt)
         residents, match = self._known(run)
         found = self._look(run)
-        plan = self._blending.plan(run, make_plan(run.generation.prompt, residents, self._stored(run, match)), found)
+        plan = self._plan(run, make_plan(run.generation.prompt, residents, self._stored(run, match)), found)
         if self._can_fetch_soon(run, plan) or self._begin_fetch(run, plan) or self._can_share_soon(run, plan):
             return Outcome.WAITS
         planned = time.perf_counter()
@@ -128,7 +128,8 @@ class Admission:
             restored = self._restore(run, plan, match, found, victims)
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
-            self._store.clear_memory()
+            if not isinstance(error, ContextFull):
+                self._store.clear_memory()
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
@@ -145,6 +146,15 @@ class Admission:
             self._state.counts.add(plan)
         self._state.watching(run).admitted(run, plan)
         return Outcome.STARTED
+
+    def _plan(self, run: Run, exact: Plan, found: Found) -> Plan:
+        """With chunks placed where they can be made ready: that takes cells beside those of the exact beginning."""
+        plan = self._blending.plan(run, exact, found)
+        forked = sum(step.stop for step in plan.steps if isinstance(step, Fork))
+        return plan if forked + self._to_prepare(plan, found) <= self._engine.num_cells else exact
+
+    def _to_prepare(self, plan: Plan, found: Found) -> int:
+        return cells_to_prepare(self._engine, plan, found, len(self._blending.head))
 
     # What is known.
 
@@ -244,7 +254,7 @@ class Admission:
                 self._state.residents.touch(fork.seq)
             placed = [block.position + len(block.tokens) for block in match.blocks]  # the last may go beyond the prompt
             cells = max(plan.total, *placed, 0) - (0 if fork is None else fork.stop) + 1
-            cells = max(cells, cells_to_prepare(plan, found, len(self._blending.head)))
+            cells = max(cells, self._to_prepare(plan, found))
             # with room for all, a sequence that comes back can be forked anywhere; else it takes what its end can see
             is_tight = not self._room.is_enough(cells) and not run.generation.prompt.chunks and not run.generation.hold
             has_sequence = not plan.blended or self._room.make_sequence(keep=[] if fork is None else [fork.seq])

@@ -173,8 +173,10 @@ def prepare(engine: Engine, plan: Plan, found: Found) -> deque[Part]:
     return deque(parts)
 
 
-def cells_to_prepare(plan: Plan, found: Found, head: int) -> int:
+def cells_to_prepare(engine: Engine, plan: Plan, found: Found, head: int) -> int:
     """Free cells that `prepare` needs, with a head of so many tokens."""
+    if not engine.turns_all_cells:
+        return 0
     sizes = {(part.chunk, part.payload.position): len(part.payload) for part in _parts(b"", plan, found)}
     return max(sum(sizes.values()), head + max(sizes.values())) if sizes else 0
 
