@@ -109,7 +109,7 @@ class Realtime:
                 items[item["id"]] = _said(item)
                 if item["id"] not in order:
                     order.insert(0 if previous is None else order.index(previous) + 1, item["id"])
-            elif event["type"] == "conversation.item.deleted":
+            elif event["type"] == "conversation.item.deleted" and event["item_id"] in items:
                 order.remove(event["item_id"])
             elif "items" in event:  # the whole, as it is
                 items, order = (

@@ -318,6 +318,23 @@ def test_instructions_for_one_answer_that_stays_in_the_conversation(clients: Any
     assert client.last("session.updated")["session"]["instructions"] == ""
 
 
+def test_an_answer_to_other_instructions_does_not_end_in_another_context(clients: Any, steps: Steps) -> None:
+    client = clients()
+    client.item(QUESTION)
+    steps.hold()
+    client.send("response.create", response={"instructions": "Be brief.", "max_output_tokens": 5, "temperature": 0})
+    item = client.last("response.output_item.added")["item"]
+    client.send("rekindle.context.swap", context="guide", instructions="You are a guide.")
+    client.until("rekindle.context.swapped")
+    steps.let_all()
+    assert "swapped" in client.error()["message"]
+    assert client.last("conversation.item.deleted")["item_id"] == item["id"]
+    done = client.until("response.done")
+    assert done[-1]["response"]["conversation_id"] is None
+    assert "conversation.item.done" not in [event["type"] for event in done]
+    assert client.conversation() == []
+
+
 def test_contexts_have_conversations_of_their_own(clients: Any) -> None:
     client = clients()
     client.ask(QUESTION)

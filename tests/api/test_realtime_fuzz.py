@@ -119,7 +119,7 @@ class Wild:
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nonsense_in_any_number_disturbs_nobody(url: str, http: httpx.Client, service: Service, count: int) -> None:
     make = Wild(SEED)
-    quiet, wild = (Realtime(url, f"session={name}{count}") for name in ("quiet", "wild"))
+    quiet, wild = (Realtime(url, f"session={name}-realtime-{count}") for name in ("quiet", "wild"))
     before = quiet.ask("Who paints in orange?")["output"][0]["content"]
     num_heard = len(quiet.heard)
     for number in range(count // BATCH):
@@ -135,7 +135,7 @@ def test_nonsense_in_any_number_disturbs_nobody(url: str, http: httpx.Client, se
         quiet.send("conversation.item.delete", item_id=item)
         quiet.until("conversation.item.deleted")
     assert quiet.ask("Who paints in orange?")["output"][0]["content"] == before, f"seed {SEED}"
-    last = Realtime(url, f"session=wild{count}")
+    last = Realtime(url, f"session=wild-realtime-{count}")
     resumed = last.last("rekindle.session.resumed")
     if resumed["response"] is None:
         assert [item["id"] for item in resumed["items"]] == wild.item_ids(), f"seed {SEED}"

@@ -14,6 +14,7 @@ from rekindle.errors import RekindleError
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.serve.service import Service, Ticket
+from rekindle.serve.sessions.context import Context
 from rekindle.serve.sessions.gate import Gate
 
 
@@ -34,6 +35,7 @@ class Aside:
     def __init__(
         self,
         response: Response,
+        context: Context,
         gate: Gate,
         owner: bytes,
         *,
@@ -42,9 +44,10 @@ class Aside:
     ) -> None:
         """`ended` is called before the response is told to be done, and gives the id of the item before it.
 
-        Adopted ones become part of the conversation. `gate` counts it among the answers of its owner, whose salt it is.
+        Adopted ones become part of the conversation, if the context is still the same. `gate` counts it among the
+        answers of its owner, whose salt it is.
         """
-        self.response = response
+        self.response, self.context = response, context
         self._gate, self._owner = gate, owner
         self.is_adopted = is_adopted
         self.text = ""

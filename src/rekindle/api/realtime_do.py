@@ -326,7 +326,8 @@ class Commands:
         if len(self._asides) >= MAX_ASIDES:
             raise Overloaded(f"{MAX_ASIDES} answers beside the conversation are under way; wait for one to end")
         gate, owner = self._sessions.gate, self._session.salt
-        aside = Aside(response, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
+        context = self._session.context
+        aside = Aside(response, context, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
         sampling = sampled(self._session.options.sampling, given)
         aside.ask(self._service, self._prompt(given), max_tokens, sampling, self._sessions.call)
         self._asides[response.id] = aside
@@ -357,11 +358,14 @@ class Commands:
         item, conversation = aside.response.item, self.conversation
         item.text = aside.text
         try:
+            if aside.context is not self._session.context:
+                raise SessionError("the context has been swapped: what was answered in the one before is no part of it")
             with conversation.amended([*conversation.items, item]):
                 pass
         except RekindleError as error:
             conversation.emit(error_event(error, None))
             conversation.remove([item])
+            aside.response.leave()
         self._kick()
         return conversation.before(item)
 

@@ -105,6 +105,10 @@ class Response:
             self._emit({"type": "conversation.item.added", **item})
         self._emit({"type": "response.content_part.added", **self._part, "part": {"type": "text", "text": ""}})
 
+    def leave(self) -> None:
+        """Its item is not part of the conversation after all."""
+        self._conversation_id = None
+
     def say(self, text: str) -> None:
         """Some more of it."""
         if text:
