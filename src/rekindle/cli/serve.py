@@ -41,12 +41,10 @@ def run_server(settings: Settings) -> None:
     from rekindle.api.keys import Keys  # these take a while; signals are ours already
     from rekindle.api.origins import is_local
     from rekindle.api.server import serve
-    from rekindle.cli.heap import share_heaps
     from rekindle.cli.logs import set_up
     from rekindle.serve.service import Service
 
     set_up(settings.log_format, settings.log_level)
-    share_heaps()
 
     if not Keys.load(settings) and not is_local(settings.host):
         complain(f"anybody who reaches {settings.host} may use this server: no API key is set")
