@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from rekindle.cli.live_line import Address
 from rekindle.cli.refusals import guarded
 from rekindle.errors import InvalidRequest
 
@@ -52,6 +51,7 @@ def both(
     if typed.invoked_subcommand is not None:
         _refuse_options(typed, typed.invoked_subcommand)
         return
+    from rekindle.cli.live_line import Address
     from rekindle.cli.live_talk import Wish, talk
 
     wish = Wish(max_tokens=max_tokens, temperature=temperature, contexts=context or ())
@@ -72,6 +72,7 @@ def live_in(
     api_key: Key = None,
 ) -> None:
     """Send each line to the session. The words reset, swap NAME and quit are commands."""
+    from rekindle.cli.live_line import Address
     from rekindle.cli.live_talk import Wish, speak
 
     wish = Wish(max_tokens=max_tokens, temperature=temperature, contexts=context or ())
@@ -89,6 +90,7 @@ def live_out(
     api_key: Key = None,
 ) -> None:
     """Show what happens in the session, until Ctrl-C. Nothing is lost when the connection breaks."""
+    from rekindle.cli.live_line import Address
     from rekindle.cli.live_talk import watch
 
     watch(Address.of(host, port, url, session, api_key), max_retries)
