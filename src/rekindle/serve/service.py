@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,53 +13,38 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from rekindle.engine.protocol import Engine
 from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched
 from rekindle.kv.tier import TierStats
-from rekindle.model.chunks import (
-    Chunk,
-    Document,
-    Part,
-    has_chunks,
-    render,
-    render_chunks,
-    render_documents,
-    split,
-    tidy,
-)
 from rekindle.model.model import Model
-from rekindle.model.template import ChatTemplate
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
-from rekindle.serve.blending import Blending, blends, check_blend, own_prompt
+from rekindle.serve.blending import Blending, blends, check_blend
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.levels import Levels, tiers_of
-from rekindle.serve.marked import Wish, marked_prompt, wished_blend
+from rekindle.serve.marked import Wish, wished_blend
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
 from rekindle.serve.pinning import Pinning, Watch
 from rekindle.serve.policies import Policy, policy_named
+from rekindle.serve.prompting import Prompting
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.rows import Rows
 from rekindle.serve.run import Clock, Run
 from rekindle.serve.scheduler import Scheduler
 from rekindle.serve.scores import Scores
 from rekindle.serve.traces import Traces, open_traces
-from rekindle.serve.transcripts import Owner, Transcripts
 from rekindle.serve.worker import Worker
 from rekindle.settings import Settings
-from rekindle.tokens import Tokens, as_tokens, common_length
+from rekindle.tokens import Tokens
 
 FETCHERS = 4  # prompts that are looked for in slower tiers at the same time
 _TELL_SECONDS = 0.1  # between reports of progress
-_TWO_WORDS = ("A", "9")  # without a token in common
 
 
 class Ticket(Protocol):
@@ -128,7 +113,7 @@ class Warmed:
         return self.tokens - self.computed
 
 
-class Service:
+class Service(Prompting):
     """One served model. Thread-safe, but for `open` and `close`. A context manager."""
 
     def __init__(
@@ -139,8 +124,8 @@ class Service:
         observers: Sequence[Observer] = (),
         policy: Policy | None = None,
     ) -> None:
+        super().__init__(model, blend_head=settings.blend_head, chunk_separator=settings.chunk_separator)
         self.settings = settings
-        self.model = model
         self.engine_spec = engine.spec
         self.num_cells = engine.num_cells
         self.max_tokens = min(engine.num_cells, engine.spec.train_context)  # of one sequence, prompt and answer
@@ -156,7 +141,6 @@ class Service:
         if self.traces is not None:
             self.traces.bind(self.model_name)
             observers = observers if given else [*observers, self.traces]
-        self.head = model.tokenizer.encode(settings.blend_head, bos=True)  # before chunks on their own
         self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
         rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
         self._blending = Blending(self._store, self.head, self._scores, rows)
@@ -180,7 +164,6 @@ class Service:
         self._grammars = Grammars(model.tokenizer)
         gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
         self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
-        self._transcripts = Transcripts()
         self._pinning = Pinning(self._store)
         self._started = time.monotonic()
         self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
@@ -235,99 +218,6 @@ class Service:
         self.close()
 
     @property
-    def model_name(self) -> str:
-        """What `/v1/models` lists, e.g. "ember"."""
-        return self.model.name
-
-    # Prompts.
-
-    def text_prompt(self, text: str | Sequence[Part], *, salt: bytes = b"") -> Prompt:
-        """Tokenise plain text, with the model's BOS; of a list of parts, or where separators are set, with its chunks.
-
-        Raises InvalidRequest.
-        """
-        if not text:
-            raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
-        parts = split(text, self.settings.chunk_separator) if isinstance(text, str) else tidy(text)
-        if isinstance(text, str) and len(parts) == 1:
-            return self._prompt(text, salt, bos=True)
-        return marked_prompt(self.model.tokenizer, self._transcripts, parts, salt=salt, bos=True)
-
-    def token_prompt(self, ids: Sequence[int], *, salt: bytes = b"") -> Prompt:
-        """Use ids as they are. Raises InvalidRequest for ids that the vocabulary lacks."""
-        if not len(ids):
-            raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-        bad = next((token for token in ids if not 0 <= token < self.model.tokenizer.vocab_size), None)
-        if bad is not None:
-            size = self.model.tokenizer.vocab_size
-            raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {bad}", param="prompt")
-        return Prompt(as_tokens(ids), salt=salt)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        documents: Sequence[Document] = (),
-        salt: bytes = b"",
-        **arguments: Any,
-    ) -> Prompt:
-        """Render messages with the model's chat template (`tools` … as arguments) and tokenise them.
-
-        Chunks are what parts of messages are marked as such, and all documents. Raises InvalidRequest if the template
-        refuses them or the model has none.
-        """
-        template = self._template
-        if documents or has_chunks(messages):
-            parts = render(template, messages, documents, **arguments)
-            return marked_prompt(self.model.tokenizer, self._transcripts, parts, salt=salt, bos=False)
-        return self._prompt(template.render(messages, **arguments), salt, bos=False)
-
-    @property
-    def _template(self) -> ChatTemplate:
-        if self.model.template is None:
-            raise InvalidRequest(f"{self.model_name} has no chat template; use completions", param="messages")
-        return self.model.template
-
-    def opening_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"") -> Prompt:
-        """What a conversation that begins with these messages begins with, to be pinned or warmed.
-
-        If it is the user's turn, that is all that they have in common, whatever the user says: some templates write the
-        system message into the user's. Otherwise it is the prompt of the next answer. Raises InvalidRequest.
-        """
-        if not messages or messages[-1].get("role") not in ("system", "assistant"):
-            return self.chat_prompt(messages, salt=salt)
-        one, other = (
-            self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt) for word in _TWO_WORDS
-        )
-        length = common_length(one.tokens, other.tokens)
-        return Prompt(one.tokens[:length], salt=salt, chunks=tuple(each for each in one.chunks if each.stop <= length))
-
-    def chunk_prompt(self, chunk: Tokens, *, salt: bytes = b"") -> Prompt:
-        """A chunk on its own, behind the head that all chunks have: what is warmed so that it can be placed anywhere."""
-        return own_prompt(self.head, chunk, salt)
-
-    def chunk_prompts(
-        self, texts: Sequence[str | Chunk | Document], *, salt: bytes = b"", chat: bool | None = None
-    ) -> list[Prompt]:
-        """Each text on its own, as the chunk that it is in conversations, or (`chat=False`) in completions.
-
-        `chat=None`: in conversations if the model has a chat template. Raises InvalidRequest for empty ones.
-        """
-        given = [
-            each if isinstance(each, Document) else Chunk(each) if isinstance(each, str) else each for each in texts
-        ]
-        if chat or (chat is None and self.model.template is not None):
-            template = self._template
-            documents = iter(render_documents(template, [each for each in given if isinstance(each, Document)]))
-            chunks = iter(render_chunks(template, [each for each in given if isinstance(each, Chunk)]))
-            written = [next(documents if isinstance(each, Document) else chunks) for each in given]
-        else:
-            written = [each.chunk if isinstance(each, Document) else each for each in given]
-        if not all(each.text for each in written):
-            raise InvalidRequest("a chunk is empty: at least one character is needed", param="chunks")
-        return [self.chunk_prompt(self.model.tokenizer.encode(each.text), salt=salt) for each in written]
-
-    @property
     def default_blend(self) -> Blend:
         """How a request blends that asks for it and says no more."""
         return Blend(self.settings.blend_select, self.settings.blend_ratio)
@@ -350,28 +240,6 @@ class Service:
                 raise
             return None
         return blend
-
-    def _prompt(self, text: str, salt: bytes, *, bos: bool) -> Prompt:
-        """Tokens of a text; where it begins with what was said before, it begins with the tokens of that."""
-        owner = (salt, bos, False)
-        tokens = self._transcripts.prompt(owner, text)
-        if tokens is None:
-            tokens = self._tokenised(text, owner)
-            self._transcripts.add_prompt(owner, text, tokens)
-        return Prompt(tokens, text, salt, bos)
-
-    def _tokenised(self, text: str, owner: Owner) -> Tokens:
-        tokenizer = self.model.tokenizer
-        known = self._transcripts.longest(owner, text)
-        if known is not None:
-            rest = tokenizer.encode(text[len(known.text) :])
-            if len(rest) and tokenizer.is_special(int(rest[0])):
-                return np.concatenate([known.tokens, rest])
-        return tokenizer.encode(text, bos=owner[1])
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        return self.model.tokenizer.decode(ids)
 
     # Generating.
 
@@ -446,15 +314,6 @@ class Service:
             sink(event)
 
         return remember
-
-    def remember(self, prompt: Prompt, text: str, ids: Sequence[int]) -> None:
-        """Have texts that begin with this prompt and its answer begin with the tokens that those were read and made in.
-
-        That happens to every answer by itself; it is forgotten when others are remembered.
-        """
-        if prompt.text is not None and text and self.model.tokenizer.decode(ids) == text:
-            tokens = np.concatenate([prompt.tokens, as_tokens(ids)])
-            self._transcripts.add((prompt.salt, prompt.bos, bool(prompt.chunks)), f"{prompt.text}{text}", tokens)
 
     def events(self, generation: Generation) -> Iterator[Event]:
         """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels."""
