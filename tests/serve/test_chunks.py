@@ -63,6 +63,15 @@ def test_marking_gives_the_tokens_of_the_text(llm: rekindle.LLM) -> None:
     assert np.array_equal(marked.tokens, plain.tokens) and marked.text == plain.text
 
 
+def test_parts_without_a_chunk_among_them_are_the_text_with_newlines_between_them(llm: rekindle.LLM) -> None:
+    plain = llm.service.chat_prompt([{"role": "user", "content": f"Read this.\n{QUESTION}"}])
+    for parts in (["Read this.", QUESTION], [{"type": "text", "text": "Read this."}, QUESTION]):
+        prompt = llm.service.chat_prompt([{"role": "user", "content": parts}])
+        assert prompt.text == plain.text and np.array_equal(prompt.tokens, plain.tokens)
+    llm.generate(["Read this.", QUESTION], max_tokens=1)
+    assert llm.last is not None and llm.last.plan.total == len(plain)
+
+
 def test_all_forms_of_a_prompt_blend(llm: rekindle.LLM) -> None:
     llm.clear_cache()
     llm.warm(CHUNKS)
@@ -131,6 +140,10 @@ def test_separators_mark_chunks_of_plain_text() -> None:
         (lambda llm: llm.warm([rekindle.Chunk("")]), "a chunk is empty"),
         (lambda llm: llm.generate([rekindle.Chunk("")], raw=True), "the prompt is empty"),
         (lambda llm: llm.generate([rekindle.Chunk("a"), 3]), "each part of a message"),
+        (lambda llm: llm.generate(["a", 3]), "each part of a message"),
+        (lambda llm: llm.generate(["a", 3], raw=True), "each part of a prompt .* got int"),
+        (lambda llm: llm.chat([{"role": "user", "content": 3}]), "content is text or a list of parts"),
+        (lambda llm: llm.service.chat_prompt(["Hello"]), "a message is expected as .* got str"),
         (
             lambda llm: llm.chat([{"role": "user", "content": [rekindle.Chunk(CHUNKS[0].text * 60)]}]),
             "the context holds",

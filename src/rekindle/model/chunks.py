@@ -89,9 +89,12 @@ def split(text: str, separator: str | None) -> list[Part]:
 
 
 def tidy(parts: Iterable[Part]) -> list[Part]:
-    """Neighbouring texts as one, empty ones left out; chunks as they are."""
+    """Neighbouring texts as one, empty ones left out; chunks as they are. Raises InvalidRequest for what is neither."""
     found: list[Part] = []
     for part in parts:
+        if not isinstance(part, Part):
+            got = type(part).__name__
+            raise InvalidRequest(f"each part of a prompt is expected to be text or a Chunk, got {got}", param="prompt")
         if isinstance(part, str) and found and isinstance(found[-1], str):
             found[-1] += part
         elif part != "":
@@ -128,7 +131,7 @@ def _part(given: Any) -> Part:
 def has_chunks(messages: Messages) -> bool:
     """Whether any message has a part that is marked as a chunk."""
     for message in messages:
-        content = message.get("content")
+        content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, Chunk):
             return True
         if isinstance(content, Sequence) and not isinstance(content, str):

@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rekindle.errors import InvalidRequest, ModelError
+from rekindle.model.chunks import parts_of
 
 
 class _Generation(Extension):
@@ -49,14 +50,33 @@ class ChatTemplate:
         self._special = {"bos_token": bos, "eos_token": eos}
 
     def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
-        """The text of a conversation, ready for the assistant's next words. Raises InvalidRequest."""
+        """The text of a conversation, ready for the assistant's next words. Raises InvalidRequest.
+
+        Content in parts of text, see `parts_of`, is put together first: most templates would leave it out without a word.
+        Parts of another type are left to the template.
+        """
         if not messages:
             raise InvalidRequest("messages is empty: at least one message is needed", param="messages")
+        messages = [_in_one(message) for message in messages]
         given = {"add_generation_prompt": True, "tools": None, "documents": None} | arguments
         try:
             return self._template.render(messages=messages, **self._special, **given)
         except Exception as error:  # the template is foreign code: whatever it raises, it refused these messages
             raise InvalidRequest(f"the model's chat template refused the messages: {error}", param="messages") from None
+
+
+def _in_one(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with one text as its content, if it is all text."""
+    if not isinstance(message, Mapping):
+        expected = '{"role": …, "content": …}'
+        raise InvalidRequest(f"a message is expected as {expected}, got {type(message).__name__}", param="messages")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    if isinstance(content, Sequence) and any(isinstance(p, Mapping) and p.get("type") != "text" for p in content):
+        return message
+    parts = (part if isinstance(part, str) else part.text for part in parts_of(content))
+    return {**message, "content": "".join(parts)}
 
 
 def _raise(message: str) -> None:
