@@ -12,6 +12,7 @@ from rekindle.errors import SessionError
 from rekindle.lab.live import Question, long_talk
 from rekindle.serve.request import Done, Generation
 from rekindle.serve.service import Service
+from rekindle.serve.sessions.context import Exchange
 from rekindle.serve.sessions.news import System
 from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
@@ -83,6 +84,23 @@ def test_what_is_placed_anew_is_what_would_have_slid() -> None:
             assert (service.metrics.slid_tokens["placed"] > 0) == (most < 1000)
             service.check_integrity()
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_what_was_taken_back_does_not_come_back_with_what_is_placed_anew() -> None:
+    """A turn that was read after another must not be placed as it was then, when that other was never said."""
+    answers = []
+    for most in (1, 1000):
+        with Service.open(Settings(engine="toy", store="none", block_tokens=16, session_slides=most)) as service:
+            with Sessions(service) as sessions:
+                options = {"window": 500, "answer_tokens": 20, "retention": 0.9}
+                talker = Talker(sessions, head=head("Read."), options=options)
+                heard = [talker.ask(f"{number} {TEXT}", 20).text for number in range(18)]
+                turns = talker.call(lambda talker=talker: talker.session.context.turns)  # type: ignore[misc]
+                said = [Exchange(turn.user, turn.text, tuple(turn.answer)) for turn in turns]
+                talker.do("amend", [said[0], Exchange("Never mind.", "I see."), *said[2:]])
+                answers.append(heard + [talker.ask(f"{number} {TEXT}", 20).text for number in range(12)])
+            assert (service.metrics.slid_tokens["placed"] > 0) == (most < 1000)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("keeping", [1], indirect=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Self
 
@@ -60,6 +60,10 @@ class Turn:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:
         return cls(**given | {"said": as_tokens(given["said"])})
+
+    def read_anew(self) -> Self:
+        """The same, when it is read once more, after other tokens: where it stood before is of no interest then."""
+        return replace(self, slides=0, origin=None, origin_slides=0)
 
     def shorten(self, characters: int, tokens: int | None, piece: Callable[[int], bytes]) -> None:
         """Keep what was heard of the answer: whole tokens, no character torn, at most so many of either."""
@@ -163,10 +167,14 @@ class Context:
 
         Raises InvalidRequest for words that are none.
         """
-        before, self.turns, self.open = self.turns, [], None
+        before, self.turns, self.open, is_as_before = self.turns, [], None, True
         for index, exchange in enumerate(exchanges):
             old = before[index] if index < len(before) else None
-            self.turns.append(old if old is not None and self._is_same(old, exchange) else self._turn(exchange))
+            if old is None or not self._is_same(old, exchange):
+                is_as_before = False
+                self.turns.append(self._turn(exchange))
+            else:
+                self.turns.append(old if is_as_before else old.read_anew())
         if pending is not None:
             self.open = self._turn(Exchange(pending, "", ()))
 
@@ -199,7 +207,7 @@ class Context:
     def forget(self, turns: list[Turn]) -> None:
         """Lose these turns, the oldest; what follows is read again."""
         self._lose(turns)
-        self.salt, self.cut = self.base_salt, None
+        self._read_anew()
 
     def slide(self, turns: list[Turn], *, most_slides: int, block_tokens: int) -> None:
         """Lose these turns, the oldest; what follows slides, or is placed anew where it would slide too often."""
@@ -220,6 +228,15 @@ class Context:
         self.turns, self.open, self.draft, self.forgotten = [], None, "", 0
         if self.salt != self.base_salt:
             self._cut(len(self.script.opening), last, self.base_salt)
+
+    def begin_with(self, head: Sequence[Message], script: Script) -> None:
+        """Another head, which all turns follow."""
+        self.head, self.script = tuple(head), script
+        self._read_anew()
+
+    def _read_anew(self) -> None:
+        self.turns = [turn.read_anew() for turn in self.turns]
+        self.salt, self.cut = self.base_salt, None
 
     def _lose(self, turns: list[Turn]) -> None:
         assert turns == self.turns[: len(turns)]

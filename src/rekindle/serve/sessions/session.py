@@ -347,8 +347,7 @@ class Session:
         before = {name: getattr(context, name) for name in _AMENDED}
         try:
             if head is not None and list(head) != list(context.head):
-                context.script, context.head = self._script(head), tuple(head)
-                context.salt, context.cut = context.base_salt, None
+                context.begin_with(head, self._script(head))
             context.amend(exchanges, pending)
             self._fit(context, self.answer_tokens, is_read=False)
         except (InvalidRequest, SessionError):
