@@ -31,6 +31,7 @@ from rekindle.serve.marked import marked_prompt
 from rekindle.serve.transcripts import Owner, Transcripts
 from rekindle.tokens import Tokens, as_tokens, common_length
 
+_WHOLE = (int, np.integer)  # kinds of numbers, as a tuple because each id of a prompt is looked at
 _TWO_WORDS = ("A", "9")  # without a token in common
 
 
@@ -64,10 +65,11 @@ class Prompting:
         """Use ids as they are. Raises InvalidRequest for ids that the vocabulary lacks."""
         if not len(ids):
             raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-        bad = next((token for token in ids if not 0 <= token < self.model.tokenizer.vocab_size), None)
+        size = self.model.tokenizer.vocab_size
+        bad = next((token for token in ids if not isinstance(token, _WHOLE) or not 0 <= token < size), None)
         if bad is not None:
-            size = self.model.tokenizer.vocab_size
-            raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {bad}", param="prompt")
+            got = bad if isinstance(bad, _WHOLE) else type(bad).__name__
+            raise InvalidRequest(f"token ids must be between 0 and {size - 1}, got {got}", param="prompt")
         return Prompt(as_tokens(ids), salt=salt)
 
     def chat_prompt(
