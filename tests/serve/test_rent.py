@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from tests.serve.conftest import Stage, ids
 
-from rekindle.serve.rent import IDLE_TOKENS, UNSAVED_TOKENS
+from rekindle.serve.rent import BUSY_TOKENS, IDLE_TOKENS, UNSAVED_TOKENS
 from rekindle.serve.request import Hold
 from rekindle.serve.residents import PIECE_BLOCKS
 
@@ -85,9 +85,10 @@ def test_beside_answers_one_piece_is_saved_in_a_step(scanning: Stage) -> None:
     assert max(after - before for before, after in pairwise(kept)) <= PIECE_BLOCKS + 3  # and tails
     assert stream.num_tokens > UNSAVED_TOKENS - 40
     assert len(scanning.scheduler.residents) == 1, "nobody leaves in the middle of an answer"
+    scanning.run(until=lambda: stream.num_tokens >= BUSY_TOKENS)
     scanning.submit(ids(3, 20), 50)
     scanning.scheduler.step()
-    assert len(scanning.scheduler.residents) == 0
+    assert len(scanning.scheduler.residents) == 0, "it has cost enough, although somebody else runs"
     stream.run.cancel()
     scanning.run()
 
@@ -98,6 +99,20 @@ def test_answers_that_are_expected_count_too(scanning: Stage) -> None:
     scanning.submit(ids(2, 20), None, ignore_eos=False)
     scanning.scheduler.step()
     assert not scanning.scheduler.residents.idle()
+
+
+def test_beside_others_a_resident_stays_longer(scanning: Stage) -> None:
+    scanning.ask(ids(1, 200))
+    save_all(scanning)
+    scanning.submit(ids(2, 20), 30)
+    scanning.scheduler.step()
+    other = scanning.submit(ids(3, 20), 60)
+    scanning.scheduler.step()
+    assert other.run.is_running and len(scanning.scheduler.residents) == 1
+    scanning.run()
+    scanning.submit(ids(4, 20), 60)
+    scanning.scheduler.step()
+    assert not [each for each in scanning.scheduler.residents.idle() if len(each.tokens) > 200]
 
 
 def test_what_the_store_cannot_keep_stays() -> None:

@@ -10,11 +10,12 @@ were computed beside it as pay for its way back,
 
     IDLE_TOKENS     if it is in the store already
     UNSAVED_TOKENS  if it must be saved first
+    BUSY_TOKENS     if others are running when a request is started
 
 so that it never costs more than about twice what knowing the future would. That is looked at when a request is started, and
 what requests are about to compute counts at once: a long prompt is not read beside what it would drive out. It is looked at
-then only, because who leaves makes room in low cells. A sequence that goes on there has its cells out of order, and sums
-over them are rounded differently: the same request would less often get the same answer.
+then only, and sooner where nobody else runs, because who leaves makes room in low cells. A sequence that goes on there has
+its cells out of order, and sums over them are rounded differently: the same request would less often get the same answer.
 
 What the store can't keep whole stays, and so does what somebody holds. While answers are being given, saving is done a
 piece in a step.
@@ -30,6 +31,7 @@ from rekindle.serve.residents import Resident, Residents
 
 IDLE_TOKENS = 64
 UNSAVED_TOKENS = 256
+BUSY_TOKENS = 512
 EXPECTED_ANSWER = 128  # tokens, where a request allows more or does not say
 
 
@@ -47,16 +49,19 @@ class Rent:
         """So many tokens were computed."""
         self._computed += num_tokens
 
-    def collect(self, coming: int, num_decoding: int) -> int:
-        """Let residents go before so many more tokens are computed; returns how many went."""
+    def collect(self, coming: int, num_others: int) -> int:
+        """Let residents go before so many more tokens are computed; returns how many went.
+
+        `num_others` requests were running when those were started for whom this is done.
+        """
         if not self._engine.reads_idle_cells:
             return 0
         left = 0
         for resident in self._residents.idle():
             cost = self._beside(resident) + coming
-            if not resident.saved and cost >= UNSAVED_TOKENS and not num_decoding:
+            if not resident.saved and cost >= UNSAVED_TOKENS and not num_others:
                 self._residents.save(resident.seq)
-            if resident.saved and cost >= IDLE_TOKENS:
+            if resident.saved and cost >= (BUSY_TOKENS if num_others else IDLE_TOKENS):
                 left += self._end(resident)
         return left
 

@@ -145,7 +145,7 @@ class Scheduler:
         admitted, ended = self._admit()
         batch = Batch()
         try:
-            self._collect_rent(admitted > ended)
+            self._collect_rent(admitted - ended)
             self._room.secure(least_cells(self._state), self._fail)
             place_due(self._state)
             batch = make_batch(self._state, self._pace)
@@ -206,11 +206,11 @@ class Scheduler:
         self._admission.tell_used()
         return admitted, ended
 
-    def _collect_rent(self, has_started: bool) -> None:
-        if has_started:
+    def _collect_rent(self, num_started: int) -> None:
+        if num_started:
             answers = sum(min(run.generation.max_tokens or EXPECTED_ANSWER, EXPECTED_ANSWER) for run in self.running)
-            reading = [run for run in self.running if run.reading]
-            self._rent.collect(answers + sum(run.unread for run in reading), len(self.running) - len(reading))
+            unread = sum(run.unread for run in self.running if run.reading)
+            self._rent.collect(answers + unread, len(self.running) - num_started)
         elif self.running:
             self._rent.prepare()
 
