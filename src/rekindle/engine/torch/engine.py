@@ -87,9 +87,7 @@ class TorchEngine(BookKeeping):
         self._max_length = found.max_length
         shapes = tuple(layer.shape for layer in found.layers)
         self.groups = make_groups(shapes, [layer.window for layer in found.layers])
-        self.layout = PayloadLayout(
-            shapes, found.dtype, self.groups.windowed_layers if self.groups.window else frozenset()
-        )
+        self.layout = PayloadLayout(shapes, found.dtype, self.groups.windowed_layers)
         self._pool = Pool(self.layout, self.groups, num_cells, model.device)
         self._table: CellTable = CellTable(num_cells, range(max_sequences), self.groups)
         self.num_calls = 0
