@@ -149,6 +149,17 @@ def test_a_long_prompt_is_not_ended_at_once() -> None:
     assert max(chunks) < 64
 
 
+def test_short_prompts_that_come_together_when_nobody_is_answered_are_read_to_their_end() -> None:
+    pace = Pace(limit=512, slowdown=2.0)
+    pace.learn(0, 512, 1.0)
+    pace.learn(5, 0, 0.05)
+    assert pace.chunk(0, 8, 8 * 87) == 512
+    pace.learn(0, 512, 1.0)
+    assert pace.chunk(5, 3, 8 * 87 - 512) == 512
+    pace.learn(5, 8 * 87 - 512, 0.4)
+    assert pace.chunk(8, 1, 300) < 64
+
+
 def test_what_is_begun_at_once_is_ended_at_once() -> None:
     pace = Pace(limit=512, slowdown=2.0)
     pace.learn(1, 0, 0.020)

@@ -100,10 +100,11 @@ class Pace:
 
         A hurried step keeps to the limit although there is nobody to stall.
         """
+        is_soon_read = self._is_soon_read(num_decoding, num_reading, num_unread)
         if num_decoding == 0:
             most = self._limit if hurried else max(self._limit, self._lone())
             return most if math.isinf(num_unread) else first_part(int(num_unread), most)
-        if math.isinf(self._slowdown) or self._is_soon_read(num_decoding, num_reading, num_unread):
+        if math.isinf(self._slowdown) or is_soon_read:
             return self._limit
         alone = self._decode_alone(num_decoding)
         if alone is not None and self._may_burst(num_unread):
