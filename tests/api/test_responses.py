@@ -284,8 +284,12 @@ def test_salts_keep_responses_apart(client: openai.OpenAI) -> None:
 
 def test_keys_keep_responses_apart_and_their_number_is_bounded() -> None:
     settings = Settings(engine="toy", context=512, store="none", api_key=("one", "two"), max_responses=2)
-    with Service.open(settings) as service, running(service) as url:
-        one, two = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("one", "two"))
+    with (
+        Service.open(settings) as service,
+        running(service) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="one", max_retries=0) as one,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="two", max_retries=0) as two,
+    ):
         ids = [one.responses.create(input="Hello.", **GREEDY).id for _ in range(2)]
         with pytest.raises(openai.NotFoundError):
             two.responses.retrieve(ids[1])
@@ -310,6 +314,16 @@ def test_what_is_too_old_is_forgotten() -> None:
     now = 21.0
     kept.add(b"", Kept({"id": "c"}, [], []))
     assert len(kept) == 1
+
+
+def test_nobody_loses_a_response_for_somebody_who_has_more() -> None:
+    kept = KeptResponses(3, 10.0)
+    one, other = b"1" * 16, b"2" * 16
+    kept.add(one, Kept({"id": "a"}, [], []))
+    for name in "bcde":
+        kept.add(other + b"any cache_salt", Kept({"id": name}, [], []))
+    assert kept.find(one, "a") is not None and len(kept) == 3
+    assert [name for name in "bcde" if kept.find(other + b"any cache_salt", name)] == ["d", "e"]
 
 
 # What is refused.

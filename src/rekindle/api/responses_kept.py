@@ -1,8 +1,9 @@
 """Responses that are kept, so that others can go on from them.
 
 A response is known by its id to whoever has the salt that it was made under, and to nobody else: to all others there is
-none. The number is bounded (what was used least recently goes) and so is the age. Nothing here is KV: that is where it
-always is, in the engine and in the store, and is found again because the conversation's tokens are what they were.
+none. The number is bounded, and so is the age; for one too many, what was used least recently goes, of the API key that
+has most, so that nobody's conversations end because somebody else has many. Nothing here is KV: that is where it always
+is, in the engine and in the store, and is found again because the conversation's tokens are what they were.
 
 Belongs to the event loop.
 """
@@ -10,11 +11,12 @@ Belongs to the event loop.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rekindle.api.keys import owner_of
 from rekindle.errors import InvalidRequest
 from rekindle.reuse.prompt import Prompt
 
@@ -56,13 +58,15 @@ class KeptResponses:
         return len(self._entries)
 
     def add(self, salt: bytes, kept: Kept) -> None:
-        """Keep a response; the one that was used least recently makes room."""
+        """Keep a response; one that was used least recently makes room."""
         now = self._clock()
         for key in [key for key, (since, _) in self._entries.items() if now - since > self._seconds]:
             del self._entries[key]
         self._entries[salt, kept.body["id"]] = (now, kept)
         while len(self._entries) > self._max:
-            self._entries.popitem(last=False)
+            owners = Counter(owner_of(owner) for owner, _ in self._entries)
+            most = max(owners.values())
+            del self._entries[next(key for key in self._entries if owners[owner_of(key[0])] == most)]
 
     def find(self, salt: bytes, response_id: str) -> Kept | None:
         """The response of this id, if it was made under this salt and is not too old."""
