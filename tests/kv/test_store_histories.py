@@ -12,7 +12,6 @@ from tests.kv.samples import Clock
 from tests.kv.test_store import SALTS, SIZE, WEIGHT, Naive, Put, check
 
 from rekindle.errors import InvalidRequest
-from rekindle.kv.behind import Behind
 from rekindle.kv.policies import POLICIES
 from rekindle.kv.store import Match, Store
 from rekindle.tokens import as_tokens
@@ -57,11 +56,7 @@ class Histories(RuleBasedStateMachine):
         self.latest = Put(SALTS[0], [1], [])
 
     def write_behind(self) -> None:
-        behind: Behind = self.store.behind
-        while behind._queue:
-            job = behind._queue.popleft()
-            behind._num_bytes -= job.num_bytes
-            job.run()
+        self.store.behind.drain()
 
     def kept(self) -> dict[str, Sequence[bytes]]:
         """Of each pin what is in memory and kept."""

@@ -158,6 +158,25 @@ def test_a_full_queue_drops_and_counts_and_does_not_wait() -> None:
     assert tier.closed and not tier.blocks
 
 
+@pytest.mark.parametrize(("room", "fits"), [(600_000, True), (150_000, False)])
+def test_a_chain_that_grows_takes_the_queues_room_once(room: int, fits: bool) -> None:
+    """As prompts do that are saved in pieces: each piece is offered with all that it follows."""
+    tier = DictTier()
+    store = Bench(tier, max_behind_bytes=room).fresh(writing=False)
+    tokens = as_tokens(range(80))
+    for start in range(0, 80, SIZE):
+        store.put(tokens, {start: memoryview(bytes(20_000))})
+    assert 400_000 < store.stats().bytes < 420_000
+    assert (store.stats().dropped == 0) == fits
+    store.behind.drain()
+    assert store.behind.flush(0)
+    assert len(tier.blocks) == 20 if fits else 5 < len(tier.blocks) < 10
+    store.put(tokens, {})
+    assert store.stats().dropped == 0 or not fits
+    store.behind.drain()
+    assert len(tier.blocks) == 20, "the room is free again"
+
+
 def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Bench) -> None:
     bench.put(PROMPT)
     assert bench.store.behind.flush(10)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from threading import Condition
 
 from rekindle.errors import TierUnavailable
 from rekindle.kv.block import Block
+from rekindle.kv.keys import Key
 from rekindle.kv.outages import Outages
 from rekindle.kv.tier import Place, Tier
 
@@ -32,6 +33,7 @@ class _Job:
     run: Callable[[], None]
     num_bytes: int
     num_blocks: int = 0  # to be written
+    keys: frozenset[Key] = frozenset()  # of these, those whose bytes count here; others are in the queue before it
 
 
 class Behind:
@@ -42,6 +44,7 @@ class Behind:
         self._tiers = tiers
         self._max_bytes = max_bytes
         self._num_bytes = 0  # queued or being written
+        self._keys: set[Key] = set()  # of the blocks in it
         self._queue: deque[_Job] = deque()
         self._changed = Condition()
         self._closed = False
@@ -51,14 +54,22 @@ class Behind:
         """Queue the blocks of one chain, given head first, for these tiers or all. False if not all found room.
 
         The head of a chain is worth keeping without its end, so as much is queued as fits; an empty queue takes anything.
+        A chain that grows is offered again and again: what is in the queue already takes no room again.
         """
         with self._changed:
-            room, sizes = self._max_bytes - self._num_bytes, list(accumulate(block.num_bytes for block in chain))
+            room = self._max_bytes - self._num_bytes
+            sizes = list(accumulate(self._room_of(block) for block in chain))
             count = len(chain) if self._num_bytes == 0 else sum(size <= room for size in sizes)
             head = chain[:count]
             self.dropped += len(chain) - count
+            if not head:
+                return not chain
             write = partial(self._write, self._tiers if tiers is None else tiers, head)
-            return not head or (self._add(_Job(write, sizes[count - 1], count)) and count == len(chain))
+            keys = frozenset(block.key for block in head) - self._keys
+            return self._add(_Job(write, sizes[count - 1], count, keys)) and count == len(chain)
+
+    def _room_of(self, block: Block) -> int:
+        return _PLACE_BYTES if block.key in self._keys else block.num_bytes
 
     def touch(self, places: Sequence[Place]) -> bool:
         """Tell all tiers, later, that this chain, given head first, was used; False if there was no room."""
@@ -81,6 +92,7 @@ class Behind:
                 self.dropped += job.num_blocks
                 return False
             self._num_bytes += job.num_bytes
+            self._keys |= job.keys
             self._queue.append(job)
             self._changed.notify_all()
             return True
@@ -109,8 +121,14 @@ class Behind:
             job.run()
         finally:
             with self._changed:
-                self._num_bytes -= job.num_bytes
-                self._changed.notify_all()
+                self._forget([job])
+
+    def _forget(self, jobs: Iterable[_Job]) -> None:
+        """What these jobs took of the queue's room is free."""
+        for job in jobs:
+            self._num_bytes -= job.num_bytes
+            self._keys -= job.keys
+        self._changed.notify_all()
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything offered so far is written; False if it took too long."""
@@ -120,9 +138,8 @@ class Behind:
     def clear(self) -> None:
         """Forget what is queued; a chain that is being written right now is not."""
         with self._changed:
-            self._num_bytes -= sum(job.num_bytes for job in self._queue)
+            self._forget(self._queue)
             self._queue.clear()
-            self._changed.notify_all()
 
     def close(self, timeout_seconds: float) -> bool:
         """Write what is queued, for so long at most, and let `run` return. False if some was given up."""
@@ -130,10 +147,9 @@ class Behind:
         with self._changed:
             self._closed = True
             given_up = sum(job.num_blocks for job in self._queue)
-            self._num_bytes -= sum(job.num_bytes for job in self._queue)
+            self._forget(self._queue)
             self._queue.clear()
             self.dropped += given_up
-            self._changed.notify_all()
         if not done:
             _log.warning("stopped with %d blocks not written to slower tiers", given_up)
         return done
