@@ -11,9 +11,10 @@ of ember after 1,000 tokens 63 rows in 82 ms and 64 in 12 ms.) So what is measur
 and of a ladder of batch sizes the one is taken that reads fastest among those that make a step at most `slowdown` times as
 long. What a size adds grows with what was read before, so measurements are forgotten after a while. A size that is not
 known is expected to add what the last one did, half of it whatever the size and half of it in proportion, or what reading
-as much alone takes; and where only the former is known a chunk at most grows fivefold from one step to the next. The least
-size is taken in any case, so that a prompt gets on, and never more prompt tokens than the limit that was set. As long as a
-prompt is read there are no steps that only decode, so now and then one is left without a chunk, to measure again.
+as much alone takes; and where only the former is known a chunk at most grows fivefold from one step to the next. Where no
+size is bearable it is three tokens, two or one, the most that make a step at most `TOLERATED` times as long, but one in any
+case, so that a prompt gets on; and never more than the limit that was set. As long as a prompt is read there are no steps
+that only decode, so now and then one is left without a chunk, to measure again.
 
 Small chunks cost more in all, and many prompts are short. Two exceptions read them at once:
 
@@ -37,6 +38,7 @@ from rekindle.kv.speed import Speed
 from rekindle.tokens import SHORT_REST, first_part
 
 MIN_CHUNK = 3
+TOLERATED = 2.75  # times as long as a step without a chunk: below the three times that a long prompt may cost a stream
 GRAIN = 4  # batches are multiples of this: fewer shapes, for which an engine may prepare
 PROBE_STEPS = 64  # steps with a chunk between two without
 LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
@@ -159,14 +161,23 @@ class Pace:
         most = num_decoding + self._limit
         least = min(most, -(-(num_decoding + MIN_CHUNK) // GRAIN) * GRAIN)
         sizes = [least, *(rows for rows in _ROWS if least < rows < most), most]
-        last = max((rows for rows in sizes if rows <= self._rows), default=least)
+        few = [rows for rows in range(num_decoding + 1, num_decoding + MIN_CHUNK) if rows < least]
+        last = max((rows for rows in few + sizes if rows <= self._rows), default=least)
         bearable = {
             rows: (rows - num_decoding) / max(alone + added, 1e-9)
             for rows in sizes
             if (added := self._expected(rows, last, num_decoding)) <= allowed
         }
-        self._rows = max(bearable, key=lambda rows: bearable[rows], default=least)
+        self._rows = max(bearable, key=lambda rows: bearable[rows], default=0) or self._tolerable(
+            [*few, least], last, num_decoding, (TOLERATED - 1) * alone
+        )
         return self._rows - num_decoding
+
+    def _tolerable(self, sizes: list[int], last: int, num_decoding: int, tolerated: float) -> int:
+        """The most rows of these that add no more, of which the first are taken in any case; at first the last."""
+        if not any(rows in self._added for rows in sizes):
+            return sizes[-1]
+        return max((rows for rows in sizes if self._expected(rows, last, num_decoding) <= tolerated), default=sizes[0])
 
     def _expected(self, rows: int, last: int, num_decoding: int) -> float:
         """Seconds that a batch of so many rows adds, where one of `last` rows came last; infinite if nothing is known."""
