@@ -8,6 +8,7 @@ from tests.kv.doubles import DictTier
 from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.errors import StoreError
+from rekindle.serve.run import Clock
 
 
 def settled(stage: Stage) -> Stage:
@@ -86,3 +87,11 @@ def test_a_request_cancelled_while_it_fetches_ends_at_once() -> None:
     assert answer.done.reason == "cancelled"
     stage.end_fetches()
     stage.run()
+
+
+def test_a_fetch_ends_when_the_first_who_knows_says_so() -> None:
+    """The worker is woken by what also notes the end, and may be the faster: no request has waited less than nothing."""
+    clock = Clock(arrived=1.0, submitted=1.0, fetch_started=2.0)
+    for now in (5.0, 4.5, 6.0):
+        clock.fetched(now)
+    assert clock.fetch_ended == 4.5

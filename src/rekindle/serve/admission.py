@@ -134,6 +134,8 @@ class Admission:
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
             return Outcome.NO_ROOM
+        if run.fetch is not None:
+            run.clock.fetched(started)  # it may not have been noted yet: this thread is woken first
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
         run.start(plan)
         self._used.append(match)
@@ -227,7 +229,7 @@ class Admission:
         assert self._fetch is not None
         run.clock.fetch_started = time.perf_counter()
         run.fetch = self._fetch(run)
-        run.fetch.add_done_callback(lambda _: setattr(run.clock, "fetch_ended", time.perf_counter()))
+        run.fetch.add_done_callback(lambda _: run.clock.fetched(time.perf_counter()))
         return True
 
     def _promise(self, run: Run) -> None:

@@ -43,6 +43,10 @@ class Clock:
     first_token: float = 0.0
     last_token: float = 0.0
 
+    def fetched(self, now: float) -> None:
+        """The fetch has ended; the one who waited for it may say so before the one who fetched."""
+        self.fetch_ended = min(now, self.fetch_ended or now)
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
