@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from rekindle.kv.folder import Folder
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan, Stored, make_plan
 from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve import scores as scores_module
 from rekindle.serve import studies
 from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
@@ -410,6 +412,19 @@ def test_a_cleared_folder_has_no_scores(tmp_path: Path) -> None:
     assert any(path.is_file() for path in tmp_path.rglob("*"))
     Folder(tmp_path).clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_scores_stay_as_few_as_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores_module, "MAX_FILES", 20)
+    scores = Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path)
+    keys = [scores.key(as_tokens([number]), b"") for number in range(60)]
+    for key in keys:
+        scores.add(key, np.ones(1, np.float32))
+        assert sum(path.is_file() for path in tmp_path.rglob("*")) <= 22
+    again = Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path)
+    again.fetch(keys[-1], 1)
+    again.fetch(keys[0], 1)
+    assert again.get(keys[-1]) is not None and again.get(keys[0]) is None, "the oldest went"
 
 
 def test_what_is_refused() -> None:

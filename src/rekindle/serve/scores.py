@@ -30,7 +30,7 @@ from rekindle.tokens import Tokens
 _log = logging.getLogger(__name__)
 _MAGIC = b"rekindle scores\n"
 _HEAD = struct.Struct("<16s16sII")  # magic, checksum of what follows it, meetings, tokens
-MAX_FILES = 10_000  # of one model; counted when the folder is opened, the oldest go
+MAX_FILES = 10_000  # of one model, and a tenth more until they are counted again; the oldest go
 
 
 class Scores:
@@ -43,6 +43,7 @@ class Scores:
         self._folder = None if self._store is None else self._store.scores / fingerprint.hex()
         self._memory = Memory()
         self._lock = threading.Lock()
+        self._num_written = 0  # since files were counted
         self._remove_oldest()
 
     def key(self, chunk: Tokens, salt: bytes) -> Key:
@@ -75,6 +76,9 @@ class Scores:
                 self._store.write(self._folder / key.hex(), [_encoded(count, mean)], time.time_ns())
             except OSError as error:
                 _log.warning("what was learned of a chunk could not be written: %s", error)
+            self._num_written += 1
+            if self._num_written > MAX_FILES // 10:
+                self._remove_oldest()
 
     def clear(self) -> None:
         """Forget everything of this model."""
@@ -90,7 +94,7 @@ class Scores:
         return []
 
     def _remove_oldest(self) -> None:
-        files = self._files()
+        files, self._num_written = self._files(), 0
         if len(files) > MAX_FILES:
             with suppress(OSError):
                 for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[:-MAX_FILES]:
