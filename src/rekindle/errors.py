@@ -115,6 +115,11 @@ class ForeignPayload(EngineError):
     """A payload was not made by this engine with this model and these settings, or is torn."""
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 token", "1,234 tokens"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: "; did you mean 'x'?" or "; known: a, b, c"."""
     names = sorted(known)

@@ -135,7 +135,8 @@ def test_a_chunk_met_for_the_first_time_is_computed_in_place(real: httpx.Client)
     good(real.post("/cache/warm", json={"chunks": PASSAGES[1:]}))
     plan = good(real.post(CHAT, json=chat(*PASSAGES, **blended(select="none"))))["rekindle"]["plan"]
     assert [each["placed"] > 0 for each in plan["chunks"]] == [False, True, True]
-    assert plan["chunks"][0] | {"exact": 0} == {
+    assert plan["chunks"][0]["why"].startswith("not kept on its own")
+    assert plan["chunks"][0] | {"exact": 0, "why": None} == {
         "index": 0,
         "start": plan["chunks"][0]["start"],
         "stop": plan["chunks"][0]["stop"],
@@ -244,7 +245,21 @@ def test_an_empty_chunk_is_none_at_all(http: httpx.Client) -> None:
 
 def test_what_is_blended_cannot_be_pinned(http: httpx.Client) -> None:
     answer = http.post(CHAT, json=chat(*PASSAGES, rekindle={"blend": True, "pin": 60}))
-    assert answer.status_code == 400 and "pin" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and "pin" in error["message"] and error["param"] == "rekindle.blend"
+
+
+def test_a_selection_that_is_only_measured_is_named_as_it_was_sent(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json=chat(*PASSAGES, rekindle={"blend": {"select": "query"}}))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "rekindle.blend.select"
+
+
+def test_the_report_says_why_nothing_was_blended(http: httpx.Client) -> None:
+    marked = good(http.post(CHAT, json=chat("Nobody has met this.", **blended())))["rekindle"]["plan"]
+    assert [each["why"].split(":")[0] for each in marked["chunks"]] == ["not kept on its own"]
+    question = {"messages": [{"role": "user", "content": "Who has marked nothing here?"}]}
+    assert good(http.post(CHAT, json=question | blended()))["rekindle"]["plan"]["chunks"] == []
+    assert "chunks" not in good(http.post(CHAT, json=question | {"rekindle": REPORT}))["rekindle"]["plan"]
 
 
 def test_a_gate_without_a_report_refuses_who_asks(tmp_path: Any) -> None:

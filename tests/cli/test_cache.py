@@ -149,6 +149,8 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
         (["warm", "--chunks-from", "{bytes}"], "it is not UTF-8 text"),
         (["warm", "--chunks-from", "{empty}"], "holds no chunk"),
         (["warm", "--chunks-from", "{json}"], "an array of texts or documents is expected"),
+        (["warm", "--chunks-from", "{jsonl}"], "line 3: a document is expected as"),
+        (["warm", "--chunks-from", "{torn}"], "line 1: no JSON"),
         (["pin", "-p", "x", "--ttl", "soon"], "expected a time such as 30s"),
         (["stats", "--store", "none"], "the store has no folder"),
         (["stats", "--store", "x", "--url", "y"], "expected --store or --url, got both"),
@@ -165,7 +167,10 @@ def test_mistakes_are_told(filled: Bench, arguments: list[str], message: str) ->
     (filled.path / "bytes").write_bytes(b"\xff\xfe\x00")
     (filled.path / "empty").write_text(" \n")
     (filled.path / "object.json").write_text('{"text": "x"}')
+    (filled.path / "parts.jsonl").write_text('{"text": "x"}\n\n{"title": "x"}\n')
+    (filled.path / "torn.jsonl").write_text('{"text": "x"\n')
     files = {name: filled.file(name) for name in ("bytes", "empty")} | {"json": filled.file("object.json")}
+    files |= {"jsonl": filled.file("parts.jsonl"), "torn": filled.file("torn.jsonl")}
     named = [each.format(**files) for each in arguments]
     code = 1 if "--model" in arguments else 2
     filled(*named, expect=code)

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rekindle.cli.cache_place import client_of, folder_of, one_of, understood
-from rekindle.cli.cache_show import count, size
+from rekindle.cli.cache_show import size
 from rekindle.cli.client import ServerError
 from rekindle.cli.refusals import complain
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, counted
 from rekindle.kv.catalog import Check, delete, delete_everything, read_catalog, unpin, verify
 from rekindle.kv.pins import pin_id
 from rekindle.serve import listing
@@ -55,14 +55,14 @@ def _verify(folder: Path, repair: bool) -> Check:
 def _show_check(found: Mapping[str, Any], repair: bool) -> None:
     for problem in found["problems"]:
         typer.echo(f"{problem['path']}: {problem['what']}")
-    read = f"{count(found['blocks'], 'sound block')}, {size(found['bytes'])} read in {found['seconds']:.1f} s"
+    read = f"{counted(found['blocks'], 'sound block')}, {size(found['bytes'])} read in {found['seconds']:.1f} s"
     typer.echo(f"{read}{'; nothing is wrong' if found['ok'] else ''}")
     if found["torn"]:
-        done = f"{count(found['set_aside'], 'file')} set aside" if repair else "--repair sets them aside"
-        typer.echo(f"{count(found['torn'], 'file')} not what was written; nothing uses them; {done}")
+        done = f"{counted(found['set_aside'], 'file')} set aside" if repair else "--repair sets them aside"
+        typer.echo(f"{counted(found['torn'], 'file')} not what was written; nothing uses them; {done}")
     if found["orphans"]:
         typer.echo(
-            f"{count(found['orphans'], 'chain')} without a predecessor, of no use until it is computed again; "
+            f"{counted(found['orphans'], 'chain')} without a predecessor, of no use until it is computed again; "
             "rekindle cache prune --orphans deletes them"
         )
 
@@ -97,12 +97,12 @@ def clear_store(
     models = ", ".join(catalog.name_of(each) for each in sorted(chosen or catalog.fingerprints())) or "no model"
     if not entries and not num_bytes:
         typer.echo("Nothing is stored.", err=True)
-    elif _agreed(f"{count(len(entries), 'block')} of {models}, {size(num_bytes)}, in {folder}", yes):
+    elif _agreed(f"{counted(len(entries), 'block')} of {models}, {size(num_bytes)}, in {folder}", yes):
         if chosen is None:
             delete_everything(folder)
         else:
             delete(folder, entries)
-        typer.echo(f"{count(len(entries), 'block')} deleted, {size(num_bytes)}")
+        typer.echo(f"{counted(len(entries), 'block')} deleted, {size(num_bytes)}")
 
 
 def _agreed(what: str, yes: bool) -> bool:
@@ -130,8 +130,8 @@ def prune_store(
         return
     with understood(url):
         done, left = ("would be deleted", "would be left") if dry_run else ("deleted", "left")
-        rest = f"{count(found['left_blocks'], 'block')}, {size(found['left_bytes'])}, {left}"
-        typer.echo(f"{count(found['blocks'], 'block')}, {size(found['bytes'])}, {done}; {rest}")
+        rest = f"{counted(found['left_blocks'], 'block')}, {size(found['left_bytes'])}, {left}"
+        typer.echo(f"{counted(found['blocks'], 'block')}, {size(found['bytes'])}, {done}; {rest}")
 
 
 def unpin_all(ids: Sequence[str], store: str | None, url: str | None, api_key: str | None) -> bool:

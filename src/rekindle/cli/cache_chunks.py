@@ -25,7 +25,7 @@ def read_chunks(file: Path, separator: str | None) -> Iterator[tuple[str, Docume
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InvalidRequest(f"cannot read {file}: {reason}", param="chunks_from") from None
     if file.suffix.lower() in _JSON:
-        documents = [Document.of(each) for each in _values(file, text)]
+        documents = _documents(file, text)
     else:
         documents = [Document(part.strip()) for part in (text.split(separator) if separator else [text])]
     documents = [each for each in documents if each.text.strip()]
@@ -35,13 +35,26 @@ def read_chunks(file: Path, separator: str | None) -> Iterator[tuple[str, Docume
         yield document.title or (f"{file} ({number})" if len(documents) > 1 else str(file)), document
 
 
-def _values(file: Path, text: str) -> list[Any]:
-    try:
-        if file.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{file}: {error}", param="chunks_from") from None
+def _documents(file: Path, text: str) -> list[Document]:
+    """Those of a `.json` or `.jsonl` file. Raises InvalidRequest, which says where in the file."""
+    if file.suffix.lower() == ".jsonl":
+        lines = [(f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_document(where, _value(where, line)) for where, line in lines]
+    value = _value(str(file), text)
     if not isinstance(value, list):
         raise InvalidRequest(f"{file}: an array of texts or documents is expected", param="chunks_from")
-    return value
+    return [_document(f"{file}, element {number}", each) for number, each in enumerate(value, 1)]
+
+
+def _value(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where}: no JSON: {error}", param="chunks_from") from None
+
+
+def _document(where: str, value: Any) -> Document:
+    try:
+        return Document.of(value)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error}", param="chunks_from") from None

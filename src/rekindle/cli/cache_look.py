@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rekindle.cli.cache_place import client_of, decoder, folder_of, one_of, understood
-from rekindle.cli.cache_show import ago, console, count, facts, rows, size, until, words
+from rekindle.cli.cache_show import ago, console, facts, rows, size, until, words
+from rekindle.errors import counted
 from rekindle.kv.catalog import read_catalog
 from rekindle.serve import listing
 from rekindle.serve.listing import Wanted
@@ -40,12 +41,15 @@ def _show_folder(found: Mapping[str, Any]) -> None:
     pairs = [
         ("folder", escape(found["folder"])),
         ("state", escape(found["state"])),
-        ("stored", f"{count(found['blocks'], 'block')} of {count(found['prompts'], 'prompt')}, {size(found['bytes'])}"),
+        (
+            "stored",
+            f"{counted(found['blocks'], 'block')} of {counted(found['prompts'], 'prompt')}, {size(found['bytes'])}",
+        ),
         ("used", f"last {ago(found['newest_use'])}, least recently {ago(found['oldest_use'])}"),
-        ("pinned", f"{count(found['pins'], 'prompt')}, {size(found['pinned_bytes'])}"),
-        ("orphans", f"{count(found['orphans'], 'block')} without a predecessor"),
-        ("set aside", f"{count(found['set_aside'], 'torn file')}, {size(found['set_aside_bytes'])}"),
-        ("being written", count(found["unfinished"], "file")),
+        ("pinned", f"{counted(found['pins'], 'prompt')}, {size(found['pinned_bytes'])}"),
+        ("orphans", f"{counted(found['orphans'], 'block')} without a predecessor"),
+        ("set aside", f"{counted(found['set_aside'], 'torn file')}, {size(found['set_aside_bytes'])}"),
+        ("being written", counted(found["unfinished"], "file")),
     ]
     dull = {"used": not found["blocks"], "pinned": not found["pins"], "orphans": not found["orphans"]}
     dull |= {"set aside": not found["set_aside"], "being written": not found["unfinished"]}
@@ -77,9 +81,12 @@ def _show_server(found: Mapping[str, Any]) -> None:
             [
                 ("requests", f"{found['total_requests']:,}, of which {found['hits']:,} reused something"),
                 ("reused", reused),
-                ("in the engine", f"{count(found['residents'], 'idle sequence')}, {found['resident_tokens']:,} tokens"),
-                ("pinned", f"{count(found.get('pins', 0), 'prompt')}, {size(found.get('pinned_bytes', 0))}"),
-                *([("never written", f"{count(dropped, 'block')}, as the queue was full")] if dropped else []),
+                (
+                    "in the engine",
+                    f"{counted(found['residents'], 'idle sequence')}, {counted(found['resident_tokens'], 'token')}",
+                ),
+                ("pinned", f"{counted(found.get('pins', 0), 'prompt')}, {size(found.get('pinned_bytes', 0))}"),
+                *([("never written", f"{counted(dropped, 'block')}, as the queue was full")] if dropped else []),
             ]
         )
     )

@@ -32,11 +32,6 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def count(number: int, what: str) -> str:
-    """ "1 block", "1,234 blocks"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def ago(moment: float | None) -> str:
     """How long a moment is gone, or will be."""
     if moment is None:

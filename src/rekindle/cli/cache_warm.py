@@ -22,12 +22,12 @@ from rich.table import Table
 
 from rekindle.cli.cache_chunks import read_chunks
 from rekindle.cli.cache_place import client_of, folder_of, understood
-from rekindle.cli.cache_show import console, count, rows, size
+from rekindle.cli.cache_show import console, rows, size
 from rekindle.cli.chat import opening
 from rekindle.cli.client import Client
 from rekindle.cli.generate import read_prompt
 from rekindle.cli.refusals import complain
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, counted
 from rekindle.model.chunks import Document
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import in_words, seconds_of
@@ -164,7 +164,7 @@ class Here:
         stats = self._service.stats()
         self.faults = [f"the {tier.name} tier: {tier.state}" for tier in stats.tiers if tier.state != "ok"]
         if stats.dropped:
-            self.faults.append(f"{count(stats.dropped, 'block')} could not be written")
+            self.faults.append(f"{counted(stats.dropped, 'block')} could not be written")
 
     def _prompt(self, text: Text) -> Prompt:
         if text.chunk is not None:

@@ -32,7 +32,7 @@ from typing import get_args
 import numpy as np
 
 from rekindle.engine.protocol import Range
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, counted
 from rekindle.reuse.blend_rows import fit_rows
 from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
@@ -40,6 +40,7 @@ from rekindle.reuse.prompt import Chunk, Prompt
 from rekindle.tokens import SHORT_REST
 
 SELECTS: tuple[Select, ...] = get_args(Select)
+NOT_AT_HAND = "not kept on its own: it was neither warmed nor met before, or is shorter than what is kept"
 SHORTEST = 8  # tokens; what could be placed between two computed ranges is computed with them if it is shorter
 
 
@@ -148,9 +149,13 @@ def _why(start: int, stop: int, choices: Sequence[Choice], begin: int) -> str:
     reasons = []
     if count < stop - start:
         beginning = "not read before after this beginning" if begin else "not read before"
-        reasons.append(beginning if start == begin else f"{stop - start - count} tokens that no chunk at hand has")
+        reasons.append(
+            beginning if start == begin else f"{counted(stop - start - count, 'token')} that no chunk at hand has"
+        )
     if count:
-        reasons.append(f"{count} tokens of chunks: {', '.join(dict.fromkeys(choice.reason for choice in chosen))}")
+        reasons.append(
+            f"{counted(count, 'token')} of chunks: {', '.join(dict.fromkeys(choice.reason for choice in chosen))}"
+        )
     return "; ".join(reasons)
 
 
@@ -167,6 +172,7 @@ def _report(
     num_exact = min(len(chunk), max(0, begin - chunk.start))
     chosen = [choice for choice in choices if placeable is not None and placeable[0] <= choice.start < placeable[1]]
     recomputed = 0 if placeable is None else placeable[1] - placeable[0] - num_placed
+    why = ", ".join(dict.fromkeys(choice.reason for choice in chosen)) or None
     return ChunkPlan(
         index=index,
         start=chunk.start,
@@ -175,7 +181,7 @@ def _report(
         placed=num_placed,
         recomputed=recomputed,
         moved=None if own is None or not num_placed else chunk.start - own.head,
-        why=", ".join(dict.fromkeys(choice.reason for choice in chosen)) or None,
+        why=NOT_AT_HAND if own is None and num_exact < len(chunk) else why,
     )
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from enum import Enum
 
 from rekindle.engine.protocol import Payload, SequenceId
-from rekindle.errors import ContextFull, EngineError
+from rekindle.errors import ContextFull, EngineError, counted
 from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, prepare
@@ -177,7 +177,7 @@ class Admission:
 
     def _stored(self, run: Run, match: Match) -> Stored:
         fetched = run.fetched
-        words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
+        words = ", ".join(f"{counted(count, 'token')} fetched from {tier}" for tier, count in fetched.tokens.items())
         has_logits, tier = match.logits is not None, next(reversed(fetched.tokens), "memory")
         return Stored(match.length, has_logits, self._store.block_tokens, words, tier, fetched.refused)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rekindle.engine.protocol import Engine, Payload
-from rekindle.errors import EngineError, InvalidRequest
+from rekindle.errors import EngineError, InvalidRequest, counted
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
 from rekindle.kv.speed import Speed
@@ -70,13 +70,13 @@ def check_blend(generation: Generation, spec: ModelSpec) -> None:
         raise InvalidRequest(
             f"blend.select {blend.select!r} has to look into the model's layers before it chooses, which is only done to "
             f"measure it (rekindle lab blend --engine torch); serving offers {', '.join(OFFERED)}",
-            param="blend.select",
+            param="rekindle.blend.select",
         )
     if not spec.can_shift:
         raise InvalidRequest(
             f"{spec.name} ({spec.architecture}, {spec.kv_type}) can't be blended: its KV can't be moved to other "
             "positions; leave blend out, and chunks are reused as part of exact beginnings only",
-            param="blend",
+            param="rekindle.blend",
         )
 
 
@@ -250,4 +250,4 @@ def _give_up(run: Run, count: int) -> None:
 
 
 def _words(fetched: Fetched) -> str:
-    return ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
+    return ", ".join(f"{counted(count, 'token')} fetched from {tier}" for tier, count in fetched.tokens.items())

@@ -135,7 +135,7 @@ class Generation:
         if self.blend is not None and (not self.answers or self.pin_seconds is not None):
             raise InvalidRequest(
                 "what is blended is not kept, so it can't be pinned or warmed, nor fed; pin or warm its chunks instead",
-                param="blend",
+                param="rekindle.blend",
             )
         if not self.reuses and (not self.answers or self.hold is not None or self.pin_seconds is not None):
             raise InvalidRequest(

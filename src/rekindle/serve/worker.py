@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rekindle.errors import EngineError, Overloaded, Stopping
+from rekindle.errors import EngineError, Overloaded, Stopping, counted
 from rekindle.serve.request import request_id
 from rekindle.serve.run import Run
 from rekindle.serve.scheduler import Scheduler
@@ -71,7 +71,9 @@ class Worker:
             self._check_alive()
             waiting = len(self._scheduler.waiting) + self._posted
             if waiting >= self._max_queue:
-                raise Overloaded(f"{waiting} requests are waiting, the limit is {self._max_queue}; try again later")
+                raise Overloaded(
+                    f"{counted(waiting, 'request')} waiting already, the limit is {self._max_queue}; try again later"
+                )
             self._posted += 1
             self._inbox.put(lambda: self._take(run))
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.errors import counted
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Fetched, Match, Store
 from rekindle.reuse.plan import Place, Plan, Stored, make_plan
@@ -62,7 +63,7 @@ class Opened:
             return Found(Match((), 0, None), make_plan(prompt, [], Stored()))
         fetched: Fetched = store.fetch(tokens, salt)
         match = store.match(tokens, salt)
-        words = ", ".join(f"{count} tokens fetched from {tier}" for tier, count in fetched.tokens.items())
+        words = ", ".join(f"{counted(count, 'token')} fetched from {tier}" for tier, count in fetched.tokens.items())
         stored = Stored(match.length, match.logits is not None, store.block_tokens, words)
         store.used(match)
         return Found(match, make_plan(prompt, [], stored))
