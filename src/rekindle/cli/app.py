@@ -40,7 +40,7 @@ Temperature = Annotated[float, typer.Option(help="0 for the most probable token 
 @guarded
 @with_settings()
 def serve(settings: Settings) -> None:
-    """Serve a model over HTTP: OpenAI's endpoints, /generate, /cache/stats. Ctrl-C ends it."""
+    """Serve a model over HTTP and WebSockets: OpenAI's APIs, live sessions, /generate, /cache, /metrics. Ctrl-C ends it."""
     from rekindle.cli.serve import run_server
 
     run_server(settings)
