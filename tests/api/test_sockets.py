@@ -271,6 +271,30 @@ def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients
             Client(url, f"/ws?resume={handle}", additional_headers={"x-api-key": "second"})
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_speakers_session_that_made_way_comes_back_or_the_speaker_is_told_to(
+    tmp_path: Path, clients: Any, is_kept: bool
+) -> None:
+    settings = Settings(engine="toy", store=str(tmp_path) if is_kept else "none", max_sessions=1)
+    with Service.open(settings) as service, running(service) as url:
+        speaker = clients("/ws/input?session=a", url=url)
+        speaker.send({"type": "partial", "data": "Who paints"})
+        speaker.send("nonsense")
+        assert speaker.next()["type"] == "error"  # so what was said before has arrived
+        clients("/ws/input?session=b", url=url)
+        speaker.send({"type": "partial", "data": " in orange?", "append": True})
+        if is_kept:
+            speaker.send("nonsense")
+            assert speaker.next()["type"] == "error"
+            (listed,) = httpx.get(f"{url}/status").json()["sessions"]
+            assert listed["session"] == "a" and listed["draft"] == "Who paints in orange?"
+        else:
+            with pytest.raises(ConnectionClosed) as closed:
+                speaker.next()
+            assert closed.value.rcvd is not None
+            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "the session has ended; connect again")
+
+
 @pytest.mark.parametrize(
     ("origin", "is_let_in"), [("https://ok.example", True), ("https://evil.example", False), ("null", False)]
 )

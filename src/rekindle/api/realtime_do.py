@@ -102,11 +102,6 @@ class Commands:
     def _is_busy(self) -> bool:
         return self._session.state == "answering" or any(aside.is_adopted for aside in self._asides.values())
 
-    @property
-    def _has_ended(self) -> bool:
-        """Whether the session is no more; what comes too late must not bring a part of it back."""
-        return self._session not in self._sessions.all(salt=self._session.salt)
-
     def _kick(self) -> None:
         if self._waiting:
             self._sessions.call(self._do_waiting)
@@ -115,7 +110,7 @@ class Commands:
         while self._waiting and not self._is_busy:
             event, sink = self._waiting.popleft()
             try:
-                if self._has_ended:
+                if self._session.is_closed:
                     raise SessionError("the session has ended; connect again")
                 self._do(event, sink)
             except RekindleError as error:
@@ -353,7 +348,7 @@ class Commands:
 
     def _aside_ended(self, aside: Aside) -> str | None:
         self._asides.pop(aside.response.id, None)
-        if not aside.is_adopted or self._has_ended:
+        if not aside.is_adopted or self._session.is_closed:
             return None
         item, conversation = aside.response.item, self.conversation
         item.text = aside.text

@@ -8,7 +8,8 @@
 Each takes `?session=NAME` (a default session without), `?resume=HANDLE` to bring a session back, and those that listen
 `?last_event=N` to be told what has happened after that event. A message that makes no sense is answered with an error,
 and nothing else happens. Whoever does not read what it listens to is hung up on, with a reason; whoever comes back with the
-number of its last event has lost nothing.
+number of its last event has lost nothing. A session that nobody listens to may make way for others: whoever speaks to it
+then brings it back from its file, or is hung up on if there is none.
 
 Browsers say which page a socket is for: it must be this server's, or one of `cors_origin`. They can't send headers, so an
 API key may come as a subprotocol, `rekindle.key.KEY`, beside the protocol `rekindle`.
@@ -25,7 +26,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.websockets import WebSocket
 
-from rekindle.api.connection import Connection
+from rekindle.api.connection import GOING_AWAY, Connection
 from rekindle.api.keys import caller_of
 from rekindle.api.live_wire import Incoming, decode, encode
 from rekindle.api.load import Load
@@ -34,7 +35,7 @@ from rekindle.errors import InvalidRequest, RekindleError, Stopping
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import REMEMBERED_NEWS, News
 from rekindle.serve.sessions.session import Session
-from rekindle.serve.sessions.sessions import Sessions
+from rekindle.serve.sessions.sessions import SessionGone, Sessions
 
 T = TypeVar("T")
 DEFAULT_SESSION = "default"
@@ -153,6 +154,8 @@ class _Socket:
         async def obey(text: str | None) -> None:
             try:
                 await self._obey(session, connection, text)
+            except SessionGone:
+                connection.end(GOING_AWAY, "the session has ended; connect again")
             except RekindleError as error:
                 connection.post({"type": "error"} | refusal_of(error)[1])
 
@@ -173,7 +176,7 @@ class _Socket:
         if not self._speaks:
             raise InvalidRequest("this socket only listens; speak on /ws/input or /ws")
         incoming: Incoming = decode(connection.check(text))
-        await self._live.call(lambda sessions: incoming.apply(sessions.get(session.name, salt=session.salt)))
+        await self._live.call(lambda sessions: incoming.apply(sessions.again(session)))
 
 
 def session_name(name: str | None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
 
-from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError, Stopping
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, System, Token, UserInput
 from rekindle.serve.sessions.sessions import Sessions
@@ -263,6 +263,44 @@ def test_the_idlest_makes_way_when_there_are_too_many() -> None:
         sessions.call(lambda: sessions.open("third")).result(60)
         names = sessions.call(lambda: [session.name for session in sessions.all()]).result(60)
         assert names == ["second", "third"] and first.name == "first"
+
+
+def test_what_is_done_to_a_closed_session_is_neither_read_nor_written(toy: Service) -> None:
+    with Sessions(toy) as sessions:
+        talker, written = Talker(sessions), []
+        talker.ask("Hello.")
+
+        def close_and_go_on() -> None:
+            session = talker.session
+            session.changed = lambda: written.append("before")
+            sessions.end(session)
+            session.append("More.")
+            session.commit()
+            session.rewind(0)
+            session.reset()
+            session.wake()
+
+        computed = settled(toy, talker)
+        talker.call(close_and_go_on)
+        assert settled(toy, talker) == computed and not written
+        with pytest.raises(SessionError, match="open it again"):
+            talker.do("answer")
+        with pytest.raises(SessionError, match="has ended"):
+            talker.call(lambda: sessions.again(talker.session))
+
+
+def test_the_end_comes_also_when_a_session_can_not_be_written(
+    toy: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sessions = Sessions(toy)
+    bad, good = Talker(sessions, "bad"), Talker(sessions, "good")
+    bad.call(lambda: bad.session.context.turns.append(None))  # type: ignore[arg-type]
+    written: list[str] = []
+    monkeypatch.setattr(sessions._saved, "write", lambda salt, key, content: written.append(content["name"]))
+    sessions.close()
+    assert written == ["good"] and good.session.is_closed and "something went wrong in a session" in caplog.text
+    with pytest.raises(Stopping):
+        sessions.call(lambda: None).result(60)
 
 
 def test_nobody_loses_a_session_for_an_owner_who_has_more() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
+from tests.serve.sessions.talker import GREEDY, Talker, head, is_as_read_anew, read_anew, settled
 
 from rekindle.errors import SessionError
 from rekindle.lab.live import Question, long_talk
@@ -14,6 +14,7 @@ from rekindle.serve.request import Done, Generation
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Exchange
 from rekindle.serve.sessions.news import System
+from rekindle.serve.sessions.options import Options, WindowPolicy
 from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
 
@@ -204,6 +205,27 @@ def test_a_window_may_refuse(sessions: Sessions) -> None:
     assert before > 4
     talker.do("rewind", 1)
     talker.ask(TEXT, 20)
+
+
+@pytest.mark.parametrize("policy", ["slide", "rebuild", "refuse"])
+def test_a_window_narrowed_under_a_waiting_message_makes_room_or_says_what_to_do(
+    toy: Service, sessions: Sessions, policy: WindowPolicy
+) -> None:
+    talker = Talker(sessions, options={"policy": policy})
+    for number in range(6):
+        talker.ask(f"Tell me number {number}, and then some more of it.")
+    talker.do("commit", "And now?")
+    tokens = len(talker.tokens())
+    narrow = Options(sampling=GREEDY, policy=policy, window=tokens - 10, answer_tokens=8)
+    talker.do("configure", narrow)
+    if policy == "refuse":
+        with pytest.raises(SessionError, match="rewind or reset"):
+            talker.do("answer", max_tokens=8)
+        talker.do("rewind", 5)
+        talker.do("commit", "And now?")
+    end = talker.ask(max_tokens=8)
+    assert end.done is not None and is_as_read_anew(toy, talker.tokens()[: end.done.plan.total], end.done)
+    assert len(talker.tokens()) < tokens
 
 
 def test_a_message_that_never_fits_is_refused_and_nothing_is_forgotten(sessions: Sessions) -> None:

@@ -62,6 +62,7 @@ class Session:
         self.configure(options)
         self.pinned_until = 0.0  # on the sessions' clock
         self.is_hot = True  # not hibernating
+        self.is_closed = False
         self._reader = Reader(service, post, later, key)
         self._audience = Audience()
         self._gate = gate or Open()
@@ -241,6 +242,8 @@ class Session:
 
         Raises Overloaded, SessionError, InvalidRequest.
         """
+        if self.is_closed:
+            raise SessionError("the session has ended; open it again")
         if self._answering:
             raise SessionError("an answer is being generated; interrupt it, or wait for its end")
         self._gate.enter(self.salt)
@@ -252,6 +255,8 @@ class Session:
 
     def _ask(self, max_tokens: int | None, sampling: Sampling) -> int:
         turn, context = self.context.open or self.commit(), self.context
+        if context.num_tokens >= self.window:  # it was narrowed while the message waited, which may be unread
+            self._fit(context, self.answer_tokens, is_read=False)
         room = self.window - context.num_tokens
         self.is_hot = True
         self._reader.line(context).ask(
@@ -397,7 +402,8 @@ class Session:
             self._tell(System("hibernated", "the session sleeps; anything wakes it"))
 
     def close(self) -> None:
-        """Nobody goes on with it."""
+        """Nobody goes on with it: whatever is done to it from now on is neither read nor written."""
+        self.is_closed, self.changed = True, lambda: None
         self._drop_answer()
         self._reader.let_go()
         self._audience.clear()
@@ -410,13 +416,13 @@ class Session:
 
     def _read(self, context: Context) -> None:
         """Have all that is known read, unless an answer is under way: then it is read at its end."""
-        if self._answering and context is self.context:
+        if self.is_closed or (self._answering and context is self.context):
             return
         self.is_hot = True
         self._reader.read(context, self.window)
 
     def _read_to_answer(self) -> None:
-        if self.state == "idle":
+        if self.state == "idle" and not self.is_closed:
             self._reader.read_to_answer(self.context, self.window - self.answer_tokens)
 
     def _fit(self, context: Context, extra: int, *, is_read: bool = True) -> None:

@@ -42,6 +42,10 @@ _KEY_BYTES = 16
 _log = logging.getLogger(__name__)
 
 
+class SessionGone(SessionError):
+    """A session is no more, and can't be brought back."""
+
+
 @dataclass(eq=False)
 class _Entry:
     """A session and when it was last of use."""
@@ -157,6 +161,15 @@ class Sessions:
             raise SessionError(f"there is no session {name!r}")
         return self._use(entry)
 
+    def again(self, session: Session) -> Session:
+        """This session, brought back if it made way for another. Raises SessionGone if it can't be, and Overloaded."""
+        if not session.is_closed:
+            return self.get(session.name, salt=session.salt)
+        try:
+            return self.resume(session.key, salt=session.salt, name=session.name)
+        except SessionError as error:
+            raise SessionGone(f"the session {session.name!r} has ended: {error}") from error
+
     def all(self, *, salt: bytes = b"") -> list[Session]:
         """Of one owner."""
         return [entry.session for (owner, _), entry in self._entries.items() if owner == salt]
@@ -195,8 +208,9 @@ class Sessions:
         for each in content["contexts"]:
             session.adopt(self._context(each, salt))
         session.active = content["active"]
+        self._enter(session)
         session.wake()
-        return self._enter(session)
+        return session
 
     def end(self, session: Session) -> None:
         """Close it and forget its file; what the store has of it goes when its turn comes."""
@@ -316,8 +330,8 @@ class Sessions:
 
     def _end(self) -> None:
         for entry in self._entries.values():
-            entry.session.close()
-            self._write(entry.session)
+            self._do(entry.session.close)
+            self._do(lambda session=entry.session: self._write(session))  # type: ignore[misc]
         self._entries.clear()
         with self._lock:
             self._ended = True

@@ -65,7 +65,7 @@ class Window:
         if length - count + extra > self.size:
             raise SessionError(
                 f"head and message need {length - count + extra} tokens with room for an answer; "
-                f"the window has {self.size}"
+                f"the window has {self.size}; say less, rewind, or widen it"
             )
         policy = self.policy if is_read else "rebuild"
         move = Move(gone[0].number, gone[-1].number, count, policy)
