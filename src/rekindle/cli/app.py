@@ -34,6 +34,7 @@ app.add_typer(lab, name="lab")
 
 MaxTokens = Annotated[int | None, typer.Option(help="longest answer in tokens; default: until the end of turn")]
 Temperature = Annotated[float, typer.Option(help="0 for the most probable token each time")]
+Key = Annotated[str | None, typer.Option(help="for that server; default: REKINDLE_API_KEY")]
 
 
 @app.command()
@@ -54,6 +55,7 @@ def chat(
     url: Annotated[
         str | None, typer.Option(help="talk to a running server; the settings below then have no effect")
     ] = None,
+    api_key: Key = None,
     system: Annotated[str | None, typer.Option(help="instructions to begin with")] = None,
     file: Annotated[list[Path] | None, typer.Option(help="text file to talk about; may be given several times")] = None,
     max_tokens: MaxTokens = None,
@@ -64,7 +66,7 @@ def chat(
     from rekindle.cli.talk import Wish
 
     wish = Wish(max_tokens=max_tokens, temperature=temperature)
-    if run_chat(settings, wish, url=url, system=system, files=file or ()):
+    if run_chat(settings, wish, url=url, key=api_key, system=system, files=file or ()):
         raise typer.Exit(FAILED)
 
 
@@ -77,6 +79,7 @@ def generate(
     url: Annotated[
         str | None, typer.Option(help="ask a running server; the settings below then have no effect")
     ] = None,
+    api_key: Key = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     chat: Annotated[
@@ -95,7 +98,7 @@ def generate(
     from rekindle.cli.talk import Wish
 
     wish = Wish(max_tokens=max_tokens, temperature=temperature)
-    run_generate(settings, prompt, wish, url=url, chat=chat, as_json=as_json, stats=stats)
+    run_generate(settings, prompt, wish, url=url, key=api_key, chat=chat, as_json=as_json, stats=stats)
 
 
 @app.command()

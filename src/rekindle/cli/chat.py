@@ -29,11 +29,22 @@ COMMANDS = {
 HINT = "Ctrl-C interrupts an answer, Ctrl-D or /quit ends, /help lists commands."
 
 
-def run_chat(settings: Settings, wish: Wish, *, url: str | None, system: str | None, files: Sequence[Path]) -> int:
-    """Chat with a server, or with a model opened here; returns how many messages could not be answered."""
+def run_chat(
+    settings: Settings,
+    wish: Wish,
+    *,
+    url: str | None,
+    system: str | None,
+    files: Sequence[Path],
+    key: str | None = None,
+) -> int:
+    """Chat with a server, or with a model opened here; returns how many messages could not be answered.
+
+    `key`: for the server, instead of the one in the settings.
+    """
     beginning = opening(system, files)
     if url is not None:
-        remote = Remote(url, key=first_key(settings))
+        remote = Remote(url, key=key or first_key(settings))
         return _talk(remote, beginning, wish, str(remote.client.get("/health").get("model")))
     from rekindle.serve.service import Service  # here: a chat with a server needs no model library
 

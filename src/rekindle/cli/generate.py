@@ -30,7 +30,15 @@ def read_prompt(given: str) -> str:
 
 
 def run_generate(
-    settings: Settings, prompt: str, wish: Wish, *, url: str | None, chat: bool | None, as_json: bool, stats: bool
+    settings: Settings,
+    prompt: str,
+    wish: Wish,
+    *,
+    url: str | None,
+    chat: bool | None,
+    as_json: bool,
+    stats: bool,
+    key: str | None = None,
 ) -> None:
     """Ask a server, or a model opened here, and print the answer as it comes, or all of it as JSON.
 
@@ -40,7 +48,7 @@ def run_generate(
     with ExitStack() as stack:
         talker: Talker
         if url is not None:
-            talker, as_message = Remote(url, key=first_key(settings)), chat is not False
+            talker, as_message = Remote(url, key=key or first_key(settings)), chat is not False
         else:
             from rekindle.serve.service import Service  # here: asking a server needs no model library
 
