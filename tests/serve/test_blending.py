@@ -26,7 +26,9 @@ from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
 from rekindle.serve.scores import Scores
+from rekindle.serve.service import Service
 from rekindle.serve.studies import SLICE
+from rekindle.settings import Settings
 from rekindle.tokens import as_tokens, common_length
 
 A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
@@ -412,6 +414,16 @@ def test_a_cleared_folder_has_no_scores(tmp_path: Path) -> None:
     assert any(path.is_file() for path in tmp_path.rglob("*"))
     Folder(tmp_path).clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_to_clear_every_model_takes_the_scores_of_all_and_to_clear_one_leaves_the_others(tmp_path: Path) -> None:
+    with Service.open(Settings(engine="toy", store=str(tmp_path))) as service:
+        for fingerprint in (service.engine_spec.fingerprint, b"other model"):
+            learned(A, scores=Scores(fingerprint, service.head, tmp_path))
+        service.clear_cache()
+        assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {b"other model".hex()}
+        service.clear_cache(every_model=True)
+        assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_files_of_scores_stay_as_few_as_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import rekindle
+from rekindle.engine.protocol import Engine
+from rekindle.engine.toy import ToyEngine
 from rekindle.errors import EngineError, InvalidRequest, ModelError, Overloaded, PromptTooLong, Stopping
+from rekindle.serve import service as service_module
 from rekindle.serve.request import Done, Event, Generation, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -206,6 +209,36 @@ def test_a_worker_that_fails_answers_everybody() -> None:
     with pytest.raises(EngineError, match="worker failed"):
         service.submit(generation(service), print)
     service.close()
+
+
+def test_nobody_waits_for_studies_of_a_worker_that_has_failed() -> None:
+    service = Service.open(Settings(engine="toy", store="none"))
+
+    def fail() -> bool:
+        raise ZeroDivisionError
+
+    service._worker.call(lambda scheduler: setattr(scheduler._studies, "go_on", fail))
+    with pytest.raises(EngineError, match="worker failed"):
+        service.study()
+    service.close()
+
+
+def test_what_fails_late_leaves_no_thread_and_no_engine_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Engine] = []
+
+    def shutdown(engine: ToyEngine, before: Callable[[ToyEngine], None] = ToyEngine.shutdown) -> None:
+        ended.append(engine)
+        before(engine)
+
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("late")
+
+    monkeypatch.setattr(ToyEngine, "shutdown", shutdown)
+    monkeypatch.setattr(service_module, "Levels", fail)  # the last thing that is made
+    before = set(threading.enumerate())
+    with pytest.raises(EngineError, match="late"):
+        Service.open(Settings(engine="toy"))
+    assert set(threading.enumerate()) <= before and len(ended) == 1
 
 
 def test_five_lines_of_python() -> None:

@@ -184,7 +184,8 @@ class Scheduler:
         self._state.check_integrity()
 
     def abandon(self, error: RekindleError) -> None:
-        """Tell every request that it failed, without touching the engine, which may be broken."""
+        """Tell every request that it failed, and let nobody wait, without touching the engine, which may be broken."""
+        self._studies.release()
         for run in (*self.waiting, *self.running):
             run.send(Failed(error))
             self._state.watching(run).failed(run, error)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,44 +130,51 @@ class Service(Prompting):
         self.num_cells = engine.num_cells
         self.max_tokens = min(engine.num_cells, engine.spec.train_context)  # of one sequence, prompt and answer
         self._engine = engine
-        self._store = open_store(settings, model, engine)
-        self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
-        self._probed = self._fetchers.submit(self._get_ready)
-        self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
-        self._writer.start()
-        self.metrics = Metrics()
-        given = next((each for each in observers if isinstance(each, Traces)), None)
-        self.traces = given or open_traces()
-        if self.traces is not None:
-            self.traces.bind(self.model_name)
-            observers = observers if given else [*observers, self.traces]
-        self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
-        rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
-        self._blending = Blending(self._store, self.head, self._scores, rows)
-        scheduler = Scheduler(
-            engine,
-            self._store,
-            model.tokenizer,
-            max_running=settings.max_running,
-            max_residents=settings.max_residents,
-            prefill_budget=settings.prefill_budget,
-            slowdown=settings.prefill_slowdown,
-            min_tokens=settings.min_tokens,
-            max_length=self.max_tokens,
-            fetch=self._begin_fetch if self._store.tiers else None,
-            observer=Observers([self.metrics, *observers]),
-            policy=policy_named(settings.policy) if policy is None else policy,
-            blending=self._blending,
-        )
-        self._prefill_speed = scheduler.prefill_speed
-        self._worker = Worker(scheduler, max_queue=settings.max_queue)
-        self._grammars = Grammars(model.tokenizer)
-        gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
-        self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
-        self._pinning = Pinning(self._store)
-        self._started = time.monotonic()
-        self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
-        self.metrics.registry.register(self.levels)
+        with ExitStack() as undo:  # what was begun ends, in the opposite order, if something fails here, or in `close`
+            undo.callback(engine.shutdown)
+            self._store = open_store(settings, model, engine)
+            self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
+            self._writer.start()
+            undo.callback(self._close_store)
+            self._fetchers = ThreadPoolExecutor(FETCHERS, "rekindle-fetch")
+            undo.callback(self._fetchers.shutdown, cancel_futures=True)
+            self._probed = self._fetchers.submit(self._get_ready)
+            self.metrics = Metrics()
+            given = next((each for each in observers if isinstance(each, Traces)), None)
+            self.traces = given or open_traces()
+            if self.traces is not None:
+                undo.callback(self.traces.close)
+                self.traces.bind(self.model_name)
+                observers = observers if given else [*observers, self.traces]
+            self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
+            rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
+            self._blending = Blending(self._store, self.head, self._scores, rows)
+            scheduler = Scheduler(
+                engine,
+                self._store,
+                model.tokenizer,
+                max_running=settings.max_running,
+                max_residents=settings.max_residents,
+                prefill_budget=settings.prefill_budget,
+                slowdown=settings.prefill_slowdown,
+                min_tokens=settings.min_tokens,
+                max_length=self.max_tokens,
+                fetch=self._begin_fetch if self._store.tiers else None,
+                observer=Observers([self.metrics, *observers]),
+                policy=policy_named(settings.policy) if policy is None else policy,
+                blending=self._blending,
+            )
+            self._prefill_speed = scheduler.prefill_speed
+            self._worker = Worker(scheduler, max_queue=settings.max_queue)
+            undo.callback(self._worker.stop)
+            self._grammars = Grammars(model.tokenizer)
+            gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
+            self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
+            self._pinning = Pinning(self._store)
+            self._started = time.monotonic()
+            self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
+            self.metrics.registry.register(self.levels)
+            self._closing = undo.pop_all()
 
     def _about_model(self) -> dict[str, str]:
         """Labels of a metric."""
@@ -200,14 +207,12 @@ class Service(Prompting):
 
     def close(self) -> None:
         """Stop the worker; running generations end as cancelled. What slower tiers lack is written."""
-        self._worker.stop()
-        if self.traces is not None:
-            self.traces.close()
-        self._fetchers.shutdown(cancel_futures=True)
+        self._closing.close()
+        self.model.close()
+
+    def _close_store(self) -> None:
         self._store.close(self.settings.store_flush_seconds)
         self._writer.join()
-        self._engine.shutdown()
-        self.model.close()
 
     def __enter__(self) -> Self:
         return self
@@ -442,11 +447,17 @@ class Service(Prompting):
         return self._store.behind.flush(timeout_seconds)
 
     def study(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until chunks that were met are computed on their own, so that they can be placed; False if not by then."""
+        """Wait until chunks that were met are computed on their own, so that they can be placed; False if not by then.
+
+        Raises EngineError or Stopping if the worker ends meanwhile.
+        """
         done = threading.Event()
         self._worker.call(lambda scheduler: scheduler.when_studied(done.set))
         self._worker.wake()
-        return done.wait(timeout_seconds)
+        if not done.wait(timeout_seconds):
+            return False
+        self._worker.call(lambda scheduler: None)  # it may be done because the worker has ended, which this tells
+        return True
 
     def evict_residents(self) -> None:
         """Let every idle sequence leave the engine for the store."""

@@ -96,9 +96,7 @@ class Studies:
         if self._is_warming:
             return False
         if not self._queue:
-            for tell in self._waiting:
-                tell()
-            self._waiting.clear()
+            self.release()
             return False
         meeting = self._queue[0]
         payloads = self._stored(meeting.own)
@@ -118,6 +116,12 @@ class Studies:
     def when_done(self, tell: Callable[[], object]) -> None:
         """Call this when the queue is empty and there is idle time."""
         self._waiting.append(tell)
+
+    def release(self) -> None:
+        """Whoever waits need not wait any more."""
+        for tell in self._waiting:
+            tell()
+        self._waiting.clear()
 
     def clear(self) -> None:
         """Forget what is queued."""
