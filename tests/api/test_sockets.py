@@ -249,6 +249,15 @@ def test_keys_open_sockets_and_keep_sessions_apart(locked: str, clients: Any) ->
     assert [(each["session"], each["turns"]) for each in listed] == [("default", 1)]
 
 
+def test_a_socket_that_is_none_is_refused_in_words(locked: str, url: str) -> None:
+    for server, headers, status in ((url, {}, 404), (locked, {"x-api-key": "first"}, 404), (locked, {}, 401)):
+        with pytest.raises(InvalidStatus) as refused:
+            Client(server, "/v1/nothing", additional_headers=headers)
+        response = refused.value.response
+        assert response.status_code == status and response.body is not None
+        assert status == 401 or "there is no WebSocket /v1/nothing here" in json.loads(response.body)["error"]["message"]
+
+
 def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients: Any) -> None:
     settings = Settings(engine="toy", store=str(tmp_path), api_key=("first", "second"), max_per_key=1)
     long = ASKED | {"max_tokens": 3000}

@@ -83,4 +83,5 @@ def create_app(service: Service) -> FastAPI:
         realtime_router(service, live, load),
     ]:
         app.include_router(router)
+    app.add_api_websocket_route("/{path:path}", refusals.no_such_socket)  # the last: what no other route took
     return app

@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.websockets import WebSocket
 
 from rekindle.api.load import retry_after
 from rekindle.api.requests import id_header
@@ -134,6 +135,12 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = "the body cannot be read as JSON"
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     return respond(error.status_code, message, code=code, headers=error.headers)
+
+
+async def no_such_socket(socket: WebSocket) -> None:
+    """For sockets at an address where none is."""
+    message = f"there is no WebSocket {socket.url.path[:200]} here"
+    await socket.send_denial_response(respond(404, message, code="not_found"))
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
