@@ -208,9 +208,8 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             got = "" if first["loc"][0] in SECRETS else f", got {first['input']!r}"
-            raise InvalidRequest(
-                f"setting {name}: {first['msg'].removeprefix('Value error, ')}{got}", param=name
-            ) from None
+            reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+            raise InvalidRequest(f"setting {name}: {reason}{got}", param=name) from None
 
 
 def _singular(source: Mapping[str, Any]) -> dict[str, Any]:

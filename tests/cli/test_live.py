@@ -117,6 +117,13 @@ def test_what_is_typed_is_read_before_the_return_key(url: str, at: list[str], en
         assert process.wait(60) == 0
 
 
+def test_who_only_listens_is_told_so_on_a_terminal(at: list[str], environment: dict[str, str]) -> None:
+    with on_a_terminal(environment, "live", "out", *at, "--session", "quiet") as (process, terminal):
+        terminal.wait_for(b"Listening to session quiet; Ctrl-C ends.")
+        terminal.press(CTRL_C)
+        assert process.wait(60) == 130
+
+
 def test_two_turns_somebody_else_and_commands_on_a_terminal(
     url: str, at: list[str], environment: dict[str, str]
 ) -> None:

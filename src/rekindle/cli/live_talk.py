@@ -18,7 +18,7 @@ import typer
 
 from rekindle.cli.live_line import Address, Line, Message
 from rekindle.cli.refusals import complain
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, counted
 
 ERROR_SECONDS = 0.2  # for the server to refuse what was sent on a line that hears nothing else
 BOTH, IN, OUT = "/ws", "/ws/input", "/ws/output"
@@ -86,6 +86,8 @@ def watch(address: Address, max_retries: int) -> None:
     """Show what happens, until somebody ends it."""
     with Line(address, OUT, max_retries) as line:
         line.open()
+        if sys.stderr.isatty():
+            typer.echo(f"Listening to session {address.session}; Ctrl-C ends.", err=True)
         while True:
             message = line.receive()
             assert message is not None
@@ -157,6 +159,6 @@ def cost_of(end: Message, seconds: float | None = None) -> str:
     usage: dict[str, Any] = end["usage"]
     here = "" if seconds is None else f", {1000 * seconds:.1f} ms after the return key"
     return (
-        f"(prompt: {usage['cached_tokens']} tokens reused, {usage['computed_tokens']} computed; "
+        f"(prompt: {counted(usage['cached_tokens'], 'token')} reused, {usage['computed_tokens']:,} computed; "
         f"first token after {end['timings']['ttft_ms']:.1f} ms{here})"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rekindle.cli.client import Client, ServerError
+from rekindle.errors import counted
 from rekindle.serve.request import Done, Generation, Piece, Sampling
 from rekindle.serve.service import Service
 
@@ -62,7 +63,7 @@ class Answer:
         rate = self.tokens_per_second
         speed = "" if rate is None else f", then {rate:.0f} tokens/s"
         return (
-            f"prompt: {self.cached_tokens} tokens reused, {self.computed_tokens} computed; "
+            f"prompt: {counted(self.cached_tokens, 'token')} reused, {self.computed_tokens:,} computed; "
             f"first token after {self.ttft_ms:.1f} ms{speed}"
         )
 
