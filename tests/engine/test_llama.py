@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_a_model_whose_cache_cannot_be_cut_is_refused_with_the_reason(shape: str
     path = make_model(shape, "f16", tmp_path / "model.gguf").path
     with pytest.raises(ModelError, match=word), opened(path):
         pass
+
+
+def test_a_file_that_was_swapped_after_it_was_loaded_gives_its_name_to_no_kv(tmp_path: Path) -> None:
+    path = make_model("tiny-llama", "f16", tmp_path / "model.gguf").path
+    model = GgufModel(path)
+    shutil.copyfile(ember.weights_path(), tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").replace(path)
+    with pytest.raises(ModelError, match="has changed since it was loaded"):
+        LlamaEngine(model, num_cells=256, threads=1)
+    model.close()
 
 
 def test_quantised_keys_of_narrow_heads_are_not_shifted() -> None:

@@ -177,6 +177,18 @@ def test_what_files_became_is_remembered_for_their_state_and_how_they_were_loade
         FileStates([file, file.with_name("none")], notes)
 
 
+@pytest.mark.usefixtures("settled")
+def test_files_that_have_changed_since_they_were_loaded_are_not_what_was_loaded(file: Path, notes: Path) -> None:
+    states = FileStates([file], notes)
+    assert states.weights_digest() == weights_digest(file, notes) == plain(b"weights")
+    other = file.with_name("other")
+    other.write_bytes(b"WEIGHTS")
+    other.replace(file)
+    with pytest.raises(ModelError, match="has changed since it was loaded; load it again"):
+        states.weights_digest()
+    assert FileStates([file], notes).weights_digest() == plain(b"WEIGHTS")
+
+
 def test_what_files_became_just_now_is_not_remembered(file: Path, notes: Path) -> None:
     states = FileStates([file], notes)
     assert [states.digest({}, lambda each=each: each * 16) for each in (b"a", b"b")] == [b"a" * 16, b"b" * 16]

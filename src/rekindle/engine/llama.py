@@ -34,7 +34,7 @@ from rekindle.engine.sequences import BookKeeping, SequenceTable
 from rekindle.engine.verify import check_moves, check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.model import llama_log
-from rekindle.model.fingerprint import fingerprint, weights_digest
+from rekindle.model.fingerprint import fingerprint
 from rekindle.model.gguf import GgufModel
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import as_tokens
@@ -71,6 +71,7 @@ class LlamaEngine(BookKeeping):
                 "cut at any token"
             )
         self._model = model
+        weights = model.files.weights_digest()  # before there is a context, which would have to be freed
         self._context = _open_context(model, num_cells, threads, kv_type, max_sequences + 1)
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self._window = model.window
@@ -82,7 +83,7 @@ class LlamaEngine(BookKeeping):
         self._table = SequenceTable(num_cells, range(1, max_sequences + 1))
         self.num_calls = 0
         self.num_computed = 0
-        self.spec = _spec(model, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
+        self.spec = _spec(model, weights, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
         self._joiner = Joiner(self.spec.fingerprint)
 
     # The seven verbs.
@@ -383,11 +384,11 @@ def _open_context(model: GgufModel, num_cells: int, threads: int, kv_type: str, 
     return context
 
 
-def _spec(model: GgufModel, kv_type: str, can_shift: bool) -> ModelSpec:
+def _spec(model: GgufModel, weights: bytes, kv_type: str, can_shift: bool) -> ModelSpec:
     quantised = kv_type != "f16"
     rotated = quantised and model.head_size % 64 == 0 and not int(os.environ.get("LLAMA_ATTN_ROT_DISABLE") or 0)
     facts = {
-        "weights": weights_digest(model.path).hex(),
+        "weights": weights.hex(),
         "engine": f"llama-cpp-python {llama_cpp.__version__}",
         "layout": "unified, flash attention",
         "kv_type": kv_type,

@@ -35,7 +35,12 @@ def weights_digest(path: Path, folder: Path | None = None) -> bytes:
 
     Raises ModelError.
     """
-    return files_digest([path.with_name(part) for part in parts(path.name)], folder)
+    return files_digest(weights_files(path), folder)
+
+
+def weights_files(path: Path) -> list[Path]:
+    """All parts of a model, itself if it is not split."""
+    return [path.with_name(part) for part in parts(path.name)]
 
 
 def files_digest(files: Sequence[Path], folder: Path | None = None) -> bytes:
@@ -76,7 +81,7 @@ class FileStates:
     """Files as they were when this was made, and digests of what became of them when they were loaded.
 
     Made before they are loaded, and looked at again afterwards: what was loaded of files that changed meanwhile is nobody's
-    but its own.
+    but its own, and where that has no digest of its own it is refused.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None) -> None:
@@ -85,6 +90,14 @@ class FileStates:
         now = time.time_ns()
         self._identities = [_identity(path) for path in files]
         self._settled = all(now - max(identity[2:]) > _SETTLED_NS for identity in self._identities)
+
+    def weights_digest(self) -> bytes:
+        """Digest of what is in the files, 16 bytes, which is what was loaded. Raises ModelError if they have changed."""
+        digest = files_digest(self._files, self._folder)
+        for path, before in zip(self._files, self._identities, strict=True):
+            if _identity(path) != before:
+                raise ModelError(f"{path} has changed since it was loaded; load it again")
+        return digest
 
     def digest(self, facts: Mapping[str, object], make: Callable[[], bytes]) -> bytes:
         """What `make` returns, 16 bytes, made once for each state of the files and these facts of how they were loaded."""

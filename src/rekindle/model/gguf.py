@@ -13,6 +13,7 @@ import llama_cpp
 
 from rekindle.errors import ModelError
 from rekindle.model import llama_log
+from rekindle.model.fingerprint import FileStates, weights_files
 from rekindle.model.header import MAGIC, read_header
 
 
@@ -24,6 +25,7 @@ class GgufModel:
         self.path = path
         _check_file(path)
         self._header = read_header(path)
+        self.files = FileStates(weights_files(path))
         llama_log.install()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
