@@ -44,6 +44,8 @@ except (ImportError, RekindleError) as error:
 def load(model: Path, dtype: str) -> tuple[Any, Any]:
     """As anybody would: nothing here knows of Rekindle."""
     logging.disable_progress_bar()
+    if not (model / "config.json").is_file():
+        raise SystemExit(f"--model: expected a folder of a transformers model, got {model}, which has no config.json")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, local_files_only=True).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,6 +34,7 @@ from urllib.request import Request, urlopen
 import typer
 from rich.console import Console
 from rich.table import Table
+from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from rekindle.api.live_wire import decode, encode
@@ -200,7 +201,14 @@ def channels(url: str | None, api_key: str | None, model: str, threads: int) -> 
             url.replace("http", "ws", 1).rstrip("/"),
             Request(f"{url.rstrip('/')}/status", headers=headers),
         )
-        ways = {name: connect(f"{address}/ws?session={name}", additional_headers=headers, proxy=None) for name in names}
+        try:
+            ways = {
+                name: connect(f"{address}/ws?session={name}", additional_headers=headers, proxy=None) for name in names
+            }
+        except (OSError, WebSocketException) as error:
+            raise SystemExit(
+                f"cannot talk to {url}: {error}; is a server running there, and is the key right?"
+            ) from None
         yield [There(stack.enter_context(way), name, status) for name, way in ways.items()]
 
 

@@ -211,6 +211,19 @@ def test_voice_pipeline_with_a_recogniser_and_a_voice(tmp_path: Path) -> None:
     assert turn["answer"].strip() == (tmp_path / "said").read_text().strip() == "Hudik paints in gold."
 
 
+def test_what_is_not_there_is_told_without_a_traceback(tmp_path: Path) -> None:
+    for name, options, words in (
+        ("voice_pipeline", ("--url", "http://127.0.0.1:1"), "cannot talk to http://127.0.0.1:1"),
+        *(
+            [("transformers_cache", ("--model", str(tmp_path)), "expected a folder")]
+            if find_spec("transformers")
+            else []
+        ),
+    ):
+        result = run(name, *options)
+        assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+
+
 def test_voice_pipeline_without_a_voice(tmp_path: Path) -> None:
     result = run("voice_pipeline", "--speak", env={"PATH": str(tmp_path)})
     assert result.returncode == 1 and result.stderr.startswith("--speak needs espeak-ng")
