@@ -216,9 +216,10 @@ def test_retry_after_is_whole_seconds_that_clients_accept(seconds: float | None)
 def test_the_official_client_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Retry-After` is read by OpenAI's client: it comes again, and is answered when there is room."""
     waited: list[float] = []
-    with stepping(max_running=1, max_queue=1) as (url, steps), post(url, *STREAM), post(url, *PLAIN):
-        steps.wait(lambda: len(steps.generations) == 2)
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5) as client:
+    with stepping(max_running=1, max_queue=1) as (url, steps), post(url, *STREAM):
+        steps.wait_until_begun(1)
+        with post(url, *PLAIN), openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5) as client:
+            steps.wait(lambda: len(steps.generations) == 2)
 
             def wait(seconds: float) -> None:
                 waited.append(seconds)
