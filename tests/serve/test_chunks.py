@@ -130,6 +130,9 @@ def test_separators_mark_chunks_of_plain_text() -> None:
     ("call", "message"),
     [
         (lambda llm: llm.generate([1, 2, 3], documents=["a"]), "documents are put into a conversation"),
+        (lambda llm: llm.chat([{"role": "user", "content": "Hello"}], documents="a text"), "got one str"),
+        (lambda llm: llm.chat([{"role": "user", "content": "Hello"}], documents={"text": "a"}), "got one dict"),
+        (lambda llm: llm.chat([{"role": "user", "content": "Hello"}], documents=3), "expected a list of texts"),
         (lambda llm: llm.generate("Hello", raw=True, documents=["a"]), "documents are put into a conversation"),
         (
             lambda llm: llm.chat([{"role": "user", "content": "Hello"}], documents=[{"title": "x"}]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
@@ -97,7 +97,7 @@ class LLM:
         for name in sampling:
             if name not in _SAMPLING:
                 raise InvalidRequest(f"unknown option {name!r}{nearest(name, _OPTIONS)}", param=name)
-        made = self._prompt(prompt, raw, [Document.of(each) for each in documents])
+        made = self._prompt(prompt, raw, _documents(documents))
         generation = Generation(
             prompt=made,
             max_tokens=max_tokens,
@@ -180,3 +180,13 @@ class LLM:
         if documents:
             raise InvalidRequest("documents are put into a conversation; this prompt is none", param="documents")
         return service.text_prompt(prompt) if is_text else service.token_prompt(prompt)  # type: ignore[arg-type]
+
+
+def _documents(given: Any) -> list[Document]:
+    """Each of them. One alone is no list of documents, though a text or a mapping can be iterated over."""
+    if isinstance(given, (str, bytes, Mapping, Document, Chunk)) or not isinstance(given, Iterable):
+        raise InvalidRequest(
+            f"documents: expected a list of texts, Chunks or mappings, got one {type(given).__name__}",
+            param="documents",
+        )
+    return [Document.of(each) for each in given]
