@@ -220,6 +220,17 @@ class TestUnderEveryPolicy:
         assert [stored(tier, blocks) for blocks in mine] == [3, 3, 3]
         assert len(tier) == 20
 
+    def test_with_quotas_what_is_forgotten_is_one_tenants(self, policy: str) -> None:
+        for quota, left in ((0.75, 3), (1.0, 0)):
+            tier = tier_of(20 * ONE, policy=policy, quota=quota)
+            request(tier, same(1, 3, OTHER))
+            request(tier, same(1, 4))
+            tier.forget(ROOT)
+            tier.check_integrity()
+            assert (stored(tier, same(1, 4)), stored(tier, same(1, 3, OTHER))) == (0, left)
+            assert request(tier, same(1, 4)) == 0
+            assert request(tier, same(1, 4)) == 4
+
     def test_a_quota_holds_though_there_is_room(self, policy: str) -> None:
         tier = tier_of(20 * ONE, policy=policy, quota=0.5)
         for name in range(10):
@@ -314,6 +325,10 @@ class Histories(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
+
+    @rule(root=roots)
+    def forget(self, root: Key) -> None:
+        self.tier.forget(root)
 
     @rule()
     def clear(self) -> None:

@@ -80,8 +80,8 @@ class Stage:
 
     def __init__(self, num_cells: int = 2000, tiers: Sequence[DictTier] = (), **options: Any) -> None:
         self.engine = ToyEngine(TOY_SPEC, num_cells)
-        max_bytes = options.pop("store_bytes", 1 << 30)
-        self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers)
+        max_bytes, quota = options.pop("store_bytes", 1 << 30), options.pop("quota", 1.0)
+        self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers, quota=quota)
         head = as_tokens(options.pop("head", []))
         self.scores = options.pop("scores", None) or Scores(TOY_SPEC.fingerprint, head)
         self.blending = Blending(self.store, head, self.scores)

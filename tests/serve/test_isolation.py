@@ -54,6 +54,20 @@ def test_in_the_engine_no_tenant_forks_another_ones_sequence() -> None:
         assert [cached(llm, salt) for salt in SALTS] == [length] * 3
 
 
+def test_what_is_torn_of_one_tenant_takes_nothing_from_another() -> None:
+    with rekindle.load(threads=1, store="none", store_quota=0.5) as llm:
+        length = len(llm.service.text_prompt(STORY))
+        assert [cached(llm, salt) for salt in SALTS] == [0, 0, 0]
+        llm.service.settle()
+        llm.service.evict_residents()
+        for block in llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").blocks[:1]:
+            object.__setattr__(block, "payload", memoryview(bytes(len(block.payload))))
+        assert cached(llm, b"ours") == 0
+        llm.service.evict_residents()
+        assert [cached(llm, salt) for salt in SALTS] == [length] * 3
+        llm.service.check_integrity()
+
+
 def test_in_the_engine_no_tenant_waits_for_another_one_who_reads_the_same() -> None:
     """Submitted together: each salt's second request waits for the first and forks; across salts nobody does."""
     with rekindle.load(threads=1, store="none") as llm:

@@ -131,10 +131,20 @@ class MemoryTier:
     def clear(self) -> None:
         """Forget all blocks, and what was learned of them."""
         for share in list(self._shares):
-            while (key := share.policy.evict()) is not None:
-                self._remove(share, key)
+            self._empty(share)
         self._shares.clear()
         self._awaited.clear()
+
+    def forget(self, root: Key) -> None:
+        """The blocks of the share that this root's belong to: with quotas of its salt alone, without of everybody."""
+        share = self._shares.of(root)
+        self._empty(share)
+        self._shares.changed(share)
+        self._awaited.clear()  # others' were only meant to stay for a moment
+
+    def _empty(self, share: Share) -> None:
+        while (key := share.policy.evict()) is not None:
+            self._remove(share, key)
 
     def check_integrity(self) -> None:
         """Recount. Raises AssertionError."""

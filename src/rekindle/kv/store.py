@@ -420,6 +420,12 @@ class Store:
         with self._lock:
             self._memory.clear()
 
+    def forget(self, salt: bytes) -> None:
+        """Forget what is in memory of one salt, and without quotas of all; slower tiers keep what they have."""
+        root = self._root(salt)
+        with self._lock:
+            self._memory.forget(root)
+
     def clear(self, *, every_model: bool = False) -> None:
         """Forget everything of this model, or of every model, in every tier. May wait for a slow one."""
         self.clear_memory()

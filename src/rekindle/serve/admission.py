@@ -129,7 +129,7 @@ class Admission:
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
             if not isinstance(error, ContextFull):
-                self._store.clear_memory()
+                self._store.forget(run.salt)
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
