@@ -209,6 +209,7 @@ def test_bad_marks(http: httpx.Client, mark: Any) -> None:
     content = [{"type": "text", "text": "Hello", "cache": mark}]
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": content}]})
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("messages[0].content")
+    assert '"cache": "chunk"' in answer.json()["error"]["message"]
 
 
 def test_documents_need_a_user(http: httpx.Client) -> None:

@@ -289,7 +289,10 @@ class Part(Wire):
 
 
 Content = Annotated[
-    Str | Annotated[list[Part], Field(fail_fast=True)] | None, expect("a string or an array of text parts")
+    Str | Annotated[list[Part], Field(fail_fast=True)] | None,
+    expect(
+        'a string or an array of text parts, {"type": "text", "text": …}, with "cache": "chunk" where one is a chunk'
+    ),
 ]
 
 
