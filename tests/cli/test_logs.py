@@ -14,9 +14,14 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
+from rekindle.api.server import running
 from rekindle.cli.logs import Format, JsonLines, TextLines, set_up
 from rekindle.serve.request import request_id
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
 
 from .test_serve import served, url_in
 
@@ -100,6 +105,15 @@ def test_levels(stream: io.StringIO, level: str, ours: str, others: str) -> None
     assert next(line["level"] for line in lines if line["logger"] == "rekindle.room") == ours
     assert next(line["level"] for line in lines if line["logger"] == "another") == others
     assert len(lines) == len({(line["logger"], line["level"]) for line in lines})
+
+
+def test_a_refused_socket_is_no_error_of_the_server(stream: io.StringIO) -> None:
+    set_up("text", "info", stream)
+    settings = Settings(engine="toy", store="none")
+    with Service.open(settings) as service, running(service) as url, pytest.raises(InvalidStatus) as refused:
+        connect(url.replace("http", "ws", 1) + "/ws?resume=nothing", proxy=None)
+    assert refused.value.response.status_code == 400
+    assert "status=400" in stream.getvalue() and "ERROR" not in stream.getvalue()
 
 
 def test_importing_sets_nothing_up() -> None:

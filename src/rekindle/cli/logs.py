@@ -32,6 +32,7 @@ def set_up(format: Format, level: str, stream: TextIO | None = None) -> None:
         root.removeHandler(handler)
     handler = _Handler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if format == "json" else TextLines())
+    handler.addFilter(_is_news)
     root.addHandler(handler)
     root.setLevel(logging.INFO if level == "debug" else logging.WARNING)
     logging.getLogger("rekindle").setLevel(level.upper())
@@ -65,6 +66,11 @@ class JsonLines(logging.Formatter):
         if record.exc_info is not None:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=True, default=str)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """uvicorn takes a socket that was refused with an answer for one that got none; the access line has told its status."""
+    return record.name != "uvicorn.error" or record.msg != "ASGI callable returned without completing handshake."
 
 
 def _moment(record: logging.LogRecord) -> str:
