@@ -153,6 +153,7 @@ async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> tuple[list[flo
                 f"a stream ended after {len(arrivals)} pieces of text: {(await stream).error or 'too short'}"
             )
         reader = _whole(await load.ask([user(texts.text("long", sizes.system_tokens))], 1))
+        is_over = stream.done()  # it had said all that it was to say
     finally:
         waiting.cancel()
         stream.cancel()  # hangs up
@@ -161,7 +162,7 @@ async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> tuple[list[flo
     gaps = list(pairwise(arrivals))
     alone = [after - before for before, after in gaps if after <= reader.due]
     beside = [after - before for before, after in gaps if after > reader.due and before < done]
-    if not beside or arrivals[-1] < done:
+    if not beside or (arrivals[-1] < done and not is_over):
         beside.append(done - max(arrivals[-1], reader.due))  # silent until the prompt was read
     return alone, beside, done - reader.due
 
