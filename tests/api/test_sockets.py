@@ -255,7 +255,9 @@ def test_a_socket_that_is_none_is_refused_in_words(locked: str, url: str) -> Non
             Client(server, "/v1/nothing", additional_headers=headers)
         response = refused.value.response
         assert response.status_code == status and response.body is not None
-        assert status == 401 or "there is no WebSocket /v1/nothing here" in json.loads(response.body)["error"]["message"]
+        assert (
+            status == 401 or "there is no WebSocket /v1/nothing here" in json.loads(response.body)["error"]["message"]
+        )
 
 
 def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients: Any) -> None:

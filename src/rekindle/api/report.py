@@ -13,7 +13,7 @@ def report_of(options: RekindleOptions | None, done: Done) -> dict[str, Any]:
     """Plan, timings and pin, as far as they were asked for; empty if nothing was."""
     if options is None:
         return {}
-    unmarked: dict[str, Any] = {"chunks": []} if options.blend else {}  # who asks for blending sees that nothing was marked
+    unmarked: dict[str, Any] = {"chunks": []} if options.blend else {}  # so it is seen that nothing was marked
     plan = {"plan": unmarked | done.plan.as_dict()} if options.plan else {}
     timings = {"timings": done.timings.as_dict} if options.timings else {}
     pin = {"pin": pin_as_dict(done.pin)} if done.pin is not None else {}
