@@ -23,8 +23,9 @@ from rekindle.api.report import pin_as_dict
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Chunk, Document
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.kept import CacheStats, Warmed
 from rekindle.serve.request import Generation
-from rekindle.serve.service import CacheStats, Service, Warmed
+from rekindle.serve.service import Service
 
 
 class UnknownPin(InvalidRequest):

@@ -12,10 +12,11 @@ from rekindle.kv.pins import Pin
 from rekindle.model.chunks import Chunk, Document, Part
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import seconds_of
+from rekindle.serve.kept import CacheStats, Warmed
 from rekindle.serve.marked import Wish
 from rekindle.serve.policies import Policy
 from rekindle.serve.request import Done, Generation, Piece, Sampling
-from rekindle.serve.service import CacheStats, Service, Warmed
+from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
 Messages = Sequence[Mapping[str, Any]]

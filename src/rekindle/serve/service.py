@@ -18,7 +18,6 @@ from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched
-from rekindle.kv.tier import TierStats
 from rekindle.model.model import Model
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt
@@ -26,7 +25,8 @@ from rekindle.serve.assembly import check_store_url, engine_name, open_engine, o
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
 from rekindle.serve.blending import Blending, blends, check_blend
 from rekindle.serve.grammar import Grammars
-from rekindle.serve.levels import Levels, tiers_of
+from rekindle.serve.kept import CacheStats, Warmed
+from rekindle.serve.levels import Levels
 from rekindle.serve.marked import Wish, wished_blend
 from rekindle.serve.metrics import Metrics
 from rekindle.serve.observe import Observer, Observers
@@ -64,53 +64,6 @@ class _Ticket:
     def cancel(self) -> None:
         self.run.cancel()
         self.worker.wake()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheStats:
-    """Reuse so far, by request and by token, and what is kept. `vars()` of it is its wire form, with the two rates."""
-
-    total_requests: int  # requests that looked for reuse
-    hits: int  # of these, those that reused more than a beginning-of-text token
-    misses: int
-    prompt_tokens: int  # tokens of these requests
-    cached_tokens: int  # of these, tokens whose KV was reused
-    cache_size: int  # entries kept: residents and stored blocks and tails
-    residents: int
-    resident_tokens: int
-    blocks: int
-    bytes: int  # in the store
-    max_bytes: int
-    evictions: int
-    pins: int = 0
-    pinned_bytes: int = 0  # in memory, kept by pins
-    max_pinned_bytes: int = 0
-    dropped: int = 0  # blocks that were never written to slower tiers, because their queue was full
-    tiers: tuple[TierStats, ...] = ()  # memory first
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of requests that reused something."""
-        return self.hits / self.total_requests if self.total_requests else 0.0
-
-    @property
-    def token_hit_rate(self) -> float:
-        """Share of prompt tokens that were not computed."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Warmed:
-    """What came of warming one prompt."""
-
-    tokens: int
-    computed: int  # of these; the others were stored
-    stored_bytes: int  # of its KV; 0 if the store had no room for it
-    seconds: float  # with the wait for requests that went before
-
-    @property
-    def reused(self) -> int:
-        return self.tokens - self.computed
 
 
 class Service(Prompting):
@@ -180,7 +133,7 @@ class Service(Prompting):
         """Labels of a metric."""
         return {
             "model": self.model_name,
-            "engine": str(self.health()["engine"]),
+            "engine": engine_name(self.settings, self.model),
             "kv_type": self.engine_spec.kv_type,
             "fingerprint": self.engine_spec.fingerprint.hex(),
         }
@@ -320,13 +273,21 @@ class Service(Prompting):
 
         return remember
 
-    def events(self, generation: Generation) -> Iterator[Event]:
-        """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels."""
+    def events(self, generation: Generation, meanwhile: Callable[[], object] | None = None) -> Iterator[Event]:
+        """Submit and yield events; ends after `Done`. Raises what `Failed` carries. Closing the iterator cancels.
+
+        `meanwhile` is called now and then while nothing comes.
+        """
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         ticket = self.submit(generation, inbox.put)
         try:
             while True:
-                event = inbox.get()
+                try:
+                    event = inbox.get(timeout=None if meanwhile is None else _TELL_SECONDS)
+                except queue.Empty:
+                    assert meanwhile is not None
+                    meanwhile()
+                    continue
                 if isinstance(event, Failed):
                     raise event.error
                 yield event
@@ -338,26 +299,7 @@ class Service(Prompting):
     # What is kept, and how it goes.
 
     def stats(self) -> CacheStats:
-        worker, store = self._worker.snapshot, self._store.stats()
-        return CacheStats(
-            total_requests=worker.requests,
-            hits=worker.hits,
-            misses=worker.requests - worker.hits,
-            prompt_tokens=worker.prompt_tokens,
-            cached_tokens=worker.cached_tokens,
-            cache_size=worker.residents + store.blocks,
-            residents=worker.residents,
-            resident_tokens=worker.resident_tokens,
-            blocks=store.blocks,
-            bytes=store.bytes,
-            max_bytes=store.max_bytes,
-            evictions=store.evictions,
-            pins=store.pins,
-            pinned_bytes=store.pinned_bytes,
-            max_pinned_bytes=store.max_pinned_bytes,
-            dropped=store.dropped,
-            tiers=tuple(tiers_of(store)),
-        )
+        return CacheStats.of(self._worker.snapshot, self._store.stats())
 
     def clear_cache(self, *, every_model: bool = False) -> None:
         """Forget all residents and everything stored of this model, or of every model. Running requests go on.
@@ -395,22 +337,11 @@ class Service(Prompting):
         `progress` is told now and then how many tokens the engine has computed meanwhile. Raises PromptTooLong,
         Overloaded, and whatever makes a request fail.
         """
-        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         before = self.num_computed
-        ticket = self.submit(Generation(prompt=prompt, warm=True), inbox.put)
-        try:
-            while True:
-                try:
-                    event = inbox.get(timeout=_TELL_SECONDS)
-                except queue.Empty:
-                    progress(self.num_computed - before)
-                    continue
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Done):
-                    return self.warmed(prompt, event)
-        finally:
-            ticket.cancel()
+        generation = Generation(prompt=prompt, warm=True)
+        (done,) = self.events(generation, lambda: progress(self.num_computed - before))
+        assert isinstance(done, Done)
+        return self.warmed(prompt, done)
 
     def warmed(self, prompt: Prompt, done: Done) -> Warmed:
         """What came of a generation that was to warm a prompt; waits until it is written to slower tiers."""
