@@ -151,7 +151,7 @@ class Here:
         sessions.call(lambda: self._session.listen(hear)).result()
 
     def send(self, message: Message) -> None:
-        incoming = decode(json.dumps(message))
+        incoming = decode(message)
         self._sessions.call(lambda: incoming.apply(self._session)).result()
 
     def receive(self, timeout: float) -> Message | None:

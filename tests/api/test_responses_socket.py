@@ -119,7 +119,9 @@ def test_streams_are_answered_side_by_side_and_in_their_order(socket: ClientConn
 
 NONSENSE: dict[str, tuple[str | bytes, str | None, str]] = {
     "no JSON": ("{", None, "expected a message in JSON"),
-    "no object": ("[]", "type", "response.create"),
+    "no object": ("[]", "type", "a JSON object"),
+    "too deep": ("[" * 100_000, None, "expected a message in JSON"),
+    "not a number": ('{"type": "response.create", "input": "x", "temperature": NaN}', "temperature", "finite"),
     "another type": ('{"type": "response.steer"}', "type", "got type 'response.steer'"),
     "binary": (b"x", None, "binary"),
     "no input": ('{"type": "response.create"}', "input", "required"),

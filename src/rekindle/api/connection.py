@@ -25,6 +25,27 @@ TOO_SLOW, GOING_AWAY, IDLE, BROKEN = 1008, 1001, 1000, 1011
 _STOPPING = "the server is being stopped; come back later"
 _log = logging.getLogger(__name__)
 
+Message = dict[str, Any]
+
+
+async def accept(socket: WebSocket, protocol: str) -> None:
+    """Let a socket in, under this subprotocol if it is offered, as by browsers that give a key beside it."""
+    offered = socket.scope.get("subprotocols", [])
+    await socket.accept(subprotocol=protocol if protocol in offered else None)
+
+
+def parse(text: str | None) -> Message:
+    """A message from its text, None if it is binary. Raises InvalidRequest."""
+    if text is None:
+        raise InvalidRequest("expected a text message, got a binary one")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("expected a message in JSON, got something else") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("expected a JSON object with a type, got another value", param="type")
+    return value
+
 
 class Connection:
     """A socket that was accepted. Belongs to the event loop, but for `post_soon`."""
@@ -47,12 +68,12 @@ class Connection:
         self._is_busy = is_busy
         self.num_unsent = 0  # messages on their way
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue(outbox)
+        self._outbox: asyncio.Queue[Message] = asyncio.Queue(outbox)
         self._over = asyncio.Event()
         self._why = (GOING_AWAY, "")
         self._active_at = self._loop.time()
 
-    def post(self, message: dict[str, Any]) -> None:
+    def post(self, message: Message) -> None:
         """Send this, in its turn."""
         try:
             self._outbox.put_nowait(message)
@@ -60,7 +81,7 @@ class Connection:
         except asyncio.QueueFull:
             self.end(TOO_SLOW, f"{self._outbox.maxsize} messages were not read{self._back}")
 
-    def post_soon(self, message: dict[str, Any]) -> None:
+    def post_soon(self, message: Message) -> None:
         """`post` from another thread."""
         try:
             self._loop.call_soon_threadsafe(self.post, message)
@@ -97,15 +118,12 @@ class Connection:
             except (RuntimeError, TimeoutError, WebSocketDisconnect):
                 _log.debug("the other side of a socket is gone")
 
-    def check(self, text: str | None) -> str:
-        """A message that may be looked into. Raises InvalidRequest, Stopping."""
-        if text is None:
-            raise InvalidRequest("expected a text message, got a binary one")
-        if len(text) > MAX_MESSAGE_CHARACTERS:
+    def check(self, text: str | None) -> Message:
+        """A message of limited length, unless the server drains. Raises InvalidRequest, Stopping."""
+        if text is not None and len(text) > MAX_MESSAGE_CHARACTERS:
             raise InvalidRequest(f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}")
-        if self._load.draining:
-            raise Stopping("the server is being stopped and takes nothing new; try again later")
-        return text
+        self._load.check_open()
+        return parse(text)
 
     async def _read(self, obey: Callable[[str | None], Awaitable[None]]) -> None:
         try:

@@ -81,8 +81,8 @@ class Door:
             if not is_reading:
                 check_origin(headers, self._origins)
             note(scope, self._keys.check(headers))
-            if self._load.draining and not is_reading:
-                raise Stopping("the server is being stopped and takes nothing new; try again later")
+            if not is_reading:
+                self._load.check_open()
         except Stopping as error:
             advice = retry_after(self._load.until_end()) | {"Connection": "close"}
             await refuse(error, advice)(scope, receive, send)

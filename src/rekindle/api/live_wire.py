@@ -15,13 +15,12 @@ out  user_input, token, end (with reason, usage and timings), spent (those of an
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rekindle.api.refusals import refusal_of
-from rekindle.api.wire import Wire
+from rekindle.api.refusals import invalid_message, refusal_of
+from rekindle.api.wire import Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.serve.request import Done, Sampling
 from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
@@ -32,7 +31,7 @@ class MessageIn(Wire):
     """The user's message."""
 
     type: Literal["message"]
-    data: str | None = None
+    data: Str | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
 
@@ -49,7 +48,7 @@ class PartialIn(Wire):
     """What is just being typed or spoken."""
 
     type: Literal["partial"]
-    data: str
+    data: Str
     append: bool = False
 
     def apply(self, session: Session) -> None:
@@ -76,8 +75,8 @@ class ContextIn(Wire):
     """A context of its own."""
 
     type: Literal["context"]
-    context: str = Field(min_length=1, max_length=64)
-    instructions: str
+    context: Str = Field(min_length=1, max_length=64)
+    instructions: Str
 
     def apply(self, session: Session) -> None:
         """Make it, and have its instructions read."""
@@ -88,7 +87,7 @@ class SwapIn(Wire):
     """Go on elsewhere."""
 
     type: Literal["swap"]
-    context: str
+    context: Str
 
     def apply(self, session: Session) -> None:
         """Go on there."""
@@ -126,22 +125,14 @@ def head_of(instructions: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": instructions}] if instructions.strip() else []
 
 
-def decode(text: str) -> Incoming:
-    """A message from its text. Raises InvalidRequest that says what was expected."""
-    try:
-        value = json.loads(text)
-        text.encode("utf-8")
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # escapes may hide halves of characters
-    except (ValueError, RecursionError):
-        raise InvalidRequest("expected a message in JSON, got something else") from None
-    if not isinstance(value, dict) or value.get("type") not in TYPES:
+def decode(value: dict[str, Any]) -> Incoming:
+    """A message. Raises InvalidRequest that says what was expected."""
+    if value.get("type") not in TYPES:
         raise InvalidRequest(f"expected a JSON object whose type is one of {', '.join(TYPES)}", param="type")
     try:
         return _INCOMING.validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"][1:])
-        raise InvalidRequest(f"{value['type']}.{name}: {first['msg']}", param=name) from None
+        raise invalid_message(error, skip=1) from None
 
 
 def encode(number: int, news: News) -> dict[str, Any]:

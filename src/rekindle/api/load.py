@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rekindle.api.keys import Caller, owner_of
-from rekindle.errors import InvalidRequest, Overloaded
+from rekindle.errors import InvalidRequest, Overloaded, Stopping
 from rekindle.settings import Settings
 
 LONGEST_RETRY = 60  # seconds; clients give up, or don't listen, when they are told to wait for longer
@@ -55,6 +55,11 @@ class Load:
         if not self.draining:
             self._ends_at = time.monotonic() + self._drain_seconds
             self.draining = True
+
+    def check_open(self) -> None:
+        """Raises Stopping while the server drains."""
+        if self.draining:
+            raise Stopping("the server is being stopped and takes nothing new; try again later")
 
     @property
     def drained(self) -> bool:

@@ -29,7 +29,7 @@ from fastapi import APIRouter
 from starlette.websockets import WebSocket
 
 from rekindle.api import realtime_wire as wire
-from rekindle.api.connection import Connection
+from rekindle.api.connection import Connection, accept
 from rekindle.api.keys import caller_of
 from rekindle.api.load import Load
 from rekindle.api.openai import check_model
@@ -149,7 +149,7 @@ class _Client:
             await self._socket.send_denial_response(refuse(error))
             return
         protocols: list[str] = self._socket.scope.get("subprotocols", [])
-        await self._socket.accept(subprotocol=PROTOCOL if PROTOCOL in protocols else None)
+        await accept(self._socket, PROTOCOL)
         talk = _Talk(
             Connection(
                 self._socket,
@@ -200,7 +200,7 @@ class _Talk:
     async def _obey(self, text: str | None) -> None:
         event_id = None
         try:
-            value = wire.parse(self._connection.check(text))
+            value = self._connection.check(text)
             event_id = wire.id_of(value)
             event = wire.decode(value)
             if isinstance(event, wire.SessionResume):

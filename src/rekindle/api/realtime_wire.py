@@ -14,12 +14,11 @@ that are ours alone are mistakes.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError, model_validator
 
-from rekindle.api.refusals import explain
+from rekindle.api.refusals import invalid_message
 from rekindle.api.wire import Ours, Span, Str, Wire, expect
 from rekindle.errors import InvalidRequest, nearest
 
@@ -130,9 +129,14 @@ _SPOKEN = (
 
 def _says_something(value: Any) -> bool:
     """Whether there is anything but nulls in it: to switch off what is not there is no mistake."""
-    if isinstance(value, dict):
-        return any(map(_says_something, value.values()))
-    return value is not None
+    waiting = [value]  # instead of recursion: JSON may be deeper than the stack
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif each is not None:
+            return True
+    return False
 
 
 class SessionIn(_Choices):
@@ -344,18 +348,6 @@ TYPES = tuple(each.model_fields["type"].annotation.__args__[0] for each in Incom
 _NOT_HERE = ("input_audio_buffer.", "output_audio_buffer.", "transcription_session.")
 
 
-def parse(text: str) -> dict[str, Any]:
-    """A message as a JSON object. Raises InvalidRequest."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # escapes may hide halves of characters
-    except (ValueError, RecursionError):
-        raise InvalidRequest("expected an event in JSON, got something else") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("expected a JSON object with a type, got another value")
-    return value
-
-
 def id_of(value: dict[str, Any]) -> str | None:
     """What a client calls its event, whatever else is wrong with it."""
     given = value.get("event_id")
@@ -373,5 +365,4 @@ def decode(value: dict[str, Any]) -> Incoming:
     try:
         return _INCOMING.validate_python(value)
     except ValidationError as error:
-        param, reason = explain(error.errors(include_url=False)[0], skip=1)
-        raise InvalidRequest(f"{param}: {reason}", param=param) from None
+        raise invalid_message(error, skip=1) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -154,22 +155,18 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
         given = request.headers.get("content-type", "none")
         return respond(415, f"expected the content type application/json, got {given}", code="wrong_content_type")
     status = 400 if request.url.path.startswith("/v1/") else 422
-    message, param, code = explained(first, location)
-    return respond(status, message, param=param, code=code)
-
-
-def explained(first: Mapping[str, Any], location: Sequence[str | int]) -> tuple[str, str | None, str]:
-    """Of pydantic's first error, with the location inside of the body: message, param and code of a refusal."""
     if not location:
         given = "nothing" if first["type"] == "missing" else _json_type(first["input"])
-        return f"expected a JSON object as body, got {given}", None, "invalid_type"
+        return respond(status, f"expected a JSON object as body, got {given}", code="invalid_type")
     param = _dotted(location)
-    return f"{param}: {_reason(first)}", param, _code(first["type"])
+    return respond(status, f"{param}: {_reason(first)}", param=param, code=_code(first["type"]))
 
 
-def explain(error: Mapping[str, Any], *, skip: int) -> tuple[str, str]:
-    """One of pydantic's errors as (field, what was expected and what came); the first `skip` parts name no field."""
-    return _dotted(error["loc"][skip:]), _reason(error)
+def invalid_message(error: ValidationError, *, skip: int = 0) -> InvalidRequest:
+    """What is wrong with a socket's message; the first `skip` parts of the place name no field."""
+    first = error.errors(include_url=False)[0]
+    param = _dotted(first["loc"][skip:])
+    return InvalidRequest(f"{param}: {_reason(first)}", param=param)
 
 
 def _reason(error: Mapping[str, Any]) -> str:

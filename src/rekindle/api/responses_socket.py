@@ -13,7 +13,6 @@ sense is answered with an error, and nothing else happens. Hanging up cancels wh
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from typing import Annotated, Any, Literal
 
@@ -22,9 +21,9 @@ from pydantic import Field, ValidationError
 from starlette.websockets import WebSocket
 
 from rekindle.api.answers import Answers, Runner
-from rekindle.api.connection import Connection
+from rekindle.api.connection import Connection, accept, parse
 from rekindle.api.door import message_of
-from rekindle.api.refusals import explained, refusal_of
+from rekindle.api.refusals import invalid_message, refusal_of
 from rekindle.api.requests import exchange_of
 from rekindle.api.responses import events_of, turn_of
 from rekindle.api.responses_events import ResponseWriter, WireEvent
@@ -32,7 +31,7 @@ from rekindle.api.responses_kept import KeptResponses
 from rekindle.api.responses_wire import ResponseRequest
 from rekindle.api.sockets import IDLE_SECONDS, PROTOCOL
 from rekindle.api.wire import Str, Wire
-from rekindle.errors import InvalidRequest, Overloaded, RekindleError, Stopping
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 
 MAX_WAITING = 64  # messages of one connection
 LOCAL_RESPONSES = 64  # of one connection that are not stored
@@ -61,24 +60,16 @@ _TYPES: dict[Any, type[CreateMessage | CancelMessage]] = {
 }
 
 
-def decode(text: str | None) -> CreateMessage | CancelMessage:
-    """A message from its text. Raises InvalidRequest that says what was expected."""
-    if text is None:
-        raise InvalidRequest("expected a text message, got a binary one")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("expected a message in JSON, got something else") from None
-    kind = value.get("type") if isinstance(value, dict) else None
+def decode(value: dict[str, Any]) -> CreateMessage | CancelMessage:
+    """A message. Raises InvalidRequest that says what was expected."""
+    kind = value.get("type")
     if not isinstance(kind, str) or kind not in _TYPES:
         given = f"type {kind[:40]!r}" if isinstance(kind, str) else "something else"
         raise InvalidRequest(f"expected a JSON object of type {' or '.join(_TYPES)}, got {given}", param="type")
     try:
         return _TYPES[kind].model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message, param, _ = explained(first, first["loc"])
-        raise InvalidRequest(message, param=param) from None
+        raise invalid_message(error) from None
 
 
 def responses_socket_router(runner: Runner, kept: KeptResponses) -> APIRouter:
@@ -87,8 +78,7 @@ def responses_socket_router(runner: Runner, kept: KeptResponses) -> APIRouter:
 
     @router.websocket("/v1/responses")
     async def responses(socket: WebSocket) -> None:
-        offered = socket.scope.get("subprotocols", [])  # of browsers, which can give a key in no other way
-        await socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
+        await accept(socket, PROTOCOL)
         await _Responses(socket, runner, kept).run()
 
     return router
@@ -121,18 +111,20 @@ class _Responses:
             await self._connection.hang_up()
 
     async def _obey(self, text: str | None) -> None:
+        stream = None
         try:
-            self._take(decode(text))
+            value = parse(text)
+            stream = _stream_of(value)
+            self._take(decode(value))
         except RekindleError as error:
-            self._post([_refused(error)], _stream_of(text))
+            self._post([_refused(error)], stream)
 
     def _take(self, message: CreateMessage | CancelMessage) -> None:
         """Raises Overloaded, Stopping or InvalidRequest."""
         if isinstance(message, CancelMessage):
             self._cancel(message)
             return
-        if self._runner.load.draining:
-            raise Stopping("the server is being stopped and takes nothing new; try again later")
+        self._runner.load.check_open()
         if sum(map(len, self._waiting.values())) >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} messages of this connection wait already; try again later")
         waiting = self._waiting.get(message.stream_id)
@@ -188,11 +180,7 @@ def _refused(error: Exception) -> WireEvent:
     return {"type": "error", "status": status, "sequence_number": 0, **body}  # a response of its own, for some clients
 
 
-def _stream_of(text: str | None) -> str | None:
-    """The stream that a refused message names, if it can be told."""
-    try:
-        value = json.loads(text or "")
-    except (ValueError, RecursionError):
-        return None
-    stream: Any = value.get("stream_id") if isinstance(value, dict) else None
+def _stream_of(value: dict[str, Any]) -> str | None:
+    """The stream that a message names, if it can be told."""
+    stream = value.get("stream_id")
     return stream[:64] if isinstance(stream, str) else None

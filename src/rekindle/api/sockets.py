@@ -26,7 +26,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.websockets import WebSocket
 
-from rekindle.api.connection import GOING_AWAY, Connection
+from rekindle.api.connection import GOING_AWAY, Connection, accept
 from rekindle.api.keys import caller_of
 from rekindle.api.live_wire import Incoming, decode, encode
 from rekindle.api.load import Load
@@ -127,8 +127,7 @@ class _Socket:
         except RekindleError as error:
             await self._socket.send_denial_response(refuse(error))
             return
-        offered = self._socket.scope.get("subprotocols", [])
-        await self._socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
+        await accept(self._socket, PROTOCOL)
         await self._converse(session, last)
 
     async def _open(self) -> Session:
