@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from enum import Enum
 
 from rekindle.engine.protocol import Payload, SequenceId
-from rekindle.errors import ContextFull, EngineError, counted
+from rekindle.errors import ContextFull, EngineError
 from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
-from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, prepare
+from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, in_words, prepare
 from rekindle.serve.room import Room
 from rekindle.serve.run import Run
 from rekindle.serve.sampling import Vector
@@ -177,9 +177,8 @@ class Admission:
 
     def _stored(self, run: Run, match: Match) -> Stored:
         fetched = run.fetched
-        words = ", ".join(f"{counted(count, 'token')} fetched from {tier}" for tier, count in fetched.tokens.items())
         has_logits, tier = match.logits is not None, next(reversed(fetched.tokens), "memory")
-        return Stored(match.length, has_logits, self._store.block_tokens, words, tier, fetched.refused)
+        return Stored(match.length, has_logits, self._store.block_tokens, in_words(fetched), tier, fetched.refused)
 
     def _known_logits(self, plan: Plan, match: Match) -> Vector:
         """Logits after the prompt, of a plan that computes nothing.

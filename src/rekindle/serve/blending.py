@@ -124,7 +124,7 @@ class Blending:
             length = sum(len(block.tokens) for block in blocks) - len(self.head)
             is_known = length >= max(1, least_tokens)
             scores = self.scores.get(self.key(own)) if is_known else None
-            words = _words(fetched[index]) if fetched else ""
+            words = in_words(fetched[index]) if fetched else ""
             found.known.append(OnItsOwn(len(self.head), length, scores, words) if is_known else None)
             found.matches.append(match)
             found.blocks.append(blocks)
@@ -209,8 +209,7 @@ def cut(engine: Engine, payloads: Sequence[Payload], start: int) -> Payload:
     """KV of a prompt in pieces that follow each other, from token `start` on, as one. Raises EngineError."""
     seq = engine.open()
     try:
-        for payload in payloads:
-            engine.place(seq, payload, payload.position)
+        engine.place_all(seq, payloads)
         return engine.export(seq, start, engine.length(seq))
     finally:
         engine.close(seq)
@@ -249,5 +248,6 @@ def _give_up(run: Run, count: int) -> None:
         run.parked += len(run.parts.popleft())
 
 
-def _words(fetched: Fetched) -> str:
+def in_words(fetched: Fetched) -> str:
+    """What a fetch has brought, for the reasons of a plan."""
     return ", ".join(f"{counted(count, 'token')} fetched from {tier}" for tier, count in fetched.tokens.items())
