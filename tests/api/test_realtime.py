@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,10 @@ def go_on_at_the_end(steps: Steps) -> Iterator[None]:
 
 @pytest.fixture
 def clients(url: str) -> Iterator[Any]:
-    opened: list[Realtime] = []
-
-    def make(query: str = "", **options: Any) -> Realtime:
-        opened.append(Realtime(options.pop("url", url), query, **options))
-        return opened[-1]
-
-    yield make
-    for client in opened:
-        client.close()
+    with ExitStack() as opened:
+        yield lambda query="", **options: opened.enter_context(
+            closing(Realtime(options.pop("url", url), query, **options))
+        )
 
 
 def test_an_answer_is_told_in_openais_order(clients: Any) -> None:

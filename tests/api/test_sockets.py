@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,8 @@ class Client:
 
 @pytest.fixture
 def clients(url: str) -> Iterator[Any]:
-    opened: list[Client] = []
-
-    def make(path: str, **options: Any) -> Client:
-        opened.append(Client(options.pop("url", url), path, **options))
-        return opened[-1]
-
-    yield make
-    for client in opened:
-        client.close()
+    with ExitStack() as opened:
+        yield lambda path, **options: opened.enter_context(closing(Client(options.pop("url", url), path, **options)))
 
 
 def test_every_listener_of_a_session_hears_everything(clients: Any) -> None:

@@ -35,6 +35,10 @@ app.add_typer(lab, name="lab")
 MaxTokens = Annotated[int | None, typer.Option(help="longest answer in tokens; default: until the end of turn")]
 Temperature = Annotated[float, typer.Option(help="0 for the most probable token each time")]
 Key = Annotated[str | None, typer.Option(help="for that server; default: REKINDLE_API_KEY")]
+ModelFile = Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")]
+Threads = Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)]
+Engine = Annotated[str, typer.Option(help="auto, llama or torch")]
+Plot = Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")]
 
 
 @app.command()
@@ -104,7 +108,7 @@ def generate(
 @app.command()
 @guarded
 def info(
-    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    model: ModelFile,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Describe a model: size, KV per token, and which kinds of reuse it allows."""
@@ -167,8 +171,8 @@ def lab_model(
 @lab.command("decode")
 @guarded
 def lab_decode(
-    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
-    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    model: ModelFile,
+    threads: Threads = None,
     rounds: Annotated[int, typer.Option(help="pairs of runs that count", min=1)] = 5,
     prompt_tokens: Annotated[int, typer.Option(help="tokens read before the clock starts", min=1)] = 128,
     decode_tokens: Annotated[int, typer.Option(help="tokens decoded under the clock", min=1)] = 128,
@@ -191,12 +195,12 @@ def lab_decode(
 @lab.command("exact")
 @guarded
 def lab_exact(
-    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    model: ModelFile,
     prompts: Annotated[int, typer.Option(help="random prompts", min=1)] = 200,
     answer_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 32,
     kv_type: Annotated[str, typer.Option(help="f16, q8_0 or q4_0; of llama.cpp")] = "f16",
-    engine: Annotated[str, typer.Option(help="auto, llama or torch")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    engine: Engine = "auto",
+    threads: Threads = None,
     seed: Annotated[int, typer.Option(help="the same seed asks the same prompts")] = 0,
 ) -> None:
     """Is reuse exact? Answers and logits with and without it, beside what rounding alone does."""
@@ -220,7 +224,7 @@ def lab_engines(
     prompts: Annotated[int, typer.Option(help="random prompts", min=1)] = 200,
     answer_tokens: Annotated[int, typer.Option(help="longest answer", min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="the torch engine's: float32, bfloat16 or float16")] = "float32",
-    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    threads: Threads = None,
     seed: Annotated[int, typer.Option(help="the same seed asks the same prompts")] = 0,
 ) -> None:
     """Do llama.cpp and torch give the same answers with the built-in model?"""
@@ -236,7 +240,7 @@ def lab_trace(
     file: Annotated[Path, typer.Argument(help="JSON lines as published with Mooncake: hash_ids, input_length …")],
     capacity: Annotated[list[int] | None, typer.Option(help="blocks that fit; may be repeated", min=1)] = None,
     policy: Annotated[list[str] | None, typer.Option(help="an eviction policy; may be repeated; default: all")] = None,
-    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+    plot: Plot = None,
 ) -> None:
     """What each eviction policy would have reused of a recorded load, beside Belady's optimum."""
     from rekindle.cli.lab import replay_trace
@@ -260,7 +264,7 @@ def lab_store(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="also restore its KV from memory into the engine")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+    plot: Plot = None,
 ) -> None:
     """How fast KV goes in and out of each tier, beside memcpy, dd and redis-py; look-ups as the store grows."""
     from rekindle.cli.lab import measure_store
@@ -271,10 +275,10 @@ def lab_store(
 @lab.command("restart")
 @guarded
 def lab_restart(
-    model: Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")],
+    model: ModelFile,
     prompt_tokens: Annotated[int, typer.Option(help="of each prompt, about", min=64)] = 2000,
     prompts: Annotated[int, typer.Option(help="that each server is asked", min=1)] = 3,
-    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    threads: Threads = None,
     folder: Annotated[Path | None, typer.Option(help="where KV is written; default: for temporary files")] = None,
 ) -> None:
     """The first token of a long prompt: cold, after a restart, from another server's folder, from Redis."""
@@ -286,9 +290,7 @@ def lab_restart(
 @lab.command("live")
 @guarded
 def lab_live(
-    model: Annotated[
-        str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")
-    ] = "builtin",
+    model: ModelFile = "builtin",
     part: Annotated[list[str] | None, typer.Option(help="ttft, talk or drift; may be repeated; default: all")] = None,
     samples: Annotated[int, typer.Option(help="ttft: messages of each kind", min=1)] = 20,
     conversation_tokens: Annotated[int, typer.Option(help="ttft: before each message, about", min=64)] = 3000,
@@ -299,7 +301,7 @@ def lab_live(
     turns: Annotated[int, typer.Option(help="talk: in all", min=1)] = 500,
     window: Annotated[int, typer.Option(help="talk: in tokens", min=1024)] = 2048,
     kv_type: Annotated[list[str] | None, typer.Option(help="drift: f16, q8_0, q4_0; may be repeated")] = None,
-    threads: Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)] = None,
+    threads: Threads = None,
 ) -> None:
     """How soon a live session answers, what its window costs, how far it drifts from a full prefill."""
     from rekindle.cli.lab import measure_live
@@ -311,9 +313,7 @@ def lab_live(
 @lab.command("soak")
 @guarded
 def lab_soak(
-    model: Annotated[
-        str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")
-    ] = "builtin",
+    model: ModelFile = "builtin",
     minutes: Annotated[float, typer.Option(help="of load, of which a quarter is warm-up", min=0.1)] = 20.0,
     seed: Annotated[int, typer.Option(help="the same seed draws the same requests")] = 0,
     threads: Annotated[int, typer.Option(help="compute threads of the server", min=1)] = 1,
@@ -364,7 +364,7 @@ def lab_load(
     api_key: Annotated[str | None, typer.Option(help="for the server at the URL")] = None,
     api_model: Annotated[str | None, typer.Option(help="the server's name of its model; default: its first")] = None,
     timeout: Annotated[float, typer.Option(help="seconds that one request may take")] = 600.0,
-    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+    plot: Plot = None,
 ) -> None:
     """How a server bears load, alone or in turn with llama-server: TTFT, ITL, throughput, tokens computed."""
     from rekindle.cli.lab import load_test
@@ -408,7 +408,7 @@ def lab_blend(
         str,
         typer.Argument(help="builtin, a path to a .gguf file or a folder of safetensors, or hf:owner/repo\\[:file]"),
     ] = "builtin",
-    engine: Annotated[str, typer.Option(help="auto, llama or torch")] = "auto",
+    engine: Engine = "auto",
     data: Annotated[
         Path | None, typer.Option(help="examples in CacheBlend's or LongBench's format; default: ember's documents")
     ] = None,
@@ -421,7 +421,7 @@ def lab_blend(
         float | None,
         typer.Option(help="fail if no cheap arm keeps so much of full prefill's exact match", min=0, max=1),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")] = None,
+    plot: Plot = None,
     speed: Annotated[bool, typer.Option("--speed", help="measure time alone, on any model")] = False,
     chunks: Annotated[int, typer.Option(help="with --speed", min=2)] = 8,
     chunk_tokens: Annotated[int, typer.Option(help="with --speed", min=16)] = 512,

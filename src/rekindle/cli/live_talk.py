@@ -10,7 +10,7 @@ What is said goes to stdout, all that is said about it to stderr.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,16 @@ class Wish:
     max_tokens: int | None = None  # None: until the end of turn
     temperature: float = 0.0
     contexts: Sequence[str] = ()  # NAME=INSTRUCTIONS
+
+    def messages(self, lines: Iterable[str]) -> Iterator[Message]:
+        """What lines ask for, up to quit; empty ones ask for nothing."""
+        for line in lines:
+            if not line.strip():
+                continue
+            message = self.message(line)
+            if message is None:
+                return
+            yield message
 
     def message(self, line: str) -> Message | None:
         """What a line asks for; None for quit."""
@@ -65,12 +75,7 @@ def speak(address: Address, max_retries: int, wish: Wish) -> None:
     """Send what comes on stdin, line by line, until its end or quit; errors that come back are shown."""
     with Line(address, IN, max_retries) as line:
         begin(line, wish)
-        for typed in sys.stdin:
-            if not typed.strip():
-                continue
-            message = wish.message(typed)
-            if message is None:
-                break
+        for message in wish.messages(sys.stdin):
             line.send(message)
             _show_errors(line)
 
@@ -103,18 +108,9 @@ def talk(address: Address, max_retries: int, wish: Wish) -> None:
 
             Terminal(line, wish).run()
         else:
-            _talk_by_lines(line, wish)
-
-
-def _talk_by_lines(line: Line, wish: Wish) -> None:
-    for typed in sys.stdin:
-        if not typed.strip():
-            continue
-        message = wish.message(typed)
-        if message is None:
-            break
-        line.send(message)
-        _until_done(line, message)
+            for message in wish.messages(sys.stdin):
+                line.send(message)
+                _until_done(line, message)
 
 
 def _until_done(line: Line, asked: Message) -> None:
