@@ -337,7 +337,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a role that is none": ({"input": [{"role": "boss", "content": "x"}]}, "input[0].role", "user"),
     "no text": ({"input": [{"role": "user", "content": 5}]}, "input[0].content", "expected a string or an array"),
     "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "text only"),
-    "a tool's output": ({"input": [USER, {"type": "function_call_output"}]}, "input", "messages only"),
+    "a tool's output of no call": (
+        {"input": [USER, {"type": "function_call_output", "output": "x"}]},
+        "input[1].call_id",
+        "required",
+    ),
+    "a tool's empty output": (
+        {"input": [USER, {"type": "function_call_output", "call_id": "1", "output": []}]},
+        "input[1].output",
+        "at least one",
+    ),
+    "reasoning": ({"input": [USER, {"type": "reasoning"}]}, "input", "function_call_output, not reasoning"),
+    "another mark": (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "cache": "always"}]}]},
+        "input[0].content[0].cache",
+        "expected 'chunk'",
+    ),
+    "documents that are none": ({"input": "x", "documents": [{"title": "x"}]}, "documents[0].text", "required"),
+    "a misspelt ratio": ({"input": "x", "rekindle": {"blend": {"ration": 1}}}, "ration", "did you mean 'ratio'"),
+    "blending what is pinned": (
+        {
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "cache": "chunk"}]}],
+            "rekindle": {"blend": True, "pin": "1m"},
+        },
+        "rekindle.blend",
+        "can't be pinned",
+    ),
     "tools": ({"input": "x", "tools": [{"type": "function"}]}, "tools", "not supported"),
     "background": ({"input": "x", "background": True}, "background", "not supported"),
     "a conversation": ({"input": "x", "conversation": "conv_1"}, "conversation", "previous_response_id"),

@@ -19,10 +19,10 @@ from starlette.responses import Response
 from rekindle.api import sse
 from rekindle.api.answers import Answer, Answers, Runner, while_connected
 from rekindle.api.refusals import Json, refusal_of
-from rekindle.api.report import report_of
+from rekindle.api.report import blended_tokens, report_of
 from rekindle.api.wire import OpenAIFields
 from rekindle.errors import InvalidRequest, RekindleError
-from rekindle.serve.request import Done, Generation, Piece, Usage
+from rekindle.serve.request import Done, Generation, Piece
 from rekindle.serve.service import Service
 
 T = TypeVar("T")
@@ -110,7 +110,8 @@ class Writer:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)} | _blended(firsts),
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)}
+            | blended_tokens(*firsts),
         }
 
     def _report(self) -> dict[str, Any]:
@@ -119,12 +120,6 @@ class Writer:
         if not any(reports):
             return {}
         return {"rekindle": reports[0] if len(reports) == 1 else {"choices": reports}}
-
-
-def _blended(usages: Sequence[Usage]) -> dict[str, int]:
-    """Which of the cached tokens are reused, but not exactly; where chunks were placed."""
-    num_blended = sum(usage.blended_tokens for usage in usages)
-    return {"blended_tokens": num_blended} if num_blended else {}
 
 
 async def answer(

@@ -6,7 +6,7 @@ from typing import Any
 
 from rekindle.api.wire import RekindleOptions
 from rekindle.kv.pins import Pin
-from rekindle.serve.request import Done
+from rekindle.serve.request import Done, Usage
 
 
 def report_of(options: RekindleOptions | None, done: Done) -> dict[str, Any]:
@@ -18,6 +18,12 @@ def report_of(options: RekindleOptions | None, done: Done) -> dict[str, Any]:
     timings = {"timings": done.timings.as_dict} if options.timings else {}
     pin = {"pin": pin_as_dict(done.pin)} if done.pin is not None else {}
     return plan | timings | pin
+
+
+def blended_tokens(*usages: Usage) -> dict[str, int]:
+    """Which of the cached tokens are reused, but not exactly; where chunks were placed."""
+    num_blended = sum(usage.blended_tokens for usage in usages)
+    return {"blended_tokens": num_blended} if num_blended else {}
 
 
 def pin_as_dict(pin: Pin) -> dict[str, Any]:

@@ -33,9 +33,11 @@ from rekindle.api.keys import caller_of
 from rekindle.api.openai import begun, built, check_model
 from rekindle.api.refusals import Json
 from rekindle.api.responses_events import ResponseWriter, WireEvent, new_id
+from rekindle.api.responses_items import Message
 from rekindle.api.responses_kept import Kept, KeptResponses, previous
 from rekindle.api.responses_wire import ResponseRequest
 from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.model.chunks import plain
 from rekindle.serve.request import Done, Generation, Piece
 
 MAX_LISTED = 100
@@ -49,11 +51,11 @@ class Turn:
     writer: ResponseWriter
     salt: bytes
     generation: Generation
-    conversation: list[dict[str, str]]  # with what is new
+    conversation: list[Message]  # with what is new
 
     def kept(self, body: dict[str, Any], done: Done) -> Kept:
         """What is kept of it."""
-        items = [message.as_item(new_id("msg")) for message in self.request.input]
+        items = [item.as_item(new_id("msg" if item.type == "message" else "fc")) for item in self.request.input]
         if not self.generation.answers:
             return Kept(body, items, self.conversation)
         answered = [*self.conversation, {"role": "assistant", "content": done.text}]
@@ -67,23 +69,32 @@ async def turn_of(
     service = runner.service
     check_model(service, body.model)
     salt = caller_of(connection).salt(body.cache_salt)
-    before: list[dict[str, str]] = []
+    before: list[Message] = []
     if body.previous_response_id is not None:
         kept = previous(salt, body.previous_response_id, *places)
         before = kept.conversation
         if kept.prompt is not None:  # it may be long ago, and others have been answered since
             service.remember(kept.prompt, before[-1]["content"], kept.answer)
-    conversation = _continued(before, body.messages)
+    template, documents = service.model.template, body.looked_up
+    conversation = _continued(before, body.messages(writes_calls=template is not None and template.writes_calls))
     messages = body.prompted(conversation)
-    num_characters = sum(len(message["content"]) for message in messages)
+    num_characters = sum(len(plain(message["content"])) for message in messages) + sum(
+        len(each.text) for each in documents
+    )
     make = service.chat_prompt if generate else service.opening_prompt
-    prompt, tokenize_ms = await built(num_characters, lambda: make(messages, salt=salt))
+    prompt, tokenize_ms = await built(num_characters, lambda: make(messages, documents=documents, salt=salt))
+    wish = body.blend_wish
+    if not generate and wish is None:
+        wish = (
+            False  # what is only read is kept for whoever goes on, so it is read exactly unless blending is asked for
+        )
     generation = Generation(
         prompt=prompt,
         max_tokens=body.max_output_tokens,
         sampling=body.sampling(service.engine_spec.vocab_size, top_logprobs=body.num_logprobs),
         stop=body.stops,
         json_schema=body.constraint if generate else None,
+        blend=service.blend_of(wish, prompt),
         pin_seconds=body.pin_seconds,
         ignore_eos=bool(body.ignore_eos),
         priority=body.priority or 0,
@@ -94,11 +105,11 @@ async def turn_of(
     return Turn(body, ResponseWriter(body, service.model_name), salt, generation, conversation)
 
 
-def _continued(before: list[dict[str, str]], new: list[dict[str, str]]) -> list[dict[str, str]]:
+def _continued(before: list[Message], new: list[Message]) -> list[Message]:
     """A conversation with what is new. An answer that is said again, or its beginning, takes the place of the answer."""
     if not (before and before[-1]["role"] == new[0]["role"] == "assistant"):
         return [*before, *new]
-    answer, heard = before[-1]["content"].strip(), new[0]["content"].strip()
+    answer, heard = (plain(message["content"]).strip() for message in (before[-1], new[0]))
     if not heard or not answer.startswith(heard):
         return [*before, *new]
     return [*before, *new[1:]] if heard == answer else [*before[:-1], *new]

@@ -22,10 +22,11 @@ from typing import Any
 
 from rekindle.api.logprobs import chat_logprobs
 from rekindle.api.refusals import refusal_of
-from rekindle.api.report import report_of
+from rekindle.api.report import blended_tokens, report_of
 from rekindle.api.responses_wire import ResponseRequest
 from rekindle.errors import Overloaded, RekindleError
-from rekindle.serve.request import Done, Piece, TokenInfo, Usage
+from rekindle.reuse.plan import Compute
+from rekindle.serve.request import Done, Piece, TokenInfo
 
 WireEvent = dict[str, Any]
 
@@ -55,14 +56,14 @@ class ResponseWriter:
         """A response that has come to its end."""
         status = "completed" if done.reason == "stop" else "incomplete"
         item = self._item(status, self._part(done.text, tokens))
-        return self._body(status, [item], done.usage) | self._report(done)
+        return self._body(status, [item], done) | self._report(done)
 
     def prepared(self, done: Done) -> dict[str, Any]:
         """A response without an answer: what was to be read has been read."""
-        return self._body("completed", [], done.usage) | self._report(done)
+        return self._body("completed", [], done) | self._report(done)
 
     def _body(
-        self, status: str, output: Sequence[WireEvent], usage: Usage | None, error: WireEvent | None = None
+        self, status: str, output: Sequence[WireEvent], done: Done | None, error: WireEvent | None = None
     ) -> dict[str, Any]:
         is_over = status == "completed"
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
@@ -73,7 +74,7 @@ class ResponseWriter:
             "error": error,
             "incomplete_details": cut,
             "output": list(output),
-            "usage": None if usage is None else _usage(usage),
+            "usage": None if done is None else _usage(done),
             **self._echoed,
         }
 
@@ -158,14 +159,18 @@ class ResponseWriter:
         return {"type": kind, "sequence_number": number, **fields}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    """KV that is computed is kept, so it counts as written to the cache."""
+def _usage(done: Done) -> dict[str, Any]:
+    """KV that is computed is kept, so it counts as written to the cache; behind a chunk that was placed nothing is."""
+    usage, plan = done.usage, done.plan
+    computed = (range(step.start, step.stop) for step in plan.steps if isinstance(step, Compute))
+    num_written = sum(len(tokens) for tokens in computed if tokens.start < plan.exact)
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {
             "cached_tokens": usage.cached_tokens,
-            "cache_write_tokens": usage.computed_tokens,
-        },
+            "cache_write_tokens": num_written if usage.blended_tokens else usage.computed_tokens,
+        }
+        | blended_tokens(usage),
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

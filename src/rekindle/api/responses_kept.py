@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rekindle.api.keys import owner_of
+from rekindle.api.responses_items import Message
 from rekindle.errors import InvalidRequest
 from rekindle.reuse.prompt import Prompt
 
@@ -42,7 +43,7 @@ class Kept:
 
     body: dict[str, Any]  # as it was sent
     items: list[dict[str, Any]]  # the input of its request
-    conversation: list[dict[str, str]]  # all messages up to and with its answer, without instructions
+    conversation: list[Message]  # all messages up to and with its answer, without instructions
     prompt: Prompt | None = None  # what was read
     answer: tuple[int, ...] = ()  # what was generated
 

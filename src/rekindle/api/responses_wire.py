@@ -1,79 +1,27 @@
 """`/v1/responses` on the wire: what may be asked, as OpenAI's clients write it.
 
-Only text is understood, so input items are messages and their parts are texts. What asks for something else that would
+Only text is understood; `responses_items.py` has what may come in. What asks for something else that would
 change the answer (tools, images, conversations kept by name, work in the background) is refused; what would not (labels,
 hints about caching, effort of reasoning) is accepted, and has no effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rekindle.api.wire import JsonObject, RekindleOptions, SamplingFields, Str, Wire
+from rekindle.api.responses_items import InputItem, Message
+from rekindle.api.wire import Documents, JsonObject, RekindleOptions, SamplingFields, Str, Wire
 from rekindle.errors import InvalidRequest
+from rekindle.model.chunks import Document, Part, content_of
+from rekindle.serve.marked import Wish
 from rekindle.serve.request import MAX_TOP_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
-_OTHER_PARTS = ("input_image", "input_file", "input_audio")
-_OTHER_ITEMS = ("function_call", "function_call_output", "reasoning", "item_reference", "file_search_call")
 _MAX_LABELS, _MAX_LABEL, _MAX_VALUE = 16, 64, 512
-
-
-class TextPart(Wire):
-    """One part of a message's content."""
-
-    type: Literal["input_text", "output_text", "text", "refusal"]
-    text: Str = ""
-    refusal: Str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_understood(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") in _OTHER_PARTS:
-            raise InvalidRequest(f"this server reads text only, not parts of type {value['type']}", param="input")
-        return value
-
-
-class InputMessage(Wire):
-    """One input item."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[list[TextPart], Field(fail_fast=True)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_message(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") in _OTHER_ITEMS:
-            raise InvalidRequest(f"this server knows messages only, not items of type {value['type']}", param="input")
-        return value
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [{"type": "text", "text": value}]
-        if not isinstance(value, list):
-            raise PydanticCustomError("invalid_value", "expected a string or an array of text parts")
-        return value
-
-    @property
-    def text(self) -> str:
-        return "\n".join(part.text or part.refusal for part in self.content)
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-
-    def as_item(self, item_id: str) -> dict[str, Any]:
-        """As it is listed."""
-        kind = "output_text" if self.role == "assistant" else "input_text"
-        content = [{"type": kind, "text": part.text or part.refusal} for part in self.content]
-        return {"id": item_id, "type": "message", "role": self.role, "status": "completed", "content": content}
 
 
 def _as_messages(value: Any) -> Any:
@@ -122,13 +70,25 @@ def _labels(value: Any) -> Any:
     return value
 
 
+def _apart(contents: Sequence[str | list[Part]]) -> str | list[Part]:
+    """Contents of messages as that of one, an empty line between each two."""
+    parts: list[Part] = []
+    for number, content in enumerate(contents):
+        parts += [""] * (number > 0)
+        parts += [content] if isinstance(content, str) else content
+    return content_of(parts)
+
+
 class ResponseRequest(SamplingFields):
     """`POST /v1/responses`, and `response.create` on its socket."""
 
-    input: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_as_messages)]
+    input: Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_messages)]
     model: Str | None = None
     instructions: Str | None = Field(
         None, description="goes before all else, and does not come with a previous response"
+    )
+    documents: Documents | None = Field(
+        None, description="each a chunk; they do not come with a previous response either"
     )
     previous_response_id: Str | None = Field(None, description="go on from there")
     store: bool | None = Field(
@@ -190,18 +150,25 @@ class ResponseRequest(SamplingFields):
         return None if self.rekindle is None else self.rekindle.pin
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """What is new in the conversation."""
-        return [message.for_template() for message in self.input]
+    def blend_wish(self) -> Wish:
+        return None if self.rekindle is None else self.rekindle.blend_wish
 
-    def prompted(self, conversation: list[dict[str, str]]) -> list[dict[str, str]]:
+    @property
+    def looked_up(self) -> list[Document]:
+        return [each.document for each in self.documents or ()]
+
+    def messages(self, *, writes_calls: bool) -> list[Message]:
+        """What is new in the conversation, for a template that knows calls of functions, or one that does not."""
+        return [item.for_template(writes_calls=writes_calls) for item in self.input]
+
+    def prompted(self, conversation: list[Message]) -> list[Message]:
         """A whole conversation as the template gets it: one system message goes first, whoever gave its parts."""
         heads = [self.instructions] if self.instructions else []
         count = 0
         while count < len(conversation) and conversation[count]["role"] == "system":
             heads.append(conversation[count]["content"])
             count += 1
-        first = [{"role": "system", "content": "\n\n".join(heads)}] if heads else []
+        first = [{"role": "system", "content": _apart(heads)}] if heads else []
         return first + conversation[count:]
 
     def echoed(self) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rekindle.errors import InvalidRequest, nearest
+from rekindle.model import chunks
 from rekindle.model.chunks import Chunk, Document
 from rekindle.reuse.blend_select import Select
 from rekindle.serve.durations import seconds_of
@@ -280,12 +281,26 @@ class OpenAIFields(SamplingFields):
         return None if self.response_format is None else self.response_format.constraint
 
 
-class Part(Wire):
-    """One part of a message's content; only text is understood. A chunk may be reused wherever it stands."""
+class TextIn(Wire):
+    """Base of parts of messages; only text is understood. A chunk may be reused wherever it stands."""
 
-    type: Literal["text"]
     text: Str
     cache: Literal["chunk"] | None = None
+
+    @property
+    def words(self) -> str:
+        """What it says."""
+        return self.text
+
+    @property
+    def part(self) -> chunks.Part:
+        return self.words if self.cache is None else Chunk(self.words)
+
+
+class Part(TextIn):
+    """One part of a message's content."""
+
+    type: Literal["text"]
 
 
 Content = Annotated[
@@ -307,9 +322,7 @@ class Message(Wire):
         """As chat templates know it; with chunks, the parts as they are."""
         content: Any = self.content or ""
         if isinstance(content, list):
-            has_chunks = any(part.cache for part in content)
-            texts = [part.text for part in content]
-            content = [Chunk(p.text) if p.cache else p.text for p in content] if has_chunks else "\n".join(texts)
+            content = chunks.content_of([part.part for part in content])
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else message | {"name": self.name}
 

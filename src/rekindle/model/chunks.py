@@ -117,6 +117,17 @@ def parts_of(content: Any) -> list[Part]:
     return parts
 
 
+def content_of(parts: Sequence[Part]) -> str | list[Part]:
+    """A message's content of these parts: one text if none is a chunk, else the parts as they are."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return JOINT.join(texts) if len(texts) == len(parts) else list(parts)
+
+
+def plain(content: Any) -> str:
+    """A message's content as one text, marked or not. Raises InvalidRequest."""
+    return "".join(part.text if isinstance(part, Chunk) else part for part in parts_of(content))
+
+
 def _part(given: Any) -> Part:
     if isinstance(given, Part):
         return given

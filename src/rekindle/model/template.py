@@ -44,6 +44,7 @@ class ChatTemplate:
         try:
             parsed = environment.parse(source)
             self._template: Template = environment.from_string(parsed)
+            self.writes_calls = "tool_calls" in source
             self.takes_documents = "documents" in find_undeclared_variables(parsed)
         except Exception as error:  # TemplateError, or what its compiler stumbles over, such as endless nesting
             raise ModelError(f"the model's chat template is not valid: {error}") from None

@@ -97,16 +97,19 @@ class Prompting:
             raise InvalidRequest(f"{self.model_name} has no chat template; use completions", param="messages")
         return self.model.template
 
-    def opening_prompt(self, messages: Sequence[Mapping[str, Any]], *, salt: bytes = b"") -> Prompt:
+    def opening_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, documents: Sequence[Document] = (), salt: bytes = b""
+    ) -> Prompt:
         """What a conversation that begins with these messages begins with, to be pinned or warmed.
 
         If it is the user's turn, that is all that they have in common, whatever the user says: some templates write the
         system message into the user's. Otherwise it is the prompt of the next answer. Raises InvalidRequest.
         """
         if not messages or messages[-1].get("role") not in ("system", "assistant"):
-            return self.chat_prompt(messages, salt=salt)
+            return self.chat_prompt(messages, documents=documents, salt=salt)
         one, other = (
-            self.chat_prompt([*messages, {"role": "user", "content": word}], salt=salt) for word in _TWO_WORDS
+            self.chat_prompt([*messages, {"role": "user", "content": word}], documents=documents, salt=salt)
+            for word in _TWO_WORDS
         )
         length = common_length(one.tokens, other.tokens)
         return Prompt(one.tokens[:length], salt=salt, chunks=tuple(each for each in one.chunks if each.stop <= length))
