@@ -61,7 +61,7 @@ def cache_router(runner: Runner) -> APIRouter:
             return Json(pin_as_dict(made))
         warmed = await _warm(runner, request, prompt, 0.0)
         now = next((each for each in service.pins() if each.id == made.id), made)
-        return Json(pin_as_dict(now) | {"warmed": _warmed_as_dict(warmed)})
+        return Json(pin_as_dict(now) | {"warmed": warmed.as_dict()})
 
     @router.get("/pins")
     async def pins(request: Request) -> Json:
@@ -89,7 +89,7 @@ def cache_router(runner: Runner) -> APIRouter:
         else:
             prompts, tokenize_ms = await _chunks(service, request, body, body.alone)
         warmed = [await _warm(runner, request, prompt, tokenize_ms / len(prompts)) for prompt in prompts]
-        parts = [_warmed_as_dict(each) for each in warmed]
+        parts = [each.as_dict() for each in warmed]
         totals = {name: sum(part[name] for part in parts) for name in ("tokens", "computed", "reused", "bytes")}
         seconds = round(sum(each.seconds for each in warmed), 3)
         return Json(totals | {"seconds": seconds, "prompts" if body.alone is None else "chunks": parts})
@@ -140,13 +140,3 @@ def stats_as_dict(stats: CacheStats) -> dict[str, Any]:
         if tier["name"] == "memory":  # asked at every step; what it serves is what requests reuse
             tier |= {"hits": None, "misses": None}
     return vars(stats) | rates | {"tiers": tiers}
-
-
-def _warmed_as_dict(warmed: Warmed) -> dict[str, Any]:
-    return {
-        "tokens": warmed.tokens,
-        "computed": warmed.computed,
-        "reused": warmed.reused,
-        "bytes": warmed.stored_bytes,
-        "seconds": round(warmed.seconds, 3),
-    }

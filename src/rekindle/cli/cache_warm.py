@@ -135,14 +135,7 @@ class Here:
         self._salt = (texts.salt or "").encode()
 
     def warm(self, text: Text, tell: Tell) -> dict[str, Any]:
-        warmed = self._service.warm(self._prompt(text), tell)
-        return {
-            "tokens": warmed.tokens,
-            "computed": warmed.computed,
-            "reused": warmed.reused,
-            "bytes": warmed.stored_bytes,
-            "seconds": round(warmed.seconds, 3),
-        }
+        return self._service.warm(self._prompt(text), tell).as_dict()
 
     def pin(self, text: Text, ttl: str, name: str | None, warm: bool) -> dict[str, Any]:
         prompt = self._prompt(text)

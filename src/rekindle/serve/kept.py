@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rekindle.kv.store import StoreStats
 from rekindle.kv.tier import TierStats
@@ -78,3 +79,13 @@ class Warmed:
     @property
     def reused(self) -> int:
         return self.tokens - self.computed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its wire form, and what commands print."""
+        return {
+            "tokens": self.tokens,
+            "computed": self.computed,
+            "reused": self.reused,
+            "bytes": self.stored_bytes,
+            "seconds": round(self.seconds, 3),
+        }
