@@ -2,8 +2,8 @@
 
 Every kind of reuse is a sentence in it. A prefix hit is a `fork` or a few `place`s; a conversation that slides is a `drop`;
 a document that moved is a little `forward` and a `place` of the rest, or a `place` and a little `recompute`. Beside the
-verbs stand `move`, which prepares many places at once, `compare`, and book-keeping: `open`, `close`, and questions about
-lengths and free cells.
+verbs stand `move`, which prepares many places at once, `compare`, looks into the model's layers, and book-keeping: `open`,
+`close`, and questions about lengths and free cells.
 
 A cell holds the KV of one token. Sequences that were forked share cells. Verbs check before they change: one that raises
 leaves every sequence as it was. Engines are not thread-safe; one thread owns an engine.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from rekindle.tokens import Tokens
 
 SequenceId = int
 Range = tuple[int, int]  # positions [start, stop)
+KV = Literal["K", "V"]
 Logits = dict[SequenceId, npt.NDArray[np.float32]]  # [vocab_size] each, valid until the engine's next verb
 
 
@@ -127,6 +128,38 @@ class Engine(Protocol):
         tokens differ, ForeignPayload.
         """
 
+    # Looking before it is chosen what to compute, if `spec.can_look`; other engines raise EngineError.
+
+    def probe(self, seq: SequenceId, tokens: Tokens, layer: int) -> None:
+        """Append tokens that are computed as far as K and V of `layer` (from 0): all layers before it, and no more.
+
+        Nothing can go on from there: such a sequence is for more probing, for `refreshed`, and to be truncated to where it
+        was before. Raises as `forward` does, and BadRange if there are no layers before this one or it is none.
+        """
+
+    def refreshed(
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        layer: int,
+        kv: KV,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[Payload, npt.NDArray[np.float32]]:
+        """Tokens [start, stop) of a payload as they would be at `position`, where a sequence was probed with them: KV of
+        the layers before `layer` is the sequence's, the rest the payload's own, turned.
+
+        Also [stop - start] how far K or V (`kv`) at the layer lie apart, token by token: |X - X'|. Raises BadRange if there
+        are other tokens, ForeignPayload.
+        """
+
+    def attention(self, seq: SequenceId, tokens: Tokens) -> npt.NDArray[np.float32]:
+        """Append tokens, and say [length] how much of their attention each token of the sequence gets, added up over these
+        tokens, all heads and all layers. Raises as `forward` does.
+        """
+
     # Book-keeping.
 
     def open(self) -> SequenceId:
@@ -180,6 +213,10 @@ class Engine(Protocol):
     @property
     def num_computed(self) -> int:
         """Tokens computed so far."""
+
+    @property
+    def num_token_layers(self) -> int:
+        """Tokens computed so far, once for each layer that they went through; those of `probe` are among them."""
 
     def check_integrity(self) -> None:
         """Recount everything from scratch. Raises AssertionError."""

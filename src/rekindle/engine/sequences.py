@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from rekindle.engine.protocol import Engine, Payload, Range, SequenceId
+from rekindle.engine.protocol import KV, Engine, Payload, Range, SequenceId
 from rekindle.errors import BadRange, ContextFull, EngineError, UnknownSequence
+from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
 
 
@@ -195,6 +197,9 @@ class BookKeeping:
 
     reads_idle_cells = False
     turns_all_cells = False
+    num_computed: int
+    num_probed = 0  # tokens of probes, once for each layer
+    spec: ModelSpec
     _table: SequenceTable
 
     def open(self) -> SequenceId:
@@ -220,6 +225,32 @@ class BookKeeping:
         except EngineError:
             self.truncate(seq, length)
             raise
+
+    def probe(self, seq: SequenceId, tokens: Tokens, layer: int) -> None:
+        raise self._cannot_look()
+
+    def refreshed(
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        layer: int,
+        kv: KV,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[Payload, npt.NDArray[np.float32]]:
+        raise self._cannot_look()
+
+    def attention(self, seq: SequenceId, tokens: Tokens) -> npt.NDArray[np.float32]:
+        raise self._cannot_look()
+
+    def _cannot_look(self) -> EngineError:
+        return EngineError(f"this engine does not look into the layers of {self.spec.name}")
+
+    @property
+    def num_token_layers(self) -> int:
+        return self.num_computed * self.spec.num_layers + self.num_probed
 
     def tokens(self, seq: SequenceId) -> Tokens:
         return self._table.tokens(seq)

@@ -13,11 +13,20 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.protocol import KV, Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.sequences import BookKeeping, SequenceTable
-from rekindle.engine.verify import check_moves, check_payload, check_same, check_work
+from rekindle.engine.verify import (
+    check_fingerprint,
+    check_layer,
+    check_moves,
+    check_payload,
+    check_probed,
+    check_same,
+    check_work,
+)
 from rekindle.errors import ForeignPayload
 from rekindle.model.spec import ModelSpec
+from rekindle.tokens import Tokens
 
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 States = npt.NDArray[np.uint64]
@@ -106,6 +115,55 @@ class ToyEngine(BookKeeping):
         check_same(one, other, self.spec)
         states = (np.frombuffer(payload.data, dtype=np.uint64) for payload in (one, other))
         return np.not_equal(*states).astype(np.float32)
+
+    def probe(self, seq: SequenceId, tokens: Tokens, layer: int) -> None:
+        """Its only state is taken for what all layers but the first keep."""
+        check_layer(layer, self._looking())
+        check_work(self._table, [Work(seq, tokens)], self.spec.vocab_size)
+        self.num_calls += 1
+        start = self._table.length(seq)
+        self._table.append(seq, tokens)
+        self._compute(seq, start, start + len(tokens))
+        self.num_computed -= len(tokens)
+        self.num_probed += layer * len(tokens)
+
+    def refreshed(
+        self,
+        seq: SequenceId,
+        payload: Payload,
+        position: int,
+        layer: int,
+        kv: KV,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[Payload, npt.NDArray[np.float32]]:
+        """1 where states differ."""
+        check_layer(layer, self._looking())
+        stop = len(payload) if stop is None else stop
+        check_probed(self._table, seq, payload, position, (start, stop))
+        check_fingerprint(payload, self.spec)
+        own = np.frombuffer(payload.data, dtype=np.uint64)[start:stop]
+        fresh = self.export(seq, position, position + stop - start)
+        mended = replace(fresh, data=memoryview(own.tobytes()))
+        return mended, np.not_equal(own, np.frombuffer(fresh.data, dtype=np.uint64)).astype(np.float32)
+
+    def attention(self, seq: SequenceId, tokens: Tokens) -> npt.NDArray[np.float32]:
+        """All of it goes to equal tokens, each query's own among them."""
+        self._looking()
+        start = self.length(seq) if self._table.is_open(seq) else 0
+        self.forward([Work(seq, tokens, logits=False)])
+        all_tokens = self.tokens(seq)
+        received = np.zeros(len(all_tokens), dtype=np.float32)
+        for position in range(start, len(all_tokens)):
+            equal = np.flatnonzero(all_tokens[: position + 1] == all_tokens[position])
+            received[equal] += np.float32(1 / len(equal))
+        return received
+
+    def _looking(self) -> ModelSpec:
+        if not self.spec.can_look:
+            raise self._cannot_look()
+        return self.spec
 
     def close(self, seq: SequenceId) -> None:
         self._table.close(seq)

@@ -83,3 +83,19 @@ def check_fingerprint(payload: Payload, spec: ModelSpec) -> None:
             f"the payload's fingerprint is {payload.fingerprint.hex()}, this engine's is {spec.fingerprint.hex()}: "
             "it was made with another model, KV type or build"
         )
+
+
+def check_layer(layer: int, spec: ModelSpec) -> None:
+    """Raises BadRange for a layer at which nothing can differ yet, or that is none."""
+    if not 0 < layer < spec.num_layers:
+        raise BadRange(f"{spec.name} can be probed at a layer from 1 to {spec.num_layers - 1}, not at {layer}")
+
+
+def check_probed(table: SequenceTable, seq: SequenceId, payload: Payload, position: int, part: Range) -> None:
+    """Raises UnknownSequence, BadRange if the sequence has not the payload's tokens [start, stop) at `position`."""
+    start, stop = part
+    if not 0 <= start <= stop <= len(payload):
+        raise BadRange(f"[{start}, {stop}) is not a part of a payload of {len(payload)} tokens")
+    table.check_range(seq, position, position + stop - start)
+    if not np.array_equal(table.tokens(seq)[position : position + stop - start], payload.tokens[start:stop]):
+        raise BadRange(f"sequence {seq} has other tokens at {position} than the payload")

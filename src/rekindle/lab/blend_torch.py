@@ -27,7 +27,8 @@ from torch import Tensor
 
 from rekindle.engine.protocol import Payload, Range, SequenceId, Work
 from rekindle.engine.torch.attention import Batch
-from rekindle.engine.torch.engine import LayerKV, TorchEngine
+from rekindle.engine.torch.engine import TorchEngine
+from rekindle.engine.torch.insight import LayerKV
 from rekindle.lab.blend_run import ChunkKV, Reading, read_blended
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Plan

@@ -17,5 +17,6 @@ class ModelSpec:
     kv_bytes_per_token: int  # in the KV type chosen
     window: int  # sliding window in tokens, 0 if every layer sees everything
     can_shift: bool  # K can be rotated to another position: `drop`, and `place` elsewhere, work
+    can_look: bool = False  # one can stop between its layers and see what attention sees: `probe` and `attention` work
     kv_type: str = "f16"  # of the K and V cells, as the engine calls it
     fingerprint: bytes  # 16 bytes; equal fingerprints mean interchangeable KV

@@ -104,9 +104,7 @@ class Batch:
         layer = self._layers[module]
         group = self._pool.groups.of[layer]
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        new = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys[self._targets[group]] = new[0]
-        values[self._targets[group]] = new[1]
+        new = self._write(layer, key, value)
         if query.device.type != "cpu" or softcap or keys.shape[-1] != values.shape[-1]:
             parts = self._plain_parts.get((group, window))
             if parts is None:
@@ -117,6 +115,14 @@ class Batch:
             blocks = self._blocks[group, window] = self._plan(group, window, query.dtype)
         outputs = [_attend_block(block, query, keys, values, new, scaling) for block in blocks]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The new tokens' K and V to their cells; [rows, kv_heads, width] of each."""
+        new = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+        targets = self._targets[self._pool.groups.of[layer]]
+        self._pool.keys[layer][targets] = new[0]
+        self._pool.values[layer][targets] = new[1]
+        return new
 
     def _asked(self, group: int) -> list[Asked]:
         return [Asked(row, span.position, len(span.tokens), span.keys[group]) for row, span in self._spans]

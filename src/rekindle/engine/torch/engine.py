@@ -16,45 +16,40 @@ is given up, and its cells serve any other layer (`groups.py`). A window's queri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import nn
 
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
-from rekindle.engine.saved import distances
-from rekindle.engine.sequences import BookKeeping
 from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
 from rekindle.engine.torch.cells import Cells, CellTable
 from rekindle.engine.torch.groups import make_groups
 from rekindle.engine.torch.identity import identify, weights_digest
+from rekindle.engine.torch.insight import Insight
 from rekindle.engine.torch.kernels import kernels_for
+from rekindle.engine.torch.looks import Probe, Reached, Watched
 from rekindle.engine.torch.payload import PayloadLayout
 from rekindle.engine.torch.pool import Pool
 from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
-from rekindle.engine.verify import check_fingerprint, check_moves, check_payload, check_same, check_work
-from rekindle.errors import BadRange, ContextFull, EngineError, ModelError
+from rekindle.engine.verify import check_fingerprint, check_layer, check_moves, check_payload, check_work
+from rekindle.errors import BadRange, ContextFull, ModelError
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
 
 BATCH_TOKENS = 2048  # of one model call
+MakeBatch = Callable[[Pool, dict[nn.Module, int], Sequence[Span]], Batch]
 
 
-@dataclass(frozen=True, eq=False)
-class LayerKV:
-    """K and V of one layer for some tokens, in the engine's type."""
-
-    key: Tensor  # [kv_heads, tokens, key_dim], turned to the tokens' positions
-    value: Tensor  # [kv_heads, tokens, value_dim]
-
-
-class TorchEngine(BookKeeping):
+class TorchEngine(Insight):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
     def __init__(
@@ -103,6 +98,7 @@ class TorchEngine(BookKeeping):
             window=max(layer.window for layer in found.layers),
             kv_type=str(found.dtype).removeprefix("torch."),
             can_shift=found.immovable is None,
+            can_look=True,
             fingerprint=identify(model, weights or weights_digest(model), found),
         )
         check_against_model(self, model, self._borrowed)
@@ -112,12 +108,10 @@ class TorchEngine(BookKeeping):
 
     def forward(self, work: Sequence[Work]) -> Logits:
         check_work(self._table, work, self.spec.vocab_size)
-        for item in work:
-            self._check_length(self.length(item.seq) + len(item.tokens))
-            self._table.check_reach(item.seq, self.length(item.seq))
+        places = [self._placed(item) for item in work]
         if not work:
             return {}
-        rows = self._append([(item, self.length(item.seq)) for item in work])
+        rows = self._append(places)
         return dict(zip((item.seq for item in work if item.logits), rows, strict=True))
 
     def fork(self, seq: SequenceId, length: int) -> SequenceId:
@@ -213,48 +207,24 @@ class TorchEngine(BookKeeping):
             self._pool.load(kept, _joined(after), count, stop=count)  # cells that others shared stay the sequence's own
             raise
 
-    # Looking into KV.
+    # Looking.
 
-    def compare(self, one: Payload, other: Payload) -> npt.NDArray[np.float32]:
-        check_same(one, other, self.spec)
-        pairs = zip(self.look(one), self.look(other), strict=True)
-        layers = [[each.value.float().transpose(0, 1).flatten(1).numpy() for each in pair] for pair in pairs]
-        if not len(one):
-            return np.zeros(0, dtype=np.float32)
-        return distances([mine for mine, _ in layers], [yours for _, yours in layers])
+    def probe(self, seq: SequenceId, tokens: Tokens, layer: int) -> None:
+        check_layer(layer, self.spec)
+        self._append([self._checked(Work(seq, tokens, logits=False))], batch=partial(Probe, last=layer))
+
+    def attention(self, seq: SequenceId, tokens: Tokens) -> npt.NDArray[np.float32]:
+        work = self._checked(Work(seq, tokens, logits=False))
+        received = torch.zeros(self.length(seq) + len(tokens), device=self.device)
+        self._append([work], batch=partial(Watched, received=received))
+        return np.asarray(received.cpu().numpy(), dtype=np.float32)
 
     def compute_blind(self, seq: SequenceId, tokens: Tokens) -> None:
         """Append tokens that see only each other, where they stand: what `place` of a chunk gives, computed.
 
         Raises as `forward` does.
         """
-        work = Work(seq, tokens, logits=False)
-        check_work(self._table, [work], self.spec.vocab_size)
-        start = self.length(seq)
-        self._check_length(start + len(tokens))
-        self._append([(work, start)], blind=True)
-
-    def look(self, payload: Payload, position: int | None = None) -> list[LayerKV]:
-        """A payload's K and V, layer by layer, K turned to where its first token would stand at `position`.
-
-        The tensors are on the CPU; without a turn they share the payload's memory and must not be written. Raises
-        ForeignPayload, EngineError if the model's keys can't be moved or the payload is not whole.
-        """
-        by = 0 if position is None else position - payload.position
-        if by:
-            self._check_movable("a payload can only be read where it was computed")
-        check_fingerprint(payload, self.spec)
-        if payload.lacks:
-            raise EngineError(
-                f"only a whole payload can be looked into; of {payload.lacks} of its {len(payload)} tokens the layers "
-                "with a sliding window are missing"
-            )
-        data = self.layout.wrap(memoryview(payload.data), len(payload))
-        pairs = enumerate(self.layout.split(data, len(payload)))
-        return [
-            LayerKV(self._turned(layer, key, by).transpose(0, 1), value.transpose(0, 1))
-            for layer, (key, value) in pairs
-        ]
+        self._append([self._checked(Work(seq, tokens, logits=False))], blind=True)
 
     # Book-keeping.
 
@@ -290,7 +260,18 @@ class TorchEngine(BookKeeping):
 
     # The model underneath.
 
-    def _append(self, work: Sequence[tuple[Work, int]], *, blind: bool = False) -> list[Any]:
+    def _checked(self, work: Work) -> tuple[Work, int]:
+        """One sequence's tokens and where they go."""
+        check_work(self._table, [work], self.spec.vocab_size)
+        return self._placed(work)
+
+    def _placed(self, work: Work) -> tuple[Work, int]:
+        length = self.length(work.seq)
+        self._check_length(length + len(work.tokens))
+        self._table.check_reach(work.seq, length)
+        return work, length
+
+    def _append(self, work: Sequence[tuple[Work, int]], *, blind: bool = False, batch: MakeBatch = Batch) -> list[Any]:
         """Take cells for tokens that stand at the given positions and compute them. A failure takes them back."""
         spans = []
         for item, start in work:
@@ -298,41 +279,42 @@ class TorchEngine(BookKeeping):
             keys = self._table.keys(item.seq, start if blind else 0)
             spans.append(Span(item.tokens, start, keys, item.logits))
         try:
-            return self._compute(spans)
+            return self._compute(spans, batch)
         except BaseException:
             for item, start in work:
                 self._table.truncate(item.seq, start)
             raise
 
     @torch.inference_mode()
-    def _compute(self, spans: Sequence[Span]) -> list[Any]:
+    def _compute(self, spans: Sequence[Span], batch: MakeBatch = Batch) -> list[Any]:
         """Run the model on spans, in as few calls as allowed. Logits float32[vocab_size] of each span that wants them."""
         rows: list[Any] = []
-        for batch in _batches(spans, BATCH_TOKENS):
-            rows += self._call(batch)
+        for some in _batches(spans, BATCH_TOKENS):
+            rows += self._call(some, batch)
         return rows
 
-    def _call(self, spans: Sequence[Span]) -> list[Any]:
+    def _call(self, spans: Sequence[Span], batch: MakeBatch) -> list[Any]:
         tokens = np.concatenate([span.tokens for span in spans])
         positions = np.concatenate([np.arange(span.position, span.position + len(span.tokens)) for span in spans])
         ends = np.cumsum([len(span.tokens) for span in spans]) - 1
         wanted = ends[[span.logits for span in spans]]
         device = self._pool.device
-        with self._borrowed.lent(), kernels_for(len(tokens), self.layout.dtype, device):
+        made, output = batch(self._pool, self._layers, spans), None
+        with self._borrowed.lent(), kernels_for(len(tokens), self.layout.dtype, device), suppress(Reached):
             output = self._model(
                 input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(device),
                 position_ids=torch.from_numpy(positions)[None].to(device),
                 use_cache=False,
                 logits_to_keep=torch.from_numpy(wanted).to(device),
-                rekindle=Batch(self._pool, self._layers, spans),
+                rekindle=made,
             )
         self.num_calls += 1
+        if output is None:
+            assert isinstance(made, Probe)
+            self.num_probed += len(tokens) * made.last
+            return []
         self.num_computed += len(tokens)
         return list(output.logits[0].float().cpu().numpy())
-
-    def _cells(self, seq: SequenceId, start: int, stop: int) -> list[Cells]:
-        """Of each group, for those of the tokens [start, stop) that it holds."""
-        return [keys.cells for keys in self._table.keys(seq, start, stop)]
 
     def _turn(self, cells: Sequence[Cells], by: int) -> None:
         if not by:
@@ -341,17 +323,6 @@ class TorchEngine(BookKeeping):
         for layer, keys in enumerate(self._pool.keys):
             index = indexes[self.groups.of[layer]]
             keys[index] = self._turned(layer, keys[index], by)
-
-    def _turned(self, layer: int, keys: Tensor, by: int) -> Tensor:
-        rotation = self.rotations[layer]
-        if not by:
-            return keys
-        assert rotation is not None
-        return rotation.turn(keys, by)
-
-    def _check_movable(self, consequence: str) -> None:
-        if self.immovable is not None:
-            raise EngineError(f"{self.spec.architecture} KV cannot be moved ({self.immovable}): {consequence}")
 
     def _check_length(self, length: int) -> None:
         if length > self._max_length:

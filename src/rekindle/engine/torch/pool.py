@@ -56,7 +56,7 @@ class Pool:
         lacks = count - min(map(len, cells))
         data = self.layout.allocate(count, lacks).to(self.device)  # on a GPU one copy of all is much faster than many
         parts = self.layout.split(data, count, lacks)
-        for (key, value), (keys, values, index) in zip(parts, self._layers(cells), strict=True):
+        for (key, value), (keys, values, index) in zip(parts, self.layers(cells), strict=True):
             key.copy_(keys[index])
             value.copy_(values[index])
         return memoryview(data.cpu().numpy().data)
@@ -65,7 +65,7 @@ class Pool:
         """Into these cells of each group, from a payload of `count` tokens, the last of its tokens before `stop`."""
         there = self.layout.wrap(data, count, lacks).to(self.device)  # at once, as above
         parts = self.layout.split(there, count, lacks)
-        for layer, ((key, value), (keys, values, index)) in enumerate(zip(parts, self._layers(cells), strict=True)):
+        for layer, ((key, value), (keys, values, index)) in enumerate(zip(parts, self.layers(cells), strict=True)):
             wanted = len(cells[self.groups.of[layer]])
             if not wanted:
                 continue
@@ -76,11 +76,11 @@ class Pool:
 
     def copy(self, source: Sequence[Cells], target: Sequence[Cells]) -> None:
         """The KV of some cells of each group into others, none of which is both."""
-        for (keys, values, origin), (_, _, destination) in zip(self._layers(source), self._layers(target), strict=True):
+        for (keys, values, origin), (_, _, destination) in zip(self.layers(source), self.layers(target), strict=True):
             keys[destination] = keys[origin]
             values[destination] = values[origin]
 
-    def _layers(self, cells: Sequence[Cells]) -> Iterator[tuple[Tensor, Tensor, Index]]:
+    def layers(self, cells: Sequence[Cells]) -> Iterator[tuple[Tensor, Tensor, Index]]:
         """K, V and where these cells are in them, layer by layer."""
         indexes = [self.index(each) for each in cells]
         for keys, values, group in zip(self.keys, self.values, self.groups.of, strict=True):
