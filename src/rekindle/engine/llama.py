@@ -184,9 +184,8 @@ class LlamaEngine(BookKeeping):
         if not ranges:
             return
         tokens, length = self._table.tokens(seq), self.length(seq)
-        self._share(
-            seq, SCRATCH, ranges[0][0], length
-        )  # a batch must follow a sequence's last token: set the rest aside
+        # a batch must follow a sequence's last token: set the rest aside
+        self._share(seq, SCRATCH, ranges[0][0], length)
         try:
             for start, stop in ranges:
                 self._remove(seq, start)
@@ -299,9 +298,8 @@ class LlamaEngine(BookKeeping):
                 if first >= end:
                     continue
                 begin, whole = payload.position + offset, end - first == count
-                if (
-                    whole and not begin and not position
-                ):  # no scratch needed: loading clears its destination, which is empty
+                if whole and begin == position == 0:
+                    # no scratch needed: loading clears its destination, which is empty
                     self._load(data, seq, 0, count)
                     self._guard(seq, 0, count)
                     continue
