@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,15 +221,22 @@ class TestUnderEveryPolicy:
         assert [stored(tier, blocks) for blocks in mine] == [3, 3, 3]
         assert len(tier) == 20
 
-    def test_with_quotas_what_is_forgotten_is_one_tenants(self, policy: str) -> None:
-        for quota, left in ((0.75, 3), (1.0, 0)):
-            tier = tier_of(20 * ONE, policy=policy, quota=quota)
-            request(tier, same(1, 3, OTHER))
-            request(tier, same(1, 4))
-            tier.forget(ROOT)
+    def test_what_is_lost_takes_what_follows_it_and_nothing_else(self, policy: str) -> None:
+        for quota in (0.75, 1.0):
+            tier = tier_of(30 * ONE, policy=policy, quota=quota)
+            others = [same(1, 3, OTHER), same(2, 3), chain_of([1, 1, 3])]
+            for blocks in (*others, same(1, 4), chain_of([1, 1, 1, 2, 2])):
+                request(tier, blocks)
+            logits = np.zeros(1, np.float32)
+            tail = Block(digest(b"tail"), same(1, 3)[-1].key, as_tokens([5]), 3 * SIZE, PAYLOAD, logits)
+            tier.put(ROOT, same(1, 3), [tail])
+            tier.remove(ROOT, keys_of(same(1, 3)))
             tier.check_integrity()
-            assert (stored(tier, same(1, 4)), stored(tier, same(1, 3, OTHER))) == (0, left)
-            assert request(tier, same(1, 4)) == 0
+            assert [stored(tier, blocks) for blocks in (same(1, 4), *others)] == [2, 3, 3, 3]
+            assert len(tier) == 3 + 3 + 3 and tier.evictions == 0
+            tier.remove(ROOT, keys_of(same(1, 3)))
+            assert len(tier) == 9, "it is gone already"
+            assert request(tier, same(1, 4)) == 2
             assert request(tier, same(1, 4)) == 4
 
     def test_a_quota_holds_though_there_is_room(self, policy: str) -> None:
@@ -326,9 +334,11 @@ class Histories(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(root=roots)
-    def forget(self, root: Key) -> None:
-        self.tier.forget(root)
+    @rule(path=paths, root=roots)
+    def remove(self, path: list[int], root: Key) -> None:
+        blocks = chain_of(path, root)
+        self.tier.remove(root, keys_of(blocks))
+        assert blocks[-1].key not in self.tier
 
     @rule()
     def clear(self) -> None:

@@ -62,6 +62,14 @@ class Tier:
         self.stored.remove(key)
         assert not any(each[: len(key)] == key for each in self.stored), "a block lost its predecessor"
 
+    def lose(self, path: Sequence[int]) -> None:
+        """A chain loses what it shares with no other."""
+        chain = [key for key in chain_of(path) if key in self.stored]
+        while chain and not any(key[: len(chain)] == chain[-1] != key for key in self.stored):
+            self.policy.remove(chain)
+            self.pinned.discard(chain[-1])
+            self.remove(chain.pop())
+
     def check(self) -> None:
         self.policy.check_integrity()
         assert len(self.policy) == len(self.stored)
@@ -77,6 +85,7 @@ steps = st.lists(
         st.tuples(st.just("request"), paths),
         st.tuples(st.just("pin"), paths),
         st.tuples(st.just("unpin"), st.just([0])),
+        st.tuples(st.just("lose"), paths),
     ),
     max_size=120,
 )
@@ -96,6 +105,9 @@ class TestEveryPolicy:
                 tier.pinned.add(tuple(path))
             elif action == "unpin":
                 tier.pinned.clear()
+            elif action == "lose":
+                tier.lose(path)
+                tier.check()
 
     def test_nothing_to_evict(self, name: str) -> None:
         assert make_policy(name, 10).evict() is None

@@ -93,6 +93,21 @@ def test_a_prompt_of_whole_blocks_gets_its_logits(bench: Bench) -> None:
     assert store.match(PROMPT[:12]).logits is not None
 
 
+def test_what_cannot_be_used_is_forgotten_in_every_tier_and_stored_again(bench: Bench) -> None:
+    other = as_tokens([0, 1, 2, 3, 9, 9, 9, 9])
+    bench.put(PROMPT)
+    bench.put(other)
+    bench.store.discard(bench.store.match(PROMPT), 1)
+    assert bench.store.match(PROMPT).length == 4
+    bench.store.behind.flush()
+    assert bench.store.match(other).length == 8, "what shares its beginning stays"
+    for tier in bench.tiers:
+        assert len(tier.blocks) == 1 + 2
+    bench.put(PROMPT)
+    bench.restart().fetch(PROMPT)
+    assert bench.store.match(PROMPT).length == 14
+
+
 def test_salts_stay_apart_in_every_tier(bench: Bench) -> None:
     bench.put(PROMPT, salt=b"one")
     store = bench.restart()

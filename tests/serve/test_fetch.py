@@ -44,6 +44,27 @@ def test_after_a_restart_nothing_is_computed_again() -> None:
     assert "100 tokens fetched from disk" in answer.done.plan.steps[0].reason
 
 
+def test_what_the_engine_refuses_is_computed_once_more_and_good_from_then_on() -> None:
+    """In memory and on disk, where it would be found again after every restart."""
+    disk, prompt, other = DictTier(), ids(40, 100), ids(41, 100)
+    settled_after(disk, other)
+    good = ask(settled_after(disk, prompt), prompt)
+    torn = next(block for block in disk.blocks.values() if block.position == 48 and block.tokens[0] == prompt[48])
+    object.__setattr__(torn, "payload", torn.payload[:-1])
+    for cached in (0, 100):
+        stage = Stage(tiers=[disk])
+        answer = stage.submit(prompt)
+        while not stage.scheduler.step().idle:
+            pass
+        stage.end_fetches()
+        while not stage.scheduler.step().idle:  # not `run`, which would find the store torn
+            pass
+        assert answer.done.usage.cached_tokens == cached and answer.text == good.text
+        settled(stage)
+    stage = Stage(tiers=[disk])
+    assert ask(stage, other).done.usage.cached_tokens == 100
+
+
 def settled_after(disk: DictTier, prompt: list[int]) -> Stage:
     stage = Stage(tiers=[disk])
     ask(stage, prompt)

@@ -55,14 +55,16 @@ def test_in_the_engine_no_tenant_forks_another_ones_sequence() -> None:
 
 
 def test_what_is_torn_of_one_tenant_takes_nothing_from_another() -> None:
-    with rekindle.load(threads=1, store="none", store_quota=0.5) as llm:
+    """Nor of the tenant's own what was read before it."""
+    with rekindle.load(threads=1, store="none") as llm:
         length = len(llm.service.text_prompt(STORY))
         assert [cached(llm, salt) for salt in SALTS] == [0, 0, 0]
         llm.service.settle()
         llm.service.evict_residents()
-        for block in llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").blocks[:1]:
-            object.__setattr__(block, "payload", memoryview(bytes(len(block.payload))))
+        torn = llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").blocks[2]
+        object.__setattr__(torn, "payload", memoryview(bytes(len(torn.payload))))
         assert cached(llm, b"ours") == 0
+        assert llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").length == torn.position > 0
         llm.service.evict_residents()
         assert [cached(llm, salt) for salt in SALTS] == [length] * 3
         llm.service.check_integrity()

@@ -83,6 +83,10 @@ class Behind:
         """Have all tiers, later, keep this chain, given head first, no longer than any other."""
         self._add(_Job(partial(self._release, places), len(places) * _PLACE_BYTES), always=True)
 
+    def remove(self, places: Sequence[Place]) -> None:
+        """Have all tiers, later, forget these."""
+        self._add(_Job(partial(self._remove, places), len(places) * _PLACE_BYTES), always=True)
+
     def _add(self, job: _Job, *, always: bool = False) -> bool:
         if not self._tiers:
             return True
@@ -176,6 +180,11 @@ class Behind:
         for tier in self._tiers:
             with suppress(TierUnavailable):
                 tier.release(places)
+
+    def _remove(self, places: Sequence[Place]) -> None:
+        for tier in self._tiers:
+            with suppress(TierUnavailable):
+                tier.remove(places)
 
     def _write(self, tiers: Sequence[Tier], chain: Sequence[Block]) -> None:
         for tier in tiers:

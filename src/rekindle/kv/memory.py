@@ -131,20 +131,27 @@ class MemoryTier:
     def clear(self) -> None:
         """Forget all blocks, and what was learned of them."""
         for share in list(self._shares):
-            self._empty(share)
+            while (key := share.policy.evict()) is not None:
+                self._remove(share, key)
         self._shares.clear()
         self._awaited.clear()
 
-    def forget(self, root: Key) -> None:
-        """The blocks of the share that this root's belong to: with quotas of its salt alone, without of everybody."""
-        share = self._shares.of(root)
-        self._empty(share)
+    def remove(self, root: Key, chain: Sequence[Key]) -> None:
+        """Lose the last block of a chain, given head first, and all that follows it, even what is to stay."""
+        share, path = self._shares.of(root), list(chain)
+        while len(path) >= len(chain) and path[-1] in self:
+            following = self._after(path[-1])
+            if following is not None:
+                path.append(following)
+            else:
+                share.policy.remove(path)
+                self._remove(share, path.pop())
         self._shares.changed(share)
-        self._awaited.clear()  # others' were only meant to stay for a moment
 
-    def _empty(self, share: Share) -> None:
-        while (key := share.policy.evict()) is not None:
-            self._remove(share, key)
+    def _after(self, key: Key) -> Key | None:
+        """A tail or block that follows this one, if there is any."""
+        tail = next(iter(self._tails_of.get(key, ())), None)
+        return self._tree.after(key) if tail is None and key in self._tree else tail
 
     def check_integrity(self) -> None:
         """Recount. Raises AssertionError."""

@@ -51,6 +51,10 @@ class Policy(ABC, Generic[K]):
         """
 
     @abstractmethod
+    def remove(self, chain: Sequence[K]) -> None:
+        """The last block of this chain, which nothing stored follows, is gone, though it is no victim."""
+
+    @abstractmethod
     def evict(self, pinned: Container[K] = ()) -> K | None:
         """The next victim, which counts as gone from here on; None if there is none but pinned ones and their heads."""
 

@@ -189,9 +189,8 @@ class Store:
         size = self.block_tokens
         with self._lock:
             keys, _ = self._memory.longest(self._root(salt), token_bytes(tokens))
-        return list(
-            range(len(keys) * size, len(tokens) - size + 1, size)
-        )  # no block is stored without its predecessors
+        # no block is stored without its predecessors
+        return list(range(len(keys) * size, len(tokens) - size + 1, size))
 
     def put(
         self,
@@ -420,11 +419,14 @@ class Store:
         with self._lock:
             self._memory.clear()
 
-    def forget(self, salt: bytes) -> None:
-        """Forget what is in memory of one salt, and without quotas of all; slower tiers keep what they have."""
-        root = self._root(salt)
+    def discard(self, match: Match, index: int = 0) -> None:
+        """Forget what was found from this block on, because it can't be used, and in memory what follows it.
+
+        Slower tiers lose it, too, a little later.
+        """
         with self._lock:
-            self._memory.forget(root)
+            self._memory.remove(match.root, match.keys[: index + 1])
+        self.behind.remove([place_of(block) for block in match.blocks[index:]])
 
     def clear(self, *, every_model: bool = False) -> None:
         """Forget everything of this model, or of every model, in every tier. May wait for a slow one."""

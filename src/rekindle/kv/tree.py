@@ -54,6 +54,14 @@ class Tree:
         run = self._runs.get(key)
         return None if run is None else run.blocks[run.keys.index(key)]
 
+    def after(self, key: Key) -> Key | None:
+        """One of the blocks that follow this one; None if there is none."""
+        run = self._runs[key]
+        index = run.keys.index(key) + 1
+        if index < len(run.keys):
+            return run.keys[index]
+        return next((following.keys[0] for following in run.following.values()), None)
+
     def longest(self, root: Key, written: bytes) -> tuple[list[Key], list[Block]]:
         """Keys and blocks of the longest known beginning of a prompt, given as bytes."""
         keys: list[Key] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from enum import Enum
@@ -19,7 +20,7 @@ from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, in_words, prepare
 from rekindle.serve.room import Room
-from rekindle.serve.run import Run
+from rekindle.serve.run import Part, Run
 from rekindle.serve.sampling import Vector
 from rekindle.serve.state import State, shares
 from rekindle.tokens import common_length
@@ -128,8 +129,6 @@ class Admission:
             restored = self._restore(run, plan, match, found, victims)
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
-            if not isinstance(error, ContextFull):
-                self._store.forget(run.salt)
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
@@ -262,7 +261,7 @@ class Admission:
             if not has_sequence or not self._room.make(cells, [seq], victims):
                 self._engine.close(seq)
                 return False
-            run.parts = prepare(self._engine, plan, found)
+            run.parts = self._prepare(plan, found)
             for step in plan.steps:
                 if isinstance(step, Place) and step.chunk is None:
                     self._place(seq, step, match, until=step.stop if is_tight else 0)
@@ -277,5 +276,29 @@ class Admission:
         blocks = [block for block in match.blocks if step.start <= block.position < step.stop]
         assert blocks[0].position == self._engine.length(seq)
         payloads = [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks]
-        self._engine.place_all(seq, payloads, until=until)
+        try:
+            self._engine.place_all(seq, payloads, until=until)
+        except EngineError:
+            self._place_each(seq, payloads, match, until=until)
         self._engine.truncate(seq, step.stop)  # the last block may go on with other tokens
+
+    def _place_each(self, seq: SequenceId, payloads: Iterable[Payload], match: Match, *, until: int) -> None:
+        """One by one, so that it is known what the engine refuses: nobody is to find that again. Raises EngineError."""
+        for payload in payloads:
+            try:
+                self._engine.place(seq, payload, payload.position, until=until)
+            except ContextFull:
+                raise
+            except EngineError:
+                self._store.discard(match, payload.position // self._store.block_tokens)
+                raise
+
+    def _prepare(self, plan: Plan, found: Found) -> deque[Part]:
+        """Parts of chunks; a chunk that the engine refuses is forgotten. Raises EngineError."""
+        try:
+            return prepare(self._engine, plan, found)
+        except ContextFull:
+            raise
+        except EngineError:
+            self._blending.discard(plan, found)
+            raise

@@ -144,6 +144,12 @@ class Blending:
             if chunk.placed:
                 self._store.used(found.matches[chunk.index])
 
+    def discard(self, plan: Plan, found: Found) -> None:
+        """Have the store forget the chunks that a plan places, because not all of them can be."""
+        for chunk in plan.chunks:
+            if chunk.placed:
+                self._store.discard(found.matches[chunk.index])
+
 
 def whole_blocks(match: Match) -> list[Block]:
     """Of what was found, blocks that hold nothing else; another prompt's tail, of which only some is shared, does."""

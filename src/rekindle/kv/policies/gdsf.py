@@ -46,6 +46,9 @@ class GDSF(Policy[K]):
         self._tree.add(chain)
         self._offer(chain[-1:])
 
+    def remove(self, chain: Sequence[K]) -> None:
+        self._remove(chain[-1])
+
     def evict(self, pinned: Container[K] = ()) -> K | None:
         spared: list[K] = []
         victim: K | None = None

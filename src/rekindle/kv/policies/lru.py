@@ -38,6 +38,9 @@ class LRU(Policy[K]):
             order.move_to_end(key)
         self._tree.add(chain)
 
+    def remove(self, chain: Sequence[K]) -> None:
+        self._remove(chain[-1])
+
     def evict(self, pinned: Container[K] = ()) -> K | None:
         for _ in range(len(self._order)):
             key = next(iter(self._order))

@@ -93,6 +93,10 @@ class Prospect(Policy[K]):
             self._learn()
         self._limit_ghosts()
 
+    def remove(self, chain: Sequence[K]) -> None:
+        path, _ = self._walk(list(chain))
+        self._shorten(path[-1])
+
     def evict(self, pinned: Container[K] = ()) -> K | None:
         if self._aside:
             self._try_again(next(iter(self._aside)))
