@@ -8,6 +8,7 @@ import pytest
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
 
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError, Stopping
+from rekindle.serve.request import Generation
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, System, Token, UserInput
 from rekindle.serve.sessions.sessions import Sessions
@@ -263,6 +264,32 @@ def test_the_idlest_makes_way_when_there_are_too_many() -> None:
         sessions.call(lambda: sessions.open("third")).result(60)
         names = sessions.call(lambda: [session.name for session in sessions.all()]).result(60)
         assert names == ["second", "third"] and first.name == "first"
+
+
+def test_a_session_for_which_there_is_no_room_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with toy_with(max_sessions=1) as toy, Sessions(toy) as sessions:
+        one = Talker(sessions, head=head(LONG))  # listens, so it makes way for nobody
+        settled(toy, one)
+        asked: list[Generation] = []
+        monkeypatch.setattr(toy, "submit", lambda generation, sink: asked.append(generation))
+        for attempt in (
+            lambda: sessions.open("two", head=head("Be brief.")),
+            lambda: sessions.fork(one.session, "two"),
+        ):
+            with pytest.raises(Overloaded):
+                one.call(attempt)
+        assert not asked and one.call(lambda: [each.name for each in sessions.all()]) == ["one"]
+
+
+def test_a_session_of_which_a_context_is_refused_holds_nothing(toy: Service, sessions: Sessions) -> None:
+    contexts = {"other": head(LONG * 1000)}
+    with pytest.raises(SessionError, match="the head has"):
+        sessions.call(lambda: sessions.open("one", head=head(LONG), contexts=contexts)).result(60)
+    talker = Talker(sessions)
+    settled(toy, talker)
+    holders: list[str | None] = []
+    toy._worker.call(lambda scheduler: holders.extend(each.holder for each in scheduler.residents._all))
+    assert {each for each in holders if each is not None} <= {f"{talker.session.key}/main"}
 
 
 def test_what_is_done_to_a_closed_session_is_neither_read_nor_written(toy: Service) -> None:

@@ -150,8 +150,12 @@ class Sessions:
         if entry is not None:
             return self._use(entry)
         session = self._make(name, salt, secrets.token_hex(_KEY_BYTES), options or Options())
-        for each, messages in {MAIN: head, **(contexts or {})}.items():
-            session.add_context(each, messages)
+        try:
+            for each, messages in {MAIN: head, **(contexts or {})}.items():
+                session.add_context(each, messages)
+        except RekindleError:
+            session.close()  # one context may be read already when the next is refused
+            raise
         return self._enter(session)
 
     def get(self, name: str, *, salt: bytes = b"") -> Session:
@@ -242,6 +246,8 @@ class Sessions:
         return entry.session
 
     def _make(self, name: str, salt: bytes, key: str, options: Options) -> Session:
+        """A new one. Raises Overloaded if there will be no room for it, before it reads anything."""
+        self._idlest(salt)
         post, gate = self._inbox.put, self._gate
         return Session(self._service, post, self._later, key=key, name=name, salt=salt, options=options, gate=gate)
 
@@ -253,8 +259,11 @@ class Sessions:
             raise SessionError(f"there is a session {name!r} already")
 
     def _enter(self, session: Session) -> Session:
-        if len(self._entries) >= self._settings.max_sessions:
-            self._close_idlest(session.salt)
+        idlest = self._idlest(session.salt)
+        if idlest is not None:
+            self._write(idlest)
+            idlest.close()
+            del self._entries[idlest.salt, idlest.name]
         self._entries[session.salt, session.name] = _Entry(session, self._clock())
         session.changed = lambda: self._write(session)
         self._write(session)
@@ -265,19 +274,21 @@ class Sessions:
         """Delete saved sessions that are too old or too many, but none that is open here."""
         self._saved.prune(((entry.session.salt, entry.session.key) for entry in self._entries.values()), owner)
 
-    def _close_idlest(self, comer: bytes) -> None:
-        """Of whoever has most sessions, the comer included: so nobody loses one for another who has fewer."""
-        idle = [(key, each) for key, each in self._entries.items() if not each.session.num_listeners]
+    def _idlest(self, comer: bytes) -> Session | None:
+        """The session that makes way for another of this owner; None if there is room. Raises Overloaded.
+
+        It is one of whoever has most, the comer included: so nobody loses one for another who has fewer.
+        """
+        if len(self._entries) < self._settings.max_sessions:
+            return None
         owners = Counter(salt for salt, _ in self._entries) + Counter([comer])
         most = max(owners.values())
-        idle = [(key, each) for key, each in idle if owners[key[0]] == most]
+        idle = [each for each in self._entries.values() if owners[each.session.salt] == most]
+        idle = [each for each in idle if not each.session.num_listeners]
         if not idle:
             limit = self._settings.max_sessions
             raise Overloaded(f"there are {len(self._entries)} sessions, the limit is {limit}; try again later")
-        key, entry = min(idle, key=lambda pair: (pair[0][0] != comer, pair[1].used))
-        self._write(entry.session)
-        entry.session.close()
-        del self._entries[key]
+        return min(idle, key=lambda entry: (entry.session.salt != comer, entry.used)).session
 
     def _write(self, session: Session) -> None:
         """A session that can't be written goes on, and is lost with the process."""
