@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rekindle.api.refusals import invalid_message, refusal_of
 from rekindle.api.wire import Str, Wire
@@ -27,7 +27,26 @@ from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Toke
 from rekindle.serve.sessions.session import Session
 
 
-class MessageIn(Wire):
+class TextOnly(Wire):
+    """Base of what is said: a text, all of which is read exactly and while it comes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_chunks(cls, value: Any) -> Any:
+        for name in _OF_CHUNKS if isinstance(value, dict) else ():
+            if value.get(name) is not None and (name != "data" or isinstance(value[name], list)):
+                raise InvalidRequest(
+                    f"{name}: expected one text as data; chunks are marked, and blended, in messages of "
+                    "/v1/chat/completions, /v1/responses and /v1/realtime",
+                    param=name,
+                )
+        return value
+
+
+_OF_CHUNKS = ("data", "cache", "documents", "rekindle")
+
+
+class MessageIn(TextOnly):
     """The user's message."""
 
     type: Literal["message"]
@@ -44,7 +63,7 @@ class MessageIn(Wire):
         session.answer(max_tokens=self.max_tokens, sampling=sampling)
 
 
-class PartialIn(Wire):
+class PartialIn(TextOnly):
     """What is just being typed or spoken."""
 
     type: Literal["partial"]

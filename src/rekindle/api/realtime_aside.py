@@ -2,31 +2,36 @@
 
 Its prompt is a whole one, as of a chat completion, so it reuses what is stored of it and disturbs nothing that the session
 holds. Only what comes of it may be put into the conversation.
+
+So chunks can be placed in it, which is never done to what a session holds: that goes on and on, and is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rekindle.api.realtime_items import Item
 from rekindle.api.realtime_response import Response
 from rekindle.errors import RekindleError
-from rekindle.reuse.prompt import Prompt
-from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
+from rekindle.model.chunks import Part, content_of
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece
 from rekindle.serve.service import Service, Ticket
 from rekindle.serve.sessions.context import Context
 from rekindle.serve.sessions.gate import Gate
 
 
-def messages_of(instructions: str, items: Sequence[Item]) -> list[dict[str, str]]:
+def messages_of(instructions: str, items: Sequence[Item]) -> list[dict[str, Any]]:
     """As chat templates know them: messages of one role that follow each other are one."""
-    messages = [{"role": "system", "content": instructions}] if instructions.strip() else []
+    said: list[tuple[str, list[Part]]] = [("system", [instructions])] if instructions.strip() else []
     for item in items:
-        if messages and messages[-1]["role"] == item.role:
-            messages[-1]["content"] += f"\n{item.text}"
+        content = item.content
+        parts = [content] if isinstance(content, str) else content
+        if said and said[-1][0] == item.role:
+            said[-1][1].extend(parts)
         else:
-            messages.append({"role": item.role, "content": item.text})
-    return messages
+            said.append((item.role, [*parts]))
+    return [{"role": role, "content": content_of(parts)} for role, parts in said]
 
 
 class Aside:
@@ -57,16 +62,13 @@ class Aside:
     def ask(
         self,
         service: Service,
-        prompt: Prompt,
-        max_tokens: int | None,
-        sampling: Sampling,
+        generation: Generation,
         post: Callable[[Callable[[], None]], object],  # do this on the sessions' thread
     ) -> None:
         """Raises what `submit` raises, and Overloaded if its owner has too many.
 
         The worker's events come back by way of `post`.
         """
-        generation = Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling)
 
         def hand_over(event: Event) -> None:
             post(lambda: self._hear(event))

@@ -22,6 +22,7 @@ from rekindle.api.realtime_talk import Conversation, Event, Sink
 from rekindle.api.refusals import refusal_of
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.request import Generation
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
@@ -201,7 +202,7 @@ class Commands:
         return found
 
     def _new(self, given: wire.ItemIn) -> Item:
-        item = Item(given.role, given.text)
+        item = _item_of(given)
         if given.id is not None:
             self._check_new(given.id)
             item.id = given.id
@@ -242,7 +243,7 @@ class Commands:
         """The item is told when the session tells of it."""
         self.conversation.coming = item
         try:
-            self._session.commit(text)
+            self._session.commit(text, ahead=not item.is_marked)
         finally:
             self.conversation.coming = None
 
@@ -307,44 +308,56 @@ class Commands:
             conversation_id=conversation.id if is_adopted else None,
             max_output_tokens=max_tokens,
             metadata=given.metadata,
+            options=given.rekindle,
         )
         is_other = given.instructions not in (None, conversation.instructions)
-        if not is_adopted or given.input is not None or is_other:
-            self._ask_aside(given, response, max_tokens, is_adopted)
-        elif session.context.open is None:
+        is_beside = not is_adopted or given.input is not None or is_other
+        if not is_beside and session.context.open is None:
             raise SessionError("there is no user message to answer; create one, or commit the buffer")
+        beside = self._beside(given, max_tokens) if is_beside or self._may_blend(given) else None
+        if beside is not None and (is_beside or beside.blend is not None):
+            self._ask_aside(beside, response, is_adopted)
         else:
             turn = session.answer(max_tokens=max_tokens, sampling=sampled(session.options.sampling, given))
             conversation.answer(response, turn)
 
-    def _ask_aside(self, given: wire.ResponseIn, response: Response, max_tokens: int | None, is_adopted: bool) -> None:
+    def _ask_aside(self, generation: Generation, response: Response, is_adopted: bool) -> None:
         if len(self._asides) >= MAX_ASIDES:
             raise Overloaded(f"{MAX_ASIDES} answers beside the conversation are under way; wait for one to end")
         gate, owner = self._sessions.gate, self._session.salt
         context = self._session.context
         aside = Aside(response, context, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
-        sampling = sampled(self._session.options.sampling, given)
-        aside.ask(self._service, self._prompt(given), max_tokens, sampling, self._sessions.call)
+        aside.ask(self._service, generation, self._sessions.call)
         self._asides[response.id] = aside
         response.begin(self.conversation.before(None))
 
-    def _prompt(self, given: wire.ResponseIn) -> Prompt:
-        """Of an answer beside the conversation; if it is asked for nothing else, the conversation's own."""
+    def _may_blend(self, given: wire.ResponseIn) -> bool:
+        """Whether chunks are to be placed, if there are any: only beside the session, which is exact."""
+        is_wanted = self._service.settings.blend == "marked" if given.blend_wish is None else given.blend_wish
+        return is_wanted is not False and any(item.is_marked for item in self.conversation.items)
+
+    def _beside(self, given: wire.ResponseIn, max_tokens: int | None) -> Generation:
+        """An answer beside the conversation; if it is asked for nothing else, the conversation's own."""
         conversation, context = self.conversation, self._session.context
-        if given.input is None and given.instructions is None and context.open is not None:
-            answered = context.open.answer
-            return Prompt(context.tokens[: context.num_tokens - len(answered)], salt=context.salt)
-        words = conversation.instructions if given.instructions is None else given.instructions
         items = [item for item in conversation.items if item.status != "in_progress"]
         if given.input is not None:
             items = [
-                self._item(each.id, "input") if isinstance(each, wire.ReferenceIn) else Item(each.role, each.text)
+                self._item(each.id, "input") if isinstance(each, wire.ReferenceIn) else _item_of(each)
                 for each in given.input
             ]
-        messages = messages_of(words, items)
+        messages = messages_of(conversation.instructions if given.instructions is None else given.instructions, items)
         if not messages:
             raise InvalidRequest("there is nothing to answer: give input or instructions", param="response.input")
-        return self._service.chat_prompt(messages, salt=self._session.salt)
+        sampling, blend = sampled(self._session.options.sampling, given), None
+        is_own = given.input is None and given.instructions is None and context.open is not None
+        if is_own and not self._may_blend(given):
+            assert context.open is not None
+            num_read = context.num_tokens - len(context.open.answer)
+            prompt = Prompt(context.tokens[:num_read], salt=context.salt)
+        else:
+            prompt = self._service.chat_prompt(messages, salt=self._session.salt)
+            blend = self._service.blend_of(given.blend_wish, prompt)
+        return Generation(prompt=prompt, max_tokens=max_tokens, sampling=sampling, blend=blend)
 
     def _aside_ended(self, aside: Aside) -> str | None:
         self._asides.pop(aside.response.id, None)
@@ -374,6 +387,10 @@ class Commands:
             adopted[0].cancel()
         else:
             raise NoActiveResponse("there is no such answer under way")
+
+
+def _item_of(given: wire.ItemIn) -> Item:
+    return Item(given.role, given.text, parts=given.parts)
 
 
 def error_event(error: Exception, event_id: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rekindle.errors import InvalidRequest
+from rekindle.model.chunks import Chunk, Part, content_of, plain
 from rekindle.serve.sessions.context import Context, Exchange, Turn
 
 Role = Literal["system", "user", "assistant"]
@@ -30,17 +31,36 @@ class Item:
     id: str = field(default_factory=lambda: f"item_{secrets.token_hex(8)}")
     status: Status = "completed"
     turn: int = 0  # the number of the session's turn that it is part of; 0: of the head
+    parts: Sequence[Part] = ()  # as they came, if they did
+
+    @property
+    def content(self) -> str | list[Part]:
+        """For chat templates: the text, or its parts if there is a chunk among them."""
+        return content_of(self.parts) if self.is_marked else self.text
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether a part of it is a chunk, and it was not cut since it came."""
+        return any(isinstance(part, Chunk) for part in self.parts) and plain(self.parts) == self.text
 
     @property
     def as_dict(self) -> dict[str, Any]:
         kind = "output_text" if self.role == "assistant" else "input_text"
+        content = [{"type": kind, "text": self.text}] if self.text or self.role != "assistant" else []
+        if self.is_marked:
+            content = [
+                {"type": kind, "text": part}
+                if isinstance(part, str)
+                else {"type": kind, "text": part.text, "cache": "chunk"}
+                for part in self.parts
+            ]
         return {
             "id": self.id,
             "object": "realtime.item",
             "type": "message",
             "status": self.status,
             "role": self.role,
-            "content": [{"type": kind, "text": self.text}] if self.text or self.role != "assistant" else [],
+            "content": content,
         }
 
 

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from rekindle.api.realtime_items import Item
 from rekindle.api.refusals import refusal_of
+from rekindle.api.report import blended_tokens, report_of
+from rekindle.api.wire import RekindleOptions
 from rekindle.errors import RekindleError
 from rekindle.serve.request import Done
 from rekindle.serve.sessions.line import Work
@@ -60,6 +62,7 @@ class Response:
         conversation_id: str | None,
         max_output_tokens: int | None = None,
         metadata: dict[str, str] | None = None,
+        options: RekindleOptions | None = None,
     ) -> None:
         """Without a conversation, its item is nobody's but the response's."""
         self.id = f"resp_{secrets.token_hex(8)}"
@@ -69,6 +72,7 @@ class Response:
         self._conversation_id = conversation_id
         self._max_output_tokens: int | str = max_output_tokens or "inf"
         self._metadata = metadata
+        self._options = options
         self._details: dict[str, Any] | None = None
         self._usage: dict[str, Any] | None = None
         self._num_deltas = 0
@@ -154,6 +158,8 @@ class Response:
             "generated": usage.completion_tokens,
             "dropped": 0 if cost is None else cost.dropped,
         }
+        if usage.blended_tokens:
+            tokens["blended"] = usage.blended_tokens
         event: dict[str, Any] = {
             "type": "rekindle.kv",
             "response_id": self.id,
@@ -162,7 +168,7 @@ class Response:
         }
         event["tier"] = plan.tier or ("engine" if usage.cached_tokens else None)
         event["miss"] = plan.miss
-        event["timings"] = done.timings.as_dict
+        event |= report_of(self._options, done) | {"timings": done.timings.as_dict}
         if cost is not None:
             event["ahead"] = {"computed": cost.computed, "restored": cost.restored, "tier": cost.tier}
         self._emit(event)
@@ -181,6 +187,7 @@ def _usage(done: Done) -> dict[str, Any]:
             "image_tokens": 0,
             "cached_tokens": usage.cached_tokens,
             "cached_tokens_details": cached,
-        },
+        }
+        | blended_tokens(usage),
         "output_token_details": {"text_tokens": usage.completion_tokens, "audio_tokens": 0},
     }

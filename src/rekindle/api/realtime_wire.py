@@ -19,8 +19,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError, model_validator
 
 from rekindle.api.refusals import invalid_message
-from rekindle.api.wire import Ours, Span, Str, Wire, expect
+from rekindle.api.wire import Ours, RekindleOptions, Span, Str, TextIn, Wire, expect
 from rekindle.errors import InvalidRequest, nearest
+from rekindle.model.chunks import Part, plain
+from rekindle.serve.marked import Wish
 
 MAX_ID = 512  # characters of an id that a client gives; longer ones are not repeated
 _MAX_PARTS = 256
@@ -149,11 +151,10 @@ class SessionIn(_Choices):
 # Items.
 
 
-class PartIn(Wire):
+class PartIn(TextIn):
     """Of an item's content."""
 
     type: Literal["input_text", "output_text", "text"]
-    text: Str
 
 
 class ItemIn(Wire):
@@ -180,7 +181,11 @@ class ItemIn(Wire):
 
     @property
     def text(self) -> str:
-        return "\n".join(part.text for part in self.content)
+        return plain(self.parts)
+
+    @property
+    def parts(self) -> list[Part]:
+        return [each.part for each in self.content]
 
 
 class ReferenceIn(Wire):
@@ -201,6 +206,20 @@ class ResponseIn(_Choices):
     metadata: dict[Annotated[Str, Field(max_length=64)], Annotated[Str, Field(max_length=512)]] | None = Field(
         None, max_length=16
     )
+    documents: Any = None
+    rekindle: RekindleOptions | None = None
+
+    @model_validator(mode="after")
+    def _is_here(self) -> Self:
+        if self.documents is not None:
+            raise Unsupported('documents are parts of messages here, with "cache": "chunk"', param="response.documents")
+        if self.rekindle is not None and self.rekindle.pin is not None:
+            raise Unsupported("pin the session: rekindle.session.pin", param="response.rekindle.pin")
+        return self
+
+    @property
+    def blend_wish(self) -> Wish:
+        return None if self.rekindle is None else self.rekindle.blend_wish
 
 
 # Events.

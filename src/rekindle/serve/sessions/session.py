@@ -211,8 +211,11 @@ class Session:
     def _most_characters(self) -> int:
         return 64 * self.window  # no text of so many fits, and tokenising more would keep others waiting
 
-    def commit(self, text: str | None = None) -> Turn:
-        """The draft, or this text in its place, is the user's message. A message that was not answered yet grows."""
+    def commit(self, text: str | None = None, *, ahead: bool = True) -> Turn:
+        """The draft, or this text in its place, is the user's message. A message that was not answered yet grows.
+
+        It is read at once, or, unless `ahead`, when it is answered.
+        """
         if self._answering:
             raise SessionError("an answer is being generated; interrupt it, or wait for its end")
         context, words = self.context, self.context.draft if text is None else text
@@ -232,7 +235,8 @@ class Session:
             raise
         turn = context.begin(words, said)
         self._tell(UserInput(turn.number, words))
-        self._read(context)
+        if ahead:
+            self._read(context)
         return turn
 
     # Answers.
