@@ -18,7 +18,7 @@ EVENTS = b'data: {"n": 1}\r\n\r\n: a comment\n\ndata: {"n": 2, "text": "\xc3\xa9
 
 @contextmanager
 def server(status: int, body: bytes, kind: str = "application/json") -> Iterator[str]:
-    """A server that gives one answer to everything."""
+    """A server that gives one answer to everything; PATH in it is the path that was asked for."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -26,7 +26,7 @@ def server(status: int, body: bytes, kind: str = "application/json") -> Iterator
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body.replace(b"PATH", self.path.encode()))
 
         do_GET = do_POST  # noqa: N815  # the name is the base class's
 
@@ -53,6 +53,18 @@ def test_a_url_may_lack_its_scheme_and_have_a_path() -> None:
     with server(200, b"{}") as url:
         assert Client(url.removeprefix("http://")).get("/") == {}
         assert Client(url + "/v1/").url == url
+
+
+def test_a_server_may_stand_under_a_path() -> None:
+    with server(200, b'{"path": "PATH"}') as url:
+        for end in ("/models/ember", "/models/ember/", "/models/ember/v1"):
+            assert Client(url + end).get("/health") == {"path": "/models/ember/health"}
+
+
+def test_a_missing_key_is_refused_with_how_to_give_one() -> None:
+    body = b'{"error": {"message": "expected an API key, got none"}}'
+    with server(401, body) as url, pytest.raises(ServerError, match=r"none; give .* --api-key or in REKINDLE_API"):
+        Client(url).get("/")
 
 
 def test_events_come_one_by_one_up_to_done() -> None:
@@ -92,7 +104,9 @@ def test_something_else_than_our_server_is_told(body: bytes) -> None:
         Client(url).get("/health")
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "http://", "", "http://[", "http://127.0.0.1:port"])
+@pytest.mark.parametrize(
+    "url", ["ftp://here", "http://", "", "http://[", "http://here:port", "http://here/?a=b", "http://me:word@here"]
+)
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="expected a URL"):
         Client(url)

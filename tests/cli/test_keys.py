@@ -38,10 +38,12 @@ def test_chat_and_demo_bring_the_environments_key(environment: dict[str, str], r
         without, having = (run(*chat, stdin="Hello.\n/stats\n", env=env) for env in ({}, {"REKINDLE_API_KEY": ONE}))
         given = run(*chat, "--api-key", ONE, stdin="Hello.\n")
         asked = run("generate", "Hello.", "--url", url_in(line), "--max-tokens", "4", "--api-key", ONE)
+        toured = run("demo", "--rounds", "1", "--url", url_in(line), "--api-key", ONE)
         demo = run("demo", "--rounds", "1", "--json", "--url", url_in(line), env={"REKINDLE_API_KEYS": f"{ONE},{TWO}"})
     assert without.returncode == 1 and "refused (401): expected an API key in the header" in without.stderr
     assert having.returncode == 0, having.stderr
     assert (given.returncode, asked.returncode) == (0, 0), given.stderr + asked.stderr
+    assert toured.returncode == 0, toured.stderr
     assert demo.returncode == 0 and json.loads(demo.stdout)["steps"], demo.stderr
     assert ONE not in having.stdout + having.stderr + without.stderr + demo.stdout + demo.stderr
 

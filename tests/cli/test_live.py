@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from websockets.sync.server import ServerConnection, serve
 
 from rekindle.api.server import running
 from rekindle.cli.client import ServerError
@@ -198,15 +200,51 @@ def test_on_a_terminal_a_restart_of_the_server_is_told_and_survived(
 
 def test_pauses_double_up_to_ten_seconds_and_then_it_gives_up() -> None:
     pauses: list[float] = []
-    line = Line(Address("ws://127.0.0.1:9", "x"), "/ws", 6, pause=pauses.append)
-    with pytest.raises(ServerError, match=r"cannot talk to ws://127\.0\.0\.1:9: "):
-        line.send({"type": "reset"})
+    with Service.open(Settings(engine="toy", context=256, store="none")) as service, running(service) as url:
+        line = Line(address_of(url, "x"), "/ws", 6, pause=pauses.append)
+        line.open()
+    with line, pytest.raises(ServerError, match=r"cannot talk to ws://127\.0\.0\.1:\d+: .*refused"):
+        while True:  # the first may still get away
+            line.send({"type": "reset"})
     assert pauses == [1, 2, 4, 8, 10, 10]
+
+
+def test_a_server_that_was_never_there_is_not_tried_again(url: str) -> None:
+    for address, says in (
+        (Address("ws://127.0.0.1:9", "x"), "cannot talk to ws://127.0.0.1:9: "),
+        (address_of("nonsense.invalid", "x"), "cannot talk to ws://nonsense.invalid: "),
+        (address_of(f"{url}/elsewhere/ws", "x"), "refused (404): there is no WebSocket /elsewhere/ws here"),
+    ):
+        with Line(address, "/ws", 10, pause=lambda seconds: pytest.fail("it waits")) as line:
+            with pytest.raises(ServerError) as error:
+                line.open()
+            assert says in str(error.value)
+
+
+def test_something_else_than_a_session_is_told() -> None:
+    def greet(socket: ServerConnection) -> None:
+        socket.send('{"type": "hello"}')
+
+    with serve(greet, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        port = server.socket.getsockname()[1]
+        line = Line(Address(f"ws://127.0.0.1:{port}", "x"), "/ws", 10)
+        with line, pytest.raises(ServerError, match="is it a Rekindle server"):
+            line.open()
+        server.shutdown()
+        thread.join()
+
+
+def test_a_url_may_name_the_socket(url: str) -> None:
+    for end in ("", "/", "/ws", "/ws/input", "/v1/"):
+        with Line(address_of(f"{url.replace('http', 'ws', 1)}{end}", "named"), "/ws", 0) as line:
+            assert line.open()["data"] == "session named"
 
 
 def test_without_a_server_it_says_so(run: Run) -> None:
     for command in (["live"], ["live", "in"], ["live", "out"]):
-        result = run(*command, "--port", "9", "--max-retries", "0", stdin="Hello.\n")
+        result = run(*command, "--port", "9", stdin="Hello.\n")
         assert result.returncode == 1
         assert result.stderr.startswith("rekindle: cannot talk to ws://127.0.0.1:9: ")
         assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
@@ -224,7 +262,8 @@ def test_a_key_is_needed_and_a_wrong_one_is_refused(run: Run) -> None:
         for key in ([], ["--api-key", "wrong"]):
             result = run("live", "--url", url, *key, stdin="Hello.\n")
             assert result.returncode == 1
-            assert "refused (401)" in result.stderr and "API key" in result.stderr and "attempt" not in result.stderr
+            assert "refused (401)" in result.stderr and "with --api-key or in REKINDLE_API_KEY" in result.stderr
+            assert "attempt" not in result.stderr
         assert run("live", "--url", url, "--api-key", "right", stdin="reset\n").returncode == 0
         by_environment = run("live", "--url", url, stdin="reset\n", env={"REKINDLE_API_KEY": "right"})
         assert by_environment.returncode == 0 and "begins anew" in by_environment.stderr

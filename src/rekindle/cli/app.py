@@ -127,13 +127,14 @@ def info(
 @guarded
 def demo(
     url: Annotated[str | None, typer.Option(help="a running server; default: one is started for the tour")] = None,
+    api_key: Key = None,
     rounds: Annotated[int, typer.Option(help="times are medians of so many rounds", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object with all figures")] = False,
 ) -> None:
     """A short tour over HTTP: cold, repeated, shared prefix, second turn. Fails if anything was computed twice."""
     from rekindle.cli.demo import run_demo
 
-    if not run_demo(url, rounds=rounds, as_json=as_json):
+    if not run_demo(url, rounds=rounds, as_json=as_json, key=api_key):
         raise typer.Exit(FAILED)
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.settings import Settings
 
 CONNECT_SECONDS = 10.0
+_MISUSED = (400, 413, 422)  # the server blames the request
+_API = re.compile(r"(/v1|/ws|/ws/input|/ws/output)?/*$")
 
 
 class ServerError(RekindleError):
@@ -32,17 +35,12 @@ class Client:
 
     def __init__(self, url: str, *, key: str | None = None) -> None:
         """`key` is sent with every request. Raises InvalidRequest if this is no http(s) URL."""
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            self._host, self._port = parts.hostname or "", parts.port
-        except ValueError:  # a bracket that is not closed, a port that is no number
-            self._host = ""
-        if not self._host or parts.scheme not in ("http", "https"):
-            raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
+        parts = server_url(url, ("http", "https"))
+        self._host, self._port, self._base = parts.hostname or "", parts.port, parts.path
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self.url = f"{parts.scheme}://{parts.netloc}"
+        self.url = parts.geturl()
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
 
     def get(self, path: str) -> dict[str, Any]:
@@ -83,15 +81,42 @@ class Client:
             connection.connect()
             connection.sock.settimeout(None)  # an answer may take its time
             data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, self._headers)
+            connection.request(method, self._base + path, data, self._headers)
             response = connection.getresponse()
             if response.status >= 400:
-                raise _refusal(response, self.url)
+                raise refusal(self.url, response.status, response.read(), response.reason)
             yield response
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(f"cannot talk to {self.url}: {error or type(error).__name__}") from None
         finally:
             connection.close()
+
+
+def server_url(url: str, schemes: Collection[str]) -> SplitResult:
+    """Where a server is: http if no scheme is given, and under the URL's path but for the part that names one of its APIs.
+
+    Raises InvalidRequest if this is no URL of one of the schemes.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        is_known = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        is_known = False
+    if not is_known or parts.query or parts.fragment or parts.username is not None:
+        raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
+    return parts._replace(path=_API.sub("", parts.path))
+
+
+def refusal(url: str, status: int, body: bytes, phrase: str) -> RekindleError:
+    """What a server's refusal means; `phrase` is its reason if the body gives none."""
+    try:
+        reason = _reason(json.loads(body))
+    except ValueError:
+        reason = phrase or "it gave no reason"
+    if status == 401:
+        reason += "; give the server's key with --api-key or in REKINDLE_API_KEY"
+    message = f"{url} refused ({status}): {reason}"
+    return InvalidRequest(message) if status in _MISUSED else ServerError(message, status)
 
 
 def first_key(settings: Settings) -> str | None:
@@ -107,15 +132,6 @@ def _json(data: bytes, url: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ServerError(f"{url} answered with something else than a JSON object; is it a Rekindle server?")
     return value
-
-
-def _refusal(response: http.client.HTTPResponse, url: str) -> RekindleError:
-    try:
-        reason = _reason(json.loads(response.read()))
-    except ValueError:
-        reason = response.reason
-    message = f"{url} refused ({response.status}): {reason}"
-    return InvalidRequest(message) if response.status in (400, 413, 422) else ServerError(message, response.status)
 
 
 def _reason(event: Any) -> str:

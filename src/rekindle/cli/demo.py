@@ -56,12 +56,15 @@ class Stop:
 Round = tuple[Stop, ...]
 
 
-def run_demo(url: str | None, *, rounds: int, as_json: bool) -> bool:
-    """Run the tour on a server, or on one started for it; print it; return whether all checks passed."""
+def run_demo(url: str | None, *, rounds: int, as_json: bool, key: str | None = None) -> bool:
+    """Run the tour on a server, or on one started for it; print it; return whether all checks passed.
+
+    `key`: for the server, instead of the one in the environment.
+    """
     village = read_village()
-    with nullcontext(_running(url)) if url else server_process() as server:
-        _answer(_remote(server.url), [_user("Hello.")])  # warm up
-        tour = [walk(server.url, village) for _ in range(rounds)]
+    with nullcontext(_running(url, key)) if url else server_process() as server:
+        _answer(_remote(server.url, key), [_user("Hello.")])  # warm up
+        tour = [walk(server.url, village, key) for _ in range(rounds)]
     problems = [problem for stops in tour for problem in check(stops)]
     if as_json:
         typer.echo(json.dumps(report(tour, server.setup, problems)))
@@ -70,27 +73,27 @@ def run_demo(url: str | None, *, rounds: int, as_json: bool) -> bool:
     return not problems
 
 
-def _running(url: str) -> Running:
-    remote = _remote(url)
+def _running(url: str, key: str | None) -> Running:
+    remote = _remote(url, key)
     health = remote.client.get("/health")
     return Running(remote.client.url, f"model {health.get('model')}, engine {health.get('engine')}")
 
 
-def _remote(url: str) -> Remote:
-    """A talker under a salt that nobody has used, with the environment's API key if there is one."""
-    return Remote(url, salt=_new_salt(), key=first_key(Settings.load()))
+def _remote(url: str, key: str | None) -> Remote:
+    """A talker under a salt that nobody has used."""
+    return Remote(url, salt=_new_salt(), key=key or first_key(Settings.load()))
 
 
-def walk(url: str, village: Village) -> Round:
+def walk(url: str, village: Village, key: str | None = None) -> Round:
     """One round of the tour."""
-    remote = _remote(url)
+    remote = _remote(url, key)
     first, second, third = choose_questions(village)
     opening = [_user(f"{village.text}\n{first.text}")]
     other = [_user(f"{village.text}\n{second.text}")]
 
     def step(name: str, question: Question, messages: Sequence[Message], cold: Answer | None = None) -> Stop:
         answer = _answer(remote, messages)
-        without = cold or _answer(_remote(url), messages)
+        without = cold or _answer(_remote(url, key), messages)
         return Stop(name=name, question=question, answer=answer, without_reuse=without)
 
     cold = step("cold", first, opening)

@@ -19,7 +19,10 @@ Host = Annotated[str, typer.Option(help="of the server")]
 Port = Annotated[int, typer.Option(help="of the server", min=1, max=65535)]
 Url = Annotated[str | None, typer.Option(help="of the server, instead of host and port; https:// for TLS")]
 SessionName = Annotated[str, typer.Option("--session", help="which of the server's sessions; it is made if need be")]
-Retries = Annotated[int, typer.Option(help="further attempts to connect, after 1, 2, 4, 8, 10, 10 … seconds", min=0)]
+Retries = Annotated[
+    int,
+    typer.Option(help="attempts to come back when the connection breaks, after 1, 2, 4, 8, 10, 10 … seconds", min=0),
+]
 Key = Annotated[str | None, typer.Option("--api-key", help="for that server; default: REKINDLE_API_KEY")]
 MaxTokens = Annotated[int | None, typer.Option(help="longest answer in tokens; default: until the end of turn", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 for the most probable token each time", min=0, max=100)]

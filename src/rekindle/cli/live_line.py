@@ -2,7 +2,7 @@
 
 The pauses between attempts are 1, 2, 4, 8, 10, 10 … seconds. Who comes back names the last event that it was told, and the
 session's handle, so nothing is lost: neither what was said meanwhile nor, after a restart of the server, the conversation.
-What the server refuses (a wrong key, a name that is none) is not tried again.
+What the server refuses (a wrong key, a name that is none) is not tried again, nor a server that was never there.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from rekindle.cli.client import ServerError, first_key
+from rekindle.cli.client import ServerError, first_key, refusal, server_url
 from rekindle.cli.refusals import complain
-from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.errors import InvalidRequest
 from rekindle.settings import Settings
 
 LONGEST_PAUSE = 10.0
 MAX_MESSAGE_BYTES = 1 << 24
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
-_MISUSED = (400, 413, 422)  # the server blames the request
 
 Message = dict[str, Any]
 
@@ -35,7 +34,7 @@ Message = dict[str, Any]
 class Address:
     """A session on a server."""
 
-    url: str  # ws:// or wss://, without a path
+    url: str  # ws:// or wss://, with the path that the server is under, if there is one
     session: str
     key: str | None = field(default=None, repr=False)
 
@@ -45,14 +44,8 @@ class Address:
         key = key or first_key(Settings.load())
         if url is None:
             return cls(f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}", session, key)
-        try:
-            parts = urlsplit(url if "://" in url else f"http://{url}")
-            known = parts.scheme in _SCHEMES and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:  # a bracket that is not closed, a port that is no number
-            known = False
-        if not known:
-            raise InvalidRequest(f"expected a URL such as http://127.0.0.1:8000, got {url!r}", param="url")
-        return cls(f"{_SCHEMES[parts.scheme]}://{parts.netloc}", session, key)
+        parts = server_url(url, _SCHEMES)
+        return cls(parts._replace(scheme=_SCHEMES[parts.scheme]).geturl(), session, key)
 
 
 class Line:
@@ -133,19 +126,25 @@ class Line:
             try:
                 way = connect(self._url, additional_headers=headers, proxy=None, max_size=MAX_MESSAGE_BYTES)
                 socket = self._stack.enter_context(way)
-                self._greet(json.loads(socket.recv(timeout=LONGEST_PAUSE)))
+                self._greet(socket.recv(timeout=LONGEST_PAUSE))
                 self._socket = socket
             except InvalidStatus as error:
-                refusal = _refusal(error)
-                if self._handle is not None and isinstance(refusal, InvalidRequest):
+                response = error.response
+                refused = refusal(
+                    self._address.url, response.status_code, bytes(response.body or b""), response.reason_phrase
+                )
+                if self._handle is not None and isinstance(refused, InvalidRequest):
                     self._handle = None  # the server knows nothing of it any more: then under its name
                     continue
-                if error.response.status_code < 500 and error.response.status_code != 429:
-                    raise refusal from None
-                self._wait(attempt, str(refusal))
-            except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed, ValueError) as error:
+                if response.status_code < 500 and response.status_code != 429:
+                    raise refused from None
+                self._wait(attempt, str(refused))
+            except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
                 self._stack.close()
-                self._wait(attempt, str(error) or type(error).__name__)
+                reason = f"cannot talk to {self._address.url}: {error or type(error).__name__}"
+                if not self.welcome:
+                    raise ServerError(reason) from None
+                self._wait(attempt, reason)
             attempt += 1
         return self._socket
 
@@ -158,27 +157,23 @@ class Line:
             query["resume"] = self._handle
         return f"{self._address.url}{self._path}?{urlencode(query)}"
 
-    def _greet(self, welcome: Message) -> None:
+    def _greet(self, said: str | bytes) -> None:
+        """Raises ServerError if this is no welcome to a session."""
+        try:
+            welcome = json.loads(said)
+            detail = welcome["detail"]
+            self._handle = detail["handle"]
+        except (ValueError, KeyError, TypeError):
+            reason = "said something unexpected; is it a Rekindle server?"
+            raise ServerError(f"{self._address.url} {reason}") from None
         self.welcome = welcome
-        detail = welcome.get("detail") or {}
-        self._handle = detail.get("handle")
         if self._last_event is None or detail.get("last_event", 0) < self._last_event:  # a new one counts from 1 again
             self._last_event = detail.get("last_event")
 
     def _wait(self, attempt: int, reason: str) -> None:
         """Before the next attempt. Raises ServerError after the last."""
         if attempt >= self._max_retries:
-            raise ServerError(f"cannot talk to {self._address.url}: {reason}")
+            raise ServerError(reason)
         seconds = min(2.0**attempt, LONGEST_PAUSE)
-        self.tell(f"cannot talk to {self._address.url} ({reason}); the next attempt is in {seconds:g} s")
+        self.tell(f"{reason}; the next attempt is in {seconds:g} s")
         self._pause(seconds)
-
-
-def _refusal(error: InvalidStatus) -> RekindleError:
-    status, body = error.response.status_code, bytes(error.response.body or b"")
-    try:
-        reason = str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        reason = error.response.reason_phrase or "it gave no reason"
-    message = f"the server refused ({status}): {reason}"
-    return InvalidRequest(message) if status in _MISUSED else ServerError(message, status)
