@@ -15,6 +15,7 @@ from rekindle.lab.blend import GATE_BUDGET, RATIOS, run_blend
 from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_show import plot_report, print_report, print_speed
 from rekindle.lab.blend_speed import Texts, measure_speed, speed_settings
+from rekindle.lab.image import check_image
 from rekindle.serve.service import Service
 
 _COLUMNS = 120  # which the table of times needs
@@ -31,7 +32,8 @@ def measure_quality(
     plot: Path | None,
     gate: float | None,
 ) -> bool:
-    """Ask, with a progress bar; then the table, the plot if one is wanted, and one line of JSON. False below the gate."""
+    """Ask, with a progress bar; then the table, one line of JSON, and the plot if one is wanted. False below the gate."""
+    check_image(plot)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("documents", total=documents)
         report = run_blend(
@@ -44,9 +46,9 @@ def measure_quality(
             seed=seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    print_report(report, Console())
     if plot is not None:
         plot_report(report, plot)
-    print_report(report, Console())
     if gate is None:
         return True
     best = report.best

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rekindle.errors import InvalidRequest
+from rekindle.lab.image import check_image
 from rekindle.lab.live_run import PARTS, run_live
 from rekindle.lab.live_run import print_report as print_live_report
 from rekindle.lab.live_ttft import make_plan
@@ -70,7 +71,8 @@ def write_folder(shape: str, dtype: str, out: Path, seed: int, context: int | No
 
 
 def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] | None, plot: Path | None) -> None:
-    """Replay, with a progress bar; then the table, the plot if one is wanted, and one line of JSON."""
+    """Replay, with a progress bar; then the table and one line of JSON, and the plot if one is wanted."""
+    check_image(plot)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(file.name, total=None)
         report = run_trace(
@@ -79,11 +81,11 @@ def replay_trace(file: Path, capacities: list[int] | None, policies: list[str] |
             policies or None,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    print_report(report, _wide())
     if plot is not None:
         from rekindle.lab.trace_plot import plot_report
 
         plot_report(report, plot)
-    print_report(report, _wide())
 
 
 def measure_store(
@@ -96,7 +98,8 @@ def measure_store(
     model: str | None,
     plot: Path | None,
 ) -> None:
-    """Measure, with a progress bar; then tables, the plot if one is wanted, and one line of JSON."""
+    """Measure, with a progress bar; then tables and one line of JSON, and the plot if one is wanted."""
+    check_image(plot)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("store", total=None)
         report = run_store(
@@ -109,11 +112,11 @@ def measure_store(
             model=model,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
+    print_store_report(report, _wide())
     if plot is not None:
         from rekindle.lab.store_plot import plot_report
 
         plot_report(report, plot)
-    print_store_report(report, _wide())
 
 
 def measure_restart(model: str, prompt_tokens: int, prompts: int, threads: int | None, folder: Path | None) -> None:
@@ -166,11 +169,12 @@ def load_test(
     plot: Path | None,
     **wishes: Any,
 ) -> bool:
-    """Run it, with a progress bar; then tables, the plot if one is wanted, and one line of JSON.
+    """Run it, with a progress bar; then tables and one line of JSON, and the plot if one is wanted.
 
     `sizes` are the workload's, None for its own defaults; `started` is what servers get that are started here. False if
     no request was answered.
     """
+    check_image(plot)
     name = workload or ("trace" if sizes["trace"] else "chat")
     wish = Wish(
         workload=name,
@@ -192,11 +196,11 @@ def load_test(
             bar.update(task, description=f"{name}: {what}", completed=done, total=total)
 
         report = run_load(wish, setup, show)
+    print_load_report(report, _wide())
     if plot is not None:
         from rekindle.lab.load.plot import plot_report
 
         plot_report(report, plot)
-    print_load_report(report, _wide())
     return any(run.whole for run in report.runs)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rekindle.errors import InvalidRequest
 from rekindle.lab.blend import BlendReport, by_select
 from rekindle.lab.blend_speed import SpeedArm, SpeedReport
+from rekindle.lab.image import image
 
 
 def print_report(report: BlendReport, console: Console) -> None:
@@ -91,31 +91,23 @@ def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
 
 def plot_report(report: BlendReport, out: Path) -> None:
     """Quality against time to first token, a line per choice. Raises InvalidRequest without matplotlib, or if it can't."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InvalidRequest("plots need matplotlib: pip install 'rekindle[lab]'", param="plot") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="time to first token, of full prefill",
-        ylabel="exact match, of full prefill",
-        title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
-    )
-    for select, arms in by_select(report):
-        points = [
-            (arm.ttft_of_full, arm.exact_match_of_full)
-            for _, arm in sorted(arms.items())
-            if arm.ttft_of_full is not None
-        ]
-        if not points:
-            continue
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=select)
-        for (x, y), ratio in zip(points, sorted(arms), strict=True):
-            if len(arms) > 1:
-                axes.annotate(f"{ratio:.0%}", (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{out} can't be written: {error}", param="plot") from None
+    with image(out, 8, 5) as figure:
+        axes = figure.add_subplot(
+            xlabel="time to first token, of full prefill",
+            ylabel="exact match, of full prefill",
+            title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
+        )
+        for select, arms in by_select(report):
+            points = [
+                (arm.ttft_of_full, arm.exact_match_of_full)
+                for _, arm in sorted(arms.items())
+                if arm.ttft_of_full is not None
+            ]
+            if not points:
+                continue
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=select)
+            for (x, y), ratio in zip(points, sorted(arms), strict=True):
+                if len(arms) > 1:
+                    axes.annotate(f"{ratio:.0%}", (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.errors import InvalidRequest
+from rekindle.lab.image import image
 from rekindle.lab.store import StoreReport
 from rekindle.lab.store_lookups import PROMPT_BLOCKS
 
@@ -14,19 +14,11 @@ if TYPE_CHECKING:
 
 
 def plot_report(report: StoreReport, out: Path) -> None:
-    """Write an image; the name's ending tells its format. Raises InvalidRequest without matplotlib, or if it can't."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InvalidRequest("plots need matplotlib: pip install 'rekindle[lab]'", param="plot") from None
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_transfers(report, left)
-    _plot_growth(report, right)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{out} can't be written: {error}", param="plot") from None
+    """Write an image. Raises InvalidRequest without matplotlib, or if it can't."""
+    with image(out, 13, 5) as figure:
+        left, right = figure.subplots(1, 2)
+        _plot_transfers(report, left)
+        _plot_growth(report, right)
 
 
 def _plot_transfers(report: StoreReport, axes: Axes) -> None:

@@ -8,34 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from rekindle.errors import InvalidRequest
+from rekindle.lab.image import image
 from rekindle.lab.load.run import LoadReport
 
 
 def plot_report(report: LoadReport, out: Path) -> None:
-    """Write an image; the name's ending tells its format. Raises InvalidRequest without matplotlib, or if it can't."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InvalidRequest("plots need matplotlib: pip install 'rekindle[lab]'", param="plot") from None
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    ttft, itl, tokens = figure.subplots(1, 3)
-    servers = list(dict.fromkeys(run.server for run in report.runs))
-    for server in servers:
-        answers = [answer for run in report.runs if run.server == server for answer in run.whole]
-        _spread(ttft, [1e3 * answer.ttft for answer in answers if answer.ttft is not None], server)
-        _spread(itl, [1e3 * gap for answer in answers for gap in answer.gaps], server)
-    for axes, name in ((ttft, "TTFT"), (itl, "ITL")):
-        axes.set(xscale="log", xlabel=f"{name}, ms", ylabel="share of them at most this", ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
-    _bars(tokens, report, servers)
-    figure.suptitle(f"{report.wish.workload}, {report.setup.model.name if report.setup else report.wish.url}")
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{out} can't be written: {error}", param="plot") from None
+    """Write an image. Raises InvalidRequest without matplotlib, or if it can't."""
+    with image(out, 12, 4) as figure:
+        ttft, itl, tokens = figure.subplots(1, 3)
+        servers = list(dict.fromkeys(run.server for run in report.runs))
+        for server in servers:
+            answers = [answer for run in report.runs if run.server == server for answer in run.whole]
+            _spread(ttft, [1e3 * answer.ttft for answer in answers if answer.ttft is not None], server)
+            _spread(itl, [1e3 * gap for answer in answers for gap in answer.gaps], server)
+        for axes, name in ((ttft, "TTFT"), (itl, "ITL")):
+            axes.set(xscale="log", xlabel=f"{name}, ms", ylabel="share of them at most this", ylim=(0, 1.02))
+            axes.grid(alpha=0.3)
+            if axes.has_data():
+                axes.legend()
+        _bars(tokens, report, servers)
+        figure.suptitle(f"{report.wish.workload}, {report.setup.model.name if report.setup else report.wish.url}")
 
 
 def _spread(axes: Any, values: Sequence[float], label: str) -> None:
