@@ -44,6 +44,7 @@ from rekindle.lab.blend_run import (
     read_fully,
 )
 from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks, file_tasks
+from rekindle.lab.load.servers import find_model
 from rekindle.model.source import BUILTIN
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import Blend
@@ -137,6 +138,7 @@ def run_blend(
     if documents < 1 or not all(0 < ratio <= 1 for ratio in ratios):
         raise InvalidRequest("at least one document, and ratios above 0 and up to 1, are expected")
     if data is None and model != BUILTIN:
+        find_model(model)  # what can't be opened speaks no language
         raise InvalidRequest(f"{model} does not speak the built-in model's language; name a file of examples: --data")
     arms: list[Name] = [("full", 1.0), ("prefix", 0.0), ("none", 0.0)]
     settings = Settings.load(model=model, engine=engine, threads=threads, store="none", context=context)

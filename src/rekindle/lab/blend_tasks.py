@@ -194,7 +194,9 @@ def _rows(path: Path) -> list[Any]:
     try:
         text = path.read_text("utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InvalidRequest(f"the examples in {path} can't be read: {error.strerror}", param="data") from None
+    except ValueError as error:
         raise InvalidRequest(f"{path}: a JSON list or JSON lines expected; {error}", param="data") from None
     if not isinstance(rows, list) or not rows:
         raise InvalidRequest(f"{path}: a list of examples expected, got none", param="data")

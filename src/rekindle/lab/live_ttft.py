@@ -36,10 +36,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from rekindle.errors import RekindleError
 from rekindle.lab.decode import weight_bytes_per_token
 from rekindle.lab.load.client import ServerError, Target
-from rekindle.lab.load.servers import Setup, peer_starter, rekindle_server
+from rekindle.lab.load.servers import Setup, find_model, peer_starter, rekindle_server
 from rekindle.lab.load.texts import Texts, words
 from rekindle.lab.machine import read_bandwidth, usable_cores
-from rekindle.model.source import locate
 
 LIVE = ("increments", "revised", "commit")
 _ROOM = 1024  # cells beside the conversation's
@@ -112,7 +111,7 @@ class Ttft:
 
 def make_plan(model: str, *, threads: int | None = None, **sizes: Any) -> Plan:
     """Raises ModelError for a model that is not there."""
-    return Plan(model=locate(model), threads=threads or usable_cores(), **sizes)
+    return Plan(model=find_model(model), threads=threads or usable_cores(), **sizes)
 
 
 def measure_ttft(plan: Plan, progress: Progress = lambda arm, done, total: None) -> Ttft:

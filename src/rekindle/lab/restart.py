@@ -34,12 +34,11 @@ from rich.table import Table
 
 from rekindle.errors import RekindleError
 from rekindle.lab.load.client import Answer, ServerError, Target
-from rekindle.lab.load.servers import Setup, rekindle_server
+from rekindle.lab.load.servers import Setup, find_model, rekindle_server
 from rekindle.lab.load.texts import words
 from rekindle.lab.machine import Machine, this_machine, usable_cores
 from rekindle.lab.redis_server import RedisServer, redis_server
 from rekindle.lab.store_tiers import drop_from_page_cache, read_through
-from rekindle.model.source import locate
 
 _ANSWER_TOKENS = 4
 _STILL_SECONDS = 1.0  # nothing was written for so long: all is written
@@ -102,10 +101,10 @@ def run_restart(
 ) -> RestartReport:
     """The whole experiment on a model (`builtin`, a path, `hf:…`), with KV in a new folder inside `folder`.
 
-    Raises ServerError if a server doesn't start or answer, NotRestored if stored KV was not used.
+    Raises ModelError, ServerError if a server doesn't start or answer, NotRestored if stored KV was not used.
     """
     setup = Setup(
-        model=locate(model),
+        model=find_model(model),
         threads=threads or usable_cores(),
         context=prompts * prompt_tokens + _SPARE_CELLS,
         parallel=1,

@@ -42,8 +42,10 @@ def read_trace(file: Path) -> Trace:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     requests.append(_request(line, f"{file}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} can't be read as a trace: {error}", param="file") from None
+    except OSError as error:
+        raise InvalidRequest(f"the trace {file} can't be read: {error.strerror}", param="file") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{file} is no trace: JSON lines expected, got no text ({error})", param="file") from None
     if not any(ids for ids, _ in requests):
         raise InvalidRequest(f"{file} has no requests with hash_ids", param="file")
     return make_trace(file.stem, requests)

@@ -14,11 +14,10 @@ from rekindle.lab.load.client import ServerError, Target
 from rekindle.lab.load.drive import Answers, Load, drive_closed, drive_open
 from rekindle.lab.load.figures import Figure, Run
 from rekindle.lab.load.measures import MEASURES, Measure
-from rekindle.lab.load.servers import Server, Setup, Start, peer_starter, rekindle_server
+from rekindle.lab.load.servers import Server, Setup, Start, find_model, peer_starter, rekindle_server
 from rekindle.lab.load.texts import Texts
 from rekindle.lab.load.workloads import SESSIONS, Sizes, Workload
 from rekindle.lab.machine import Machine, read_bandwidth, this_machine, usable_cores
-from rekindle.model.source import locate
 
 Progress = Callable[[str, int, int], None]  # what runs now, requests done, of how many in it
 WORKLOADS: dict[str, Workload | Measure] = {**SESSIONS, **MEASURES}
@@ -87,7 +86,7 @@ def make_setup(
     """What started servers get; the workload says what is not given. Raises ModelError for a model that is not there."""
     plan = workload_named(workload)
     return Setup(
-        model=locate(model),
+        model=find_model(model),
         threads=threads or usable_cores(),
         context=context or plan.cells(sizes),
         parallel=parallel or plan.parallel(sizes),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ import llama_cpp
 
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.lab.load.client import ServerError
+from rekindle.model.model import Model
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -131,6 +132,12 @@ def binary_server(setup: Setup, binary: Path) -> Iterator[Server]:
         started.wait_until_ready(url)
         kernels, pid = kernels_of(started.said), started.process.pid
         yield Server(name=PEER, url=url, build=str(binary), kernels=kernels, pid=pid)
+
+
+def find_model(name: str) -> Path:
+    """Where a model lies. Raises ModelError as a server would that is to serve it, before there is one."""
+    with closing(Model.open(name, vocab_only=True)) as model:
+        return model.path
 
 
 def peer_starter(peer: str, setup: Setup) -> Start:

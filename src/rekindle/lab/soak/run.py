@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rekindle.lab.load.client import ServerError
+from rekindle.lab.load.servers import find_model
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
@@ -95,7 +96,8 @@ class SoakReport:
 
 
 def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: Progress) -> SoakReport:
-    """Raises ServerError if the server does not start."""
+    """Raises ModelError, ServerError if the server does not start."""
+    find_model(model)
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         with _server(model, threads, store) as (process, url):
