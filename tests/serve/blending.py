@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from tests.engine.conftest import TOY_SPEC
+from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.engine.protocol import Engine, SequenceId, Work
 from rekindle.engine.toy import ToyEngine
-from rekindle.reuse.plan import Place, Plan
+from rekindle.reuse.blend import Blend
+from rekindle.reuse.plan import Place, Plan, Stored, make_plan
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.tokens import Tokens, as_tokens
 
 HEAD = [1]
 GAP = [2, 2]
+A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
+BLEND = Blend("first", 0.2)
 
 
 def prompt_of(chunks: Sequence[Sequence[int]], *, gap: Sequence[int] = GAP, salt: bytes = b"") -> Prompt:
@@ -54,3 +58,32 @@ def toy_answer(prompt: Prompt, plan: Plan, count: int, head: Sequence[int] = HEA
         said.append(int(engine.forward([Work(seq, token)])[seq].argmax()))
         token = as_tokens(said[-1:])
     return said
+
+
+def blend_stage(num_cells: int = 2000, **options: object) -> Stage:
+    return Stage(num_cells, **({"head": HEAD} | options))  # type: ignore[arg-type]
+
+
+def study(stage: Stage) -> None:
+    """All that is done when nobody asks for anything."""
+    while stage.scheduler.use_idle_time():
+        stage.run()
+
+
+def learned(*chunks: list[int], **options: object) -> Stage:
+    """A stage that has met these chunks, one by one."""
+    stage = blend_stage(**options)  # type: ignore[arg-type]
+    for chunk in chunks:
+        stage.ask(prompt_of([ids(9, 30), chunk]), 1, blend=BLEND)
+        study(stage)
+    stage.scheduler.residents.clear()
+    return stage
+
+
+def chunks_of(answer: Answer) -> list[tuple[int, int]]:
+    """(placed, recomputed) of each chunk."""
+    return [(chunk.placed, chunk.recomputed) for chunk in answer.done.plan.chunks]
+
+
+def fresh(prompt: Prompt, count: int = 5) -> list[int]:
+    return toy_answer(prompt, make_plan(prompt, [], Stored()), count)

@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import TOY_SPEC
 from tests.kv.doubles import DictTier
-from tests.serve.blending import HEAD, prompt_of, toy_answer
+from tests.serve.blending import (
+    BLEND,
+    A,
+    B,
+    C,
+    D,
+    blend_stage,
+    chunks_of,
+    fresh,
+    learned,
+    prompt_of,
+    study,
+    toy_answer,
+)
 from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.engine.protocol import Payload
 from rekindle.errors import BadRange, InvalidRequest
-from rekindle.kv.folder import Folder
 from rekindle.reuse.blend import Blend
-from rekindle.reuse.plan import Place, Plan, Stored, make_plan
+from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt, join
-from rekindle.serve import scores as scores_module
-from rekindle.serve import studies
 from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
-from rekindle.serve.scores import Scores
-from rekindle.serve.service import Service
-from rekindle.serve.studies import SLICE
-from rekindle.settings import Settings
 from rekindle.tokens import as_tokens, common_length
-
-A, B, C, D = (ids(seed, count) for seed, count in ((21, 100), (22, 64), (23, 45), (24, 150)))
-BLEND = Blend("first", 0.2)
-
-
-def blend_stage(num_cells: int = 2000, **options: object) -> Stage:
-    return Stage(num_cells, **({"head": HEAD} | options))  # type: ignore[arg-type]
-
-
-def study(stage: Stage) -> None:
-    """All that is done when nobody asks for anything."""
-    while stage.scheduler.use_idle_time():
-        stage.run()
-
-
-def learned(*chunks: list[int], **options: object) -> Stage:
-    """A stage that has met these chunks, one by one."""
-    stage = blend_stage(**options)  # type: ignore[arg-type]
-    for chunk in chunks:
-        stage.ask(prompt_of([ids(9, 30), chunk]), 1, blend=BLEND)
-        study(stage)
-    stage.scheduler.residents.clear()
-    return stage
-
-
-def chunks_of(answer: Answer) -> list[tuple[int, int]]:
-    """(placed, recomputed) of each chunk."""
-    return [(chunk.placed, chunk.recomputed) for chunk in answer.done.plan.chunks]
 
 
 def common(one: list[int], other: list[int]) -> list[int]:
     return one[: common_length(as_tokens(one), as_tokens(other))]
-
-
-def fresh(prompt: Prompt, count: int = 5) -> list[int]:
-    return toy_answer(prompt, make_plan(prompt, [], Stored()), count)
 
 
 def test_a_chunk_is_computed_when_it_is_met_first_and_placed_from_then_on() -> None:
@@ -227,90 +199,6 @@ def test_remembered_scores_choose_what_is_computed() -> None:
     assert chunks_of(answer)[1] == (90, 10)
 
 
-def test_a_chunk_that_is_met_behind_a_placed_one_is_learned_too() -> None:
-    stage = learned(A)
-    stage.ask(prompt_of([D, A, C]), blend=BLEND)
-    assert len(stage.scheduler.residents) == 1
-    study(stage)
-    own = stage.blending.own_prompts(prompt_of([C]))[0]
-    assert stage.scores.get(stage.blending.key(own)) is not None
-    assert len(stage.scheduler.residents.seqs) == len(stage.scheduler.residents)  # nothing is set aside any more
-
-
-def test_a_chunk_that_was_warmed_ahead_of_time_is_learned_when_it_is_placed() -> None:
-    stage = blend_stage()
-    for own in stage.blending.own_prompts(prompt_of([D, A])):
-        stage.submit(own, None, warm=True)
-    stage.run()
-    for seed, blend in ((8, Blend("first", 0.1)), (9, Blend("auto", 0.1))):
-        stage.scheduler.residents.clear()
-        computed = stage.engine.num_computed
-        answer = stage.ask(prompt_of([ids(seed, 30), D, A]), 1, blend=blend)
-        assert chunks_of(answer)[1:] == [(135, 15), (90, 10)]
-        computed += answer.done.plan.computed
-        if blend.select == "first":  # who asks for that needs no scores; of the new chunk all but a token is at hand
-            study(stage)
-            assert stage.engine.num_computed - computed == 1
-    grown = []
-    while stage.scheduler._studies._queue:
-        before = stage.engine.num_computed
-        stage.scheduler.use_idle_time()
-        stage.run()
-        grown.append(stage.engine.num_computed - before)
-    assert sorted(filter(None, grown)) == [1, len(D) - SLICE, len(A), SLICE]
-    for own in stage.blending.own_prompts(prompt_of([D, A])):
-        assert stage.scores.get(stage.blending.key(own)) is not None
-    stage.scheduler.residents.clear()
-    again = stage.ask(prompt_of([ids(7, 30), D, A]), 1, blend=Blend("auto", 0.1))
-    assert "their KV differed most between in place and on its own" in [each.why for each in again.done.plan.chunks]
-
-
-def test_nobody_waits_for_a_study() -> None:
-    stage = blend_stage()
-    stage.ask(prompt_of([D, A]), 1, blend=BLEND)
-    while stage.scheduler.residents.save_one():
-        pass
-    assert stage.scheduler.use_idle_time()  # a chunk is to be warmed
-    request = stage.submit(ids(50, 40), 4)
-    computed = stage.engine.num_computed
-    stage.run(until=lambda: request.num_tokens == 4)
-    assert stage.engine.num_computed - computed == 40 + 3
-    stage.run()
-    study(stage)
-    assert chunks_of(stage.ask(prompt_of([C, A, D]), 1, blend=Blend("none", 0)))[1:] == [(100, 0), (150, 0)]
-
-
-def test_what_is_set_aside_leaves_first_and_the_chunk_is_warmed_all_the_same() -> None:
-    stage = blend_stage(num_cells=420)
-    stage.ask(prompt_of([D, A]), 1, blend=BLEND)
-    answer = stage.ask(ids(51, 400), 1)
-    assert answer.done.usage.computed_tokens == 400
-    study(stage)
-    assert len(stage.scores._memory) == 0
-    assert chunks_of(stage.ask(prompt_of([C, A]), 1, blend=Blend("none", 0)))[1:] == [(100, 0)]
-
-
-def test_a_chunk_is_queued_once_and_a_cleared_cache_forgets_what_is_queued() -> None:
-    stage = blend_stage()
-    for _ in range(3):
-        stage.ask(prompt_of([D, A, A]), 1, blend=BLEND)
-    assert len(stage.scheduler._studies._queue) == 2
-    stage.scheduler.clear_cache()
-    computed = stage.engine.num_computed
-    study(stage)
-    assert stage.engine.num_computed == computed
-    assert stage.engine.num_free_cells == stage.engine.num_cells
-
-
-def test_the_queue_of_studies_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "MAX_QUEUE", 2)
-    stage = blend_stage()
-    stage.ask(prompt_of([A, B, C, D]), 1, blend=BLEND)
-    study(stage)
-    answer = stage.ask(prompt_of([ids(9, 30), D, C, B, A]), 1, blend=Blend("none", 0))
-    assert [placed > 0 for placed, _ in chunks_of(answer)] == [False, False, False, True, True]
-
-
 def test_swapped_requests_go_on_where_they_were() -> None:
     stage = learned(A, B, C, D, num_cells=760)
     prompts = [prompt_of([[*ids(60 + number, 30)], D, A, B]) for number in range(3)]
@@ -350,16 +238,19 @@ def test_what_cannot_be_placed_is_computed(monkeypatch: pytest.MonkeyPatch) -> N
     assert answer.done.usage.computed_tokens == len(prompt) - answer.done.plan.begin
 
 
-def test_torn_blocks_of_a_chunk_are_computed() -> None:
+def test_torn_blocks_of_a_chunk_are_computed_and_found_by_nobody_again() -> None:
     stage = learned(A, B)
     own = stage.blending.own_prompts(prompt_of([A]))[0]
     for block in stage.store.match(own.tokens).blocks[:1]:
-        object.__setattr__(block, "payload", block.payload[:-1])
+        object.__setattr__(block, "payload", block.payload.cast("Q"))  # as many bytes, but not as the engine wants them
     prompt = prompt_of([D, A, B])
-    answer = stage.submit(prompt, blend=Blend("none", 0))  # not `run`, which would find the store torn
-    while not stage.scheduler.step().idle:
-        pass
+    answer = stage.ask(prompt, blend=Blend("none", 0))
     assert list(answer.done.tokens) == fresh(prompt)
+    assert stage.store.match(own.tokens).length == 0
+    for seed, placed in ((8, 0), (9, 100)):
+        answer = stage.ask(prompt_of([ids(seed, 30), A]), 1, blend=Blend("none", 0))
+        assert chunks_of(answer)[1:] == [(placed, 0)]
+        study(stage)
 
 
 def test_chunks_come_from_slower_tiers_before_the_request_starts() -> None:
@@ -381,62 +272,6 @@ def test_chunks_come_from_slower_tiers_before_the_request_starts() -> None:
     assert chunks_of(answer)[1:] == [(100, 0), (150, 0)]
     reasons = [step.reason for step in answer.done.plan.steps if isinstance(step, Place)]
     assert "tokens fetched from disk" in reasons[0], reasons
-
-
-def test_scores_live_on_in_files_and_bad_files_are_none(tmp_path: Path) -> None:
-    head = as_tokens(HEAD)
-    learned(A, scores=Scores(TOY_SPEC.fingerprint, head, tmp_path))
-    again = Scores(TOY_SPEC.fingerprint, head, tmp_path)
-    key = again.key(as_tokens(A), b"")
-    (file,) = tmp_path.rglob(key.hex())
-    assert again.get(key) is None
-    again.fetch(key, len(A) - 1)
-    assert again.get(key) is None
-    again.fetch(key, len(A))
-    scores = again.get(key)
-    assert scores is not None and scores.tolist() == [1.0] * len(A)
-    good = file.read_bytes()
-    for bad in (b"", b"foreign", good[:-1], bytes([good[0] ^ 1]) + good[1:], good[:-1] + bytes([good[-1] ^ 1])):
-        file.write_bytes(bad)
-        damaged = Scores(TOY_SPEC.fingerprint, head, tmp_path)
-        damaged.fetch(key, len(A))
-        assert damaged.get(key) is None
-    for other in (Scores(b"other model", head, tmp_path), Scores(TOY_SPEC.fingerprint, as_tokens([1, 2]), tmp_path)):
-        assert other.key(as_tokens(A), b"") != key
-    assert again.key(as_tokens(A), b"salt") != key
-    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
-    again.clear()
-    assert not any(path.is_file() for path in tmp_path.rglob("*")) and again.get(key) is None
-
-
-def test_a_cleared_folder_has_no_scores(tmp_path: Path) -> None:
-    learned(A, scores=Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path))
-    assert any(path.is_file() for path in tmp_path.rglob("*"))
-    Folder(tmp_path).clear()
-    assert not list(tmp_path.iterdir())
-
-
-def test_to_clear_every_model_takes_the_scores_of_all_and_to_clear_one_leaves_the_others(tmp_path: Path) -> None:
-    with Service.open(Settings(engine="toy", store=str(tmp_path))) as service:
-        for fingerprint in (service.engine_spec.fingerprint, b"other model"):
-            learned(A, scores=Scores(fingerprint, service.head, tmp_path))
-        service.clear_cache()
-        assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {b"other model".hex()}
-        service.clear_cache(every_model=True)
-        assert not any(path.is_file() for path in tmp_path.rglob("*"))
-
-
-def test_files_of_scores_stay_as_few_as_they_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores_module, "MAX_FILES", 20)
-    scores = Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path)
-    keys = [scores.key(as_tokens([number]), b"") for number in range(60)]
-    for key in keys:
-        scores.add(key, np.ones(1, np.float32))
-        assert sum(path.is_file() for path in tmp_path.rglob("*")) <= 22
-    again = Scores(TOY_SPEC.fingerprint, as_tokens(HEAD), tmp_path)
-    again.fetch(keys[-1], 1)
-    again.fetch(keys[0], 1)
-    assert again.get(keys[-1]) is not None and again.get(keys[0]) is None, "the oldest went"
 
 
 def test_what_is_refused() -> None:

@@ -50,15 +50,10 @@ def test_what_the_engine_refuses_is_computed_once_more_and_good_from_then_on() -
     settled_after(disk, other)
     good = ask(settled_after(disk, prompt), prompt)
     torn = next(block for block in disk.blocks.values() if block.position == 48 and block.tokens[0] == prompt[48])
-    object.__setattr__(torn, "payload", torn.payload[:-1])
+    object.__setattr__(torn, "payload", torn.payload.cast("Q"))  # as many bytes, but not as the engine wants them
     for cached in (0, 100):
         stage = Stage(tiers=[disk])
-        answer = stage.submit(prompt)
-        while not stage.scheduler.step().idle:
-            pass
-        stage.end_fetches()
-        while not stage.scheduler.step().idle:  # not `run`, which would find the store torn
-            pass
+        answer = ask(stage, prompt)
         assert answer.done.usage.cached_tokens == cached and answer.text == good.text
         settled(stage)
     stage = Stage(tiers=[disk])
