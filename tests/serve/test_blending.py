@@ -247,7 +247,7 @@ def test_torn_blocks_of_a_chunk_are_computed_and_found_by_nobody_again() -> None
     answer = stage.ask(prompt, blend=Blend("none", 0))
     assert list(answer.done.tokens) == fresh(prompt)
     assert stage.store.match(own.tokens).length == 0
-    for seed, placed in ((8, 0), (9, 100)):
+    for seed, placed in ((81, 0), (82, 100)):
         answer = stage.ask(prompt_of([ids(seed, 30), A]), 1, blend=Blend("none", 0))
         assert chunks_of(answer)[1:] == [(placed, 0)]
         study(stage)
