@@ -79,7 +79,7 @@ class Stage:
     """Scheduler, engine and store, with short words for tests."""
 
     def __init__(self, num_cells: int = 2000, tiers: Sequence[DictTier] = (), **options: Any) -> None:
-        self.engine = ToyEngine(TOY_SPEC, num_cells)
+        self.engine = ToyEngine(options.pop("spec", TOY_SPEC), num_cells)
         max_bytes, quota = options.pop("store_bytes", 1 << 30), options.pop("quota", 1.0)
         self.store = Store(TOY_SPEC.fingerprint, max_bytes=max_bytes, block_tokens=16, tiers=tiers, quota=quota)
         head = as_tokens(options.pop("head", []))

@@ -37,7 +37,7 @@ def watched(diary: Observer, **options: int) -> Stage:
 def test_a_request_is_told_of_from_the_queue_to_its_end() -> None:
     diary = Diary()
     watched(diary).ask(ids(1, 50), 3)
-    assert diary.words() == ["queued", "admitted", "first_token", "token", "token", "finished"]
+    assert diary.words() == ["queued", "begun", "admitted", "first_token", "token", "token", "finished"]
     assert diary.entries[-1][1] == "length" and diary.steps > 0
 
 
@@ -60,7 +60,7 @@ def test_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stage.engine, "forward", fail)
     stage.ask(ids(2, 30))
-    assert diary.words() == ["queued", "admitted", "failed"]
+    assert diary.words() == ["queued", "begun", "admitted", "failed"]
 
 
 def test_what_leaves_the_engine_is_told() -> None:

@@ -25,39 +25,71 @@ stored and shared as exact KV.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Real
 from typing import get_args
 
 import numpy as np
 
-from rekindle.engine.protocol import Range
+from rekindle.engine.protocol import KV, Range
 from rekindle.errors import InvalidRequest, counted
 from rekindle.reuse.blend_rows import fit_rows
-from rekindle.reuse.blend_select import Choice, Floats, Select, Span, choose
-from rekindle.reuse.plan import ChunkPlan, Compute, Place, Plan, Step
+from rekindle.reuse.blend_select import LOOKING, REMEMBERED, Choice, Floats, Select, Span, choose
+from rekindle.reuse.plan import ChunkPlan, Compute, Looked, Place, Plan, Step
 from rekindle.reuse.prompt import Chunk, Prompt
 from rekindle.tokens import SHORT_REST
 
 SELECTS: tuple[Select, ...] = get_args(Select)
+JUDGED_AT = 0.25  # of the model's layers: V is judged there unless it is said; see docs/blending.md
 NOT_AT_HAND = "not kept on its own: it was neither warmed nor met before, or is shorter than what is kept"
 SHORTEST = 8  # tokens; what could be placed between two computed ranges is computed with them if it is shorter
 
 
 @dataclass(frozen=True)
 class Blend:
-    """How placed chunks are mended. Raises InvalidRequest for a selection or a ratio that is none."""
+    """How placed chunks are mended. Raises InvalidRequest for a selection, a ratio or a layer that is none."""
 
     select: Select = "auto"
     ratio: float = 0.15  # of the tokens that could be placed, to be computed all the same
+    layer: int | None = None  # of "deviation": where it is judged, from 0; None: a quarter of the way through the model
+    judge: KV = "V"  # and what of the KV there
 
     def __post_init__(self) -> None:
-        if self.select not in SELECTS:
+        check_select(self.select, SELECTS)
+        if self.judge not in ("K", "V"):
+            raise InvalidRequest(f"blend.judge must be K or V, got {self.judge!r}", param="blend.judge")
+        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 1):
             raise InvalidRequest(
-                f"blend.select must be one of {', '.join(SELECTS)}, got {self.select!r}", param="blend.select"
+                f"blend.layer must be a layer from 1 on, got {self.layer!r}; before it nothing can differ yet",
+                param="blend.layer",
             )
         if not isinstance(self.ratio, Real) or not 0 <= self.ratio <= 1:  # also false for NaN
             raise InvalidRequest(f"blend.ratio must be between 0 and 1, got {self.ratio!r}", param="blend.ratio")
+
+    @property
+    def looks(self) -> bool:
+        """Whether something has to be computed before it is chosen."""
+        return self.select in LOOKING and 0 < self.ratio < 1
+
+    def judged_at(self, num_layers: int) -> int:
+        """The layer of "deviation", in a model of so many."""
+        return max(1, round(num_layers * JUDGED_AT)) if self.layer is None else self.layer
+
+    def name(self, num_layers: int) -> str:
+        """What reports call it: one that judges elsewhere is another."""
+        at = f" {self.judge}{self.judged_at(num_layers)}" if self.select == "deviation" else ""
+        return self.select + at
+
+
+def check_select(select: object, offered: Sequence[str]) -> None:
+    """Raises InvalidRequest for a selection that is not among those offered."""
+    if select not in offered:
+        close = get_close_matches(str(select), offered, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidRequest(
+            f"blend.select must be one of {', '.join(offered)}, got {select!r}{hint}", param="blend.select"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +103,17 @@ class OnItsOwn:
 
 
 def make_blend_plan(
-    prompt: Prompt, exact: Plan, known: Sequence[OnItsOwn | None], blend: Blend, *, slow_from: int = SHORT_REST
+    prompt: Prompt,
+    exact: Plan,
+    known: Sequence[OnItsOwn | None],
+    blend: Blend,
+    *,
+    slow_from: int = SHORT_REST,
+    looked: Looked | None = None,
 ) -> Plan:
     """The exact plan with chunks placed in what it computes. `known` has an entry for each of the prompt's chunks.
 
-    `slow_from`: see `fit_rows`.
+    `slow_from`: see `fit_rows`. `looked`: how its scores were found, if that was for this prompt.
     """
     assert len(known) == len(prompt.chunks)
     begin, last = exact.reused, exact.total - 1
@@ -85,7 +123,8 @@ def make_blend_plan(
         if own is not None
     }
     placeable = {index: span for index, span in placeable.items() if span[0] < span[1]}
-    choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio)
+    reason = REMEMBERED if looked is None else looked.reason
+    choices = choose(list(_spans(prompt, known, placeable, begin)), blend.select, blend.ratio, reason)
     placed = {index: list(_rest(span, choices)) for index, span in placeable.items()}
     placed, choices = fit_rows((begin, exact.total), placed, choices, slow_from)
     steps = [
@@ -96,7 +135,13 @@ def make_blend_plan(
         _report(index, chunk, begin, known[index], placed.get(index, []), placeable.get(index), choices)
         for index, chunk in enumerate(prompt.chunks)
     )
-    return Plan(tuple(steps), exact.total, exact.miss, chunks)
+    return Plan(tuple(steps), exact.total, exact.miss, chunks, looked)
+
+
+def with_scores(prompt: Prompt, known: Sequence[OnItsOwn | None], scores: Floats) -> list[OnItsOwn | None]:
+    """What is at hand, with a score for each of the prompt's tokens in place of what is remembered."""
+    pairs = zip(prompt.chunks, known, strict=True)
+    return [None if own is None else replace(own, scores=scores[chunk.start : chunk.stop]) for chunk, own in pairs]
 
 
 def _spans(prompt: Prompt, known: Sequence[OnItsOwn | None], placeable: dict[int, Range], begin: int) -> Iterator[Span]:

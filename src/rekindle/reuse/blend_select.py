@@ -7,6 +7,12 @@ ranges of the prompt. Budget is counted in tokens: a share of all that could be 
     first       the first tokens of each chunk (LegoLink of EPIC, https://arxiv.org/abs/2410.15332)
     remembered  the tokens whose KV once differed most between in place and on its own; a chunk of which nothing is
                 remembered gets its first tokens
+    deviation   the tokens whose K or V at a layer, now, differs most from that on its own (CacheBlend,
+                https://arxiv.org/abs/2405.16444)
+    query       the tokens to which the question attends most (as ProphetKV)
+
+The last two have to look: before anything is chosen the prompt goes through some layers, or the question through all. What
+was seen takes the place of what is remembered.
 
 Every range is a model call of its own, so a few more tokens in one range are better than one more range. `dearest` weighs
 that: it looks for ranges of the largest sum of gains, where each token costs a price, each range as much as RANGE_TOKENS
@@ -27,7 +33,9 @@ from rekindle.engine.protocol import Range
 
 Select = Literal["none", "first", "remembered", "deviation", "query", "auto"]
 Floats = npt.NDArray[np.float32]
+LOOKING: tuple[Select, ...] = ("deviation", "query")
 FIRST = "they lack what stands before their chunk most"
+REMEMBERED = "their KV differed most between in place and on its own"
 RANGE_TOKENS = 4  # what a range more costs, in tokens
 _STEPS = 24  # of the search for a price
 
@@ -54,8 +62,11 @@ class Choice:
     reason: str
 
 
-def choose(spans: Sequence[Span], select: Select, ratio: float) -> list[Choice]:
-    """Ranges to compute, ascending, each within one span. Raises AssertionError for a ratio outside [0, 1]."""
+def choose(spans: Sequence[Span], select: Select, ratio: float, reason: str = REMEMBERED) -> list[Choice]:
+    """Ranges to compute, ascending, each within one span, and `reason` for those that scores have chosen.
+
+    Raises AssertionError for a ratio outside [0, 1].
+    """
     assert 0 <= ratio <= 1, ratio
     if select == "none" or ratio == 0:
         return []
@@ -63,7 +74,7 @@ def choose(spans: Sequence[Span], select: Select, ratio: float) -> list[Choice]:
         return [Choice(span.start, span.stop, "all of it is to be computed") for span in spans if len(span)]
     known = [span for span in spans if span.scores is not None and select != "first"]
     unknown = [span for span in spans if span not in known]
-    chosen = [*_first(unknown, ratio), *_remembered(known, ratio)]
+    chosen = [*_first(unknown, ratio), *_scored(known, ratio, reason)]
     return sorted(chosen, key=lambda choice: choice.start)
 
 
@@ -72,14 +83,13 @@ def _first(spans: Sequence[Span], ratio: float) -> list[Choice]:
     return [Choice(span.start, span.start + count, FIRST) for span, count in zip(spans, counts, strict=True) if count]
 
 
-def _remembered(spans: Sequence[Span], ratio: float) -> list[Choice]:
+def _scored(spans: Sequence[Span], ratio: float, reason: str) -> list[Choice]:
     """The budget of all these chunks goes where it is needed."""
     if not spans:
         return []
     gains = np.concatenate([span.scores for span in spans if span.scores is not None])
     begins = np.cumsum([0, *(len(span) for span in spans)])
     free = {int(begin) for begin, span in zip(begins, spans, strict=False) if span.is_begin}
-    reason = "their KV differed most between in place and on its own"
     chosen = []
     for start, stop in dearest(gains, round(ratio * len(gains)), free):
         for begin, span in zip(begins, spans, strict=False):

@@ -92,6 +92,20 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What was computed only to choose what to compute."""
+
+    reason: str  # why what was chosen was
+    tokens: int
+    layers: int  # that each of them went through
+    num_layers: int  # of the model
+
+    @property
+    def token_layers(self) -> int:
+        return self.tokens * self.layers
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is done for one prompt, and why. Reused <= total; nothing is both reused and computed."""
 
@@ -99,6 +113,7 @@ class Plan:
     total: int  # tokens in the prompt
     miss: str | None  # why reuse ended where it did; None if nothing was missing
     chunks: tuple[ChunkPlan, ...] = ()
+    looked: Looked | None = None
 
     def __post_init__(self) -> None:
         position = 0
@@ -110,6 +125,12 @@ class Plan:
     @property
     def computed(self) -> int:
         return sum(step.stop - step.start for step in self.steps if isinstance(step, Compute))
+
+    @property
+    def budget(self) -> float:
+        """Token-layers computed, to choose and to read, of those of the prompt."""
+        looked = 0.0 if self.looked is None else self.looked.token_layers / self.looked.num_layers
+        return (self.computed + looked) / self.total if self.total else 0.0
 
     @property
     def reused(self) -> int:
@@ -155,7 +176,11 @@ class Plan:
             | ({"chunk": step.chunk, "from": step.source} if isinstance(step, Place) and step.chunk is not None else {})
             for step in self.steps
         ]
-        chunks = {"chunks": [asdict(chunk) for chunk in self.chunks]} if self.chunks else {}
+        chunks: dict[str, Any] = {}
+        if self.chunks:
+            chunks = {"chunks": [asdict(chunk) for chunk in self.chunks], "budget": round(self.budget, 4)}
+        if self.looked is not None:
+            chunks["looked"] = asdict(self.looked) | {"token_layers": self.looked.token_layers}
         return chunks | {
             "steps": steps,
             "total": self.total,

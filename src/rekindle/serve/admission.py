@@ -120,7 +120,8 @@ class Admission:
             self._state.residents.cut(hold.name, hold.cut, run.salt)
         residents, match = self._known(run)
         found = self._look(run)
-        plan = self._plan(run, make_plan(run.generation.prompt, residents, self._stored(run, match)), found)
+        exact = make_plan(run.generation.prompt, residents, self._stored(run, match))
+        plan = self._plan(run, exact, found)
         if self._can_fetch_soon(run, plan) or self._begin_fetch(run, plan) or self._can_share_soon(run, plan):
             return Outcome.WAITS
         planned = time.perf_counter()
@@ -130,22 +131,24 @@ class Admission:
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
             plan, logits = make_plan(run.generation.prompt, [], Stored()), None
+            exact = plan
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
             return Outcome.NO_ROOM
         if run.fetch is not None:
             run.clock.fetched(started)  # it may not have been noted yet: this thread is woken first
         run.clock.admitted, run.clock.planned, run.clock.restored = started, planned, time.perf_counter()
-        run.start(plan)
         self._used.append(match)
         self._blending.used(plan, found)
+        self._blending.begin_look(run, self._engine, exact, plan, found)
+        run.start(plan if run.looking is None else exact)
         if logits is not None:
             run.marks[plan.total] = logits
         self._state.enter(run)
         self._promise(run)
-        if run.generation.reuses and run.generation.answers:
-            self._state.counts.add(plan)
-        self._state.watching(run).admitted(run, plan)
+        self._state.watching(run).begun(run)
+        if run.looking is None:
+            self._state.planned(run)
         return Outcome.STARTED
 
     def _plan(self, run: Run, exact: Plan, found: Found) -> Plan:

@@ -19,6 +19,10 @@ class Batch:
     work: list[Work] = field(default_factory=list)
     num_decoding: int = 0  # answers that go on
     num_prefill: int = 0  # prompt tokens
+    look: Run | None = None  # who looks on before it reads …
+    num_looking: int = 0  # … with as much work as so many prompt tokens
+    look_cells: int = 0  # and at most so many cells
+    seconds: float = 0.0  # that computing it took, without the look
 
     @property
     def num_tokens(self) -> int:
@@ -33,6 +37,8 @@ def least_cells(state: State) -> int:
         return decoding
     if reading[0].due:
         return len(reading[0].parts[0].payload)
+    if reading[0].looking is not None:
+        return reading[0].looking.least_cells
     return 1 if reading[0].generation.use_kv_cache else len(reading[0].prompt)
 
 
@@ -47,10 +53,15 @@ def make_batch(state: State, pace: Pace) -> Batch:
     unread = sum(run.unread for run in reading)
     budget = pace.chunk(batch.num_decoding, len(reading), unread, hurried=hurried) if reading else 0
     for run in reading:
-        room = state.engine.num_free_cells - batch.num_tokens
-        if budget <= 0 or room <= 0:
+        room = state.engine.num_free_cells - batch.num_tokens - batch.look_cells
+        if budget <= 0:
             break
-        if run.generation.use_kv_cache or len(run.prompt) <= room:
+        if run.looking is not None:  # where nobody else gets on, it is to find out that it can't
+            if batch.look is None and (room >= run.looking.least_cells or not batch.runs):
+                batch.look, batch.look_cells = run, min(room, run.looking.most_cells)
+                batch.num_looking = min(budget, run.looking.cost)
+                budget -= batch.num_looking
+        elif room > 0 and (run.generation.use_kv_cache or len(run.prompt) <= room):
             budget -= _add(batch, state, run, min(budget, room))
     return batch
 

@@ -34,6 +34,7 @@ from rekindle.reuse.blend import OnItsOwn, make_blend_plan
 from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.batch import by_urgency
+from rekindle.serve.looking import begin_look, look_plan
 from rekindle.serve.request import Generation
 from rekindle.serve.rows import Rows
 from rekindle.serve.run import Part, Run
@@ -135,8 +136,40 @@ class Blending:
         blend = run.generation.blend
         if blend is None or not blends(run):
             return exact
-        slow_from = SHORT_REST if self.rows is None else self.rows.slow_from
-        return make_blend_plan(run.generation.prompt, exact, found.known, blend, slow_from=slow_from)
+        prompt = run.generation.prompt
+        if blend.looks:
+            return look_plan(prompt, exact, found.known)
+        return make_blend_plan(prompt, exact, found.known, blend, slow_from=self._slow_from)
+
+    def begin_look(self, run: Run, engine: Engine, exact: Plan, plan: Plan, found: Found) -> None:
+        """Have a run look first, if it has to: its parts are all that could be placed."""
+        blend, prompt = run.generation.blend, run.generation.prompt
+        if blend is not None and blend.looks and plan.blended:
+            run.looking = begin_look(engine, prompt, exact, found.known, blend, run.parts)
+            run.parts = deque()
+
+    def look_on(self, run: Run, count: int, cells: int) -> bool:
+        """One slice of a look, see `Looking.go_on`; True if that was the last, and the run has its plan. One that fails
+        is read exactly. Raises EngineError if even its sequence can't be cut.
+        """
+        looking = run.looking
+        assert looking is not None and run.seq is not None
+        try:
+            looking.go_on(run.seq, count, cells)
+        except EngineError as error:
+            run.context.run(_log.warning, "what to compute of chunks cannot be seen, and all is: %s", error)
+            looking.give_up(run.seq)
+            run.looking = None
+            return True
+        if looking.done:
+            plan, run.parts = looking.chosen(self._slow_from)
+            run.looking = None
+            run.start(plan)
+        return looking.done
+
+    @property
+    def _slow_from(self) -> int:
+        return SHORT_REST if self.rows is None else self.rows.slow_from
 
     def used(self, plan: Plan, found: Found) -> None:
         """Tell the store which chunks a plan has placed."""

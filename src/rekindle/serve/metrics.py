@@ -129,11 +129,13 @@ class Metrics(Observer):
         self._runs[run] = 0
         self._queued.add(run)
 
-    def admitted(self, run: Run, plan: Plan) -> None:
+    def begun(self, run: Run) -> None:
         self._queued.discard(run)
-        clock, fetched = run.clock, run.fetched
-        fetching = max(0.0, clock.fetch_ended - clock.fetch_started)
-        self._queue.observe(max(0.0, clock.admitted - clock.submitted - fetching))
+        clock = run.clock
+        self._queue.observe(max(0.0, clock.admitted - clock.submitted - _fetching(run)))
+
+    def admitted(self, run: Run, plan: Plan) -> None:
+        clock, fetched, fetching = run.clock, run.fetched, _fetching(run)
         if fetching or any(isinstance(step, Place) for step in plan.steps):
             self._restore.observe(clock.restored - clock.planned + fetching)
         for source, count in sources_of(plan, fetched).items():
@@ -256,6 +258,11 @@ class Metrics(Observer):
     def mean_duration_seconds(self) -> float:
         """Of complete answers, queueing included."""
         return _mean(self._duration)
+
+
+def _fetching(run: Run) -> float:
+    """Seconds."""
+    return max(0.0, run.clock.fetch_ended - run.clock.fetch_started)
 
 
 def _samples(metric: Collector) -> dict[str, float]:

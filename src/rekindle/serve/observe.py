@@ -36,8 +36,13 @@ class Observer:
     def queued(self, run: Run) -> None:
         """A request came in; `run.clock` has its arrival."""
 
+    def begun(self, run: Run) -> None:
+        """It left the queue and has a sequence; `run.clock` has the moments."""
+
     def admitted(self, run: Run, plan: Plan) -> None:
-        """Its plan is made and what is reused is in the engine; `run.clock` has the moments, `run.fetch` the fetch."""
+        """Its plan is made, at once or when it was seen what to compute, and what is reused is in the engine; `run.clock`
+        has the moments, `run.fetch` the fetch.
+        """
 
     def first_token(self, run: Run) -> None:
         """Its first token was sampled, at `run.clock.first_token`."""
@@ -75,6 +80,9 @@ class Observers(Observer):
 
     def queued(self, run: Run) -> None:
         self._tell(lambda observer: observer.queued(run))
+
+    def begun(self, run: Run) -> None:
+        self._tell(lambda observer: observer.begun(run))
 
     def admitted(self, run: Run, plan: Plan) -> None:
         self._tell(lambda observer: observer.admitted(run, plan))

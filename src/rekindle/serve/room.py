@@ -98,7 +98,7 @@ class Room:
 
     def _promised(self, runs: Iterable[Run]) -> int:
         """Cells for the rest of their prompts, and one more each."""
-        return sum(1 + len(run.prompt) - run.read for run in runs)
+        return sum(1 + len(run.prompt) - run.held for run in runs)
 
     def secure(self, cells: int, fail: Callable[[Run, EngineError], object]) -> None:
         """Make sure that the next step has cells: residents leave, then requests are swapped out, but never the last.
@@ -119,6 +119,9 @@ class Room:
     def swap_out(self, run: Run) -> None:
         """Take a running request's KV out of the engine; it waits at its place in the queue. Raises EngineError."""
         assert run.seq is not None
+        if run.looking is not None:  # what it has seen so far is not kept
+            run.looking.restart()
+            self._engine.truncate(run.seq, run.read)
         length = self._engine.length(run.seq)
         starts = range(0, length, self._piece)
         run.swapped = [self._engine.export(run.seq, start, min(length, start + self._piece)) for start in starts]

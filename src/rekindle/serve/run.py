@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from rekindle.serve.request import Done, Event, FinishReason, Generation, Piece,
 from rekindle.serve.sampling import Sampler, Vector, largest, log_softmax
 from rekindle.serve.text import TextStream
 from rekindle.tokens import Tokens, as_tokens
+
+if TYPE_CHECKING:
+    from rekindle.serve.looking import Looking
 
 _log = logging.getLogger(__name__)
 Bytes = Callable[[int], bytes]
@@ -85,6 +89,7 @@ class Run:
     plan: Plan | None = None
     read: int = 0  # prompt tokens in the engine
     parts: deque[Part] = field(default_factory=deque)  # of chunks, still to be placed
+    looking: Looking | None = None  # before its plan is made, at what to compute of its chunks
     pending: int | None = None  # sampled, its KV not computed yet
     generated: list[int] = field(default_factory=list)
     marks: dict[int, Vector] = field(default_factory=dict)  # sequence length -> logits after it
@@ -146,8 +151,14 @@ class Run:
 
     @property
     def unread(self) -> int:
-        """Prompt tokens to be computed still."""
-        return len(self.prompt) - self.read - sum(map(len, self.parts))
+        """Prompt tokens to be computed still, to look or to read."""
+        unread = len(self.prompt) - self.read - sum(map(len, self.parts))
+        return unread if self.looking is None else self.looking.cost
+
+    @property
+    def held(self) -> int:
+        """Prompt tokens that have cells."""
+        return self.read if self.looking is None else self.looking.position
 
     @property
     def length(self) -> int:
@@ -157,6 +168,8 @@ class Run:
     @property
     def exact(self) -> int:
         """Tokens from the first on whose KV is what reading them gives: all of them, unless chunks were placed."""
+        if self.looking is not None:
+            return self.read
         blended = self.plan is not None and self.plan.blended
         return self.plan.exact if self.plan is not None and blended else self.length
 

@@ -156,7 +156,8 @@ class Scheduler:
                 finished += 1
             return Step(admitted, 0, finished + ended)
         finished += self._emit(batch, logits)
-        return Step(admitted, batch.num_tokens, finished + ended, batch.num_decoding)
+        finished += self._look(batch)
+        return Step(admitted, batch.num_tokens + batch.num_looking, finished + ended, batch.num_decoding)
 
     def use_idle_time(self) -> bool:
         """Do one thing more that nobody waits for; False if there is none."""
@@ -221,8 +222,9 @@ class Scheduler:
         self._rent.count(batch.num_tokens)
         started = time.perf_counter()
         logits = self._engine.forward(batch.work)
-        seconds = time.perf_counter() - started
-        self._pace.learn(batch.num_decoding, batch.num_prefill, seconds)
+        seconds = batch.seconds = time.perf_counter() - started
+        if batch.look is None or not batch.num_decoding:
+            self._pace.learn(batch.num_decoding, batch.num_prefill, seconds)
         if self._blending.rows is not None and not batch.num_decoding:
             self._blending.rows.add(batch.num_prefill, seconds)
         if len(batch.runs) == 1 and batch.num_prefill:
@@ -232,6 +234,26 @@ class Scheduler:
                 run.prefill_calls += 1
                 run.read = min(len(run.prompt), run.read + len(item.tokens))
         return logits
+
+    def _look(self, batch: Batch) -> int:
+        """A slice of what has to be seen before a prompt is read; returns how many requests it ended: none, or that one."""
+        run = batch.look
+        if run is None:
+            return 0
+        started = time.perf_counter()
+        try:
+            is_planned = self._blending.look_on(run, batch.num_looking, batch.look_cells)
+        except EngineError as error:
+            self._fail(run, error)
+            return 1
+        run.prefill_calls += 1
+        if batch.num_decoding:  # who is answered waits for it as for prompt tokens
+            self._pace.learn(
+                batch.num_decoding, batch.num_prefill + batch.num_looking, time.perf_counter() - started + batch.seconds
+            )
+        if is_planned:
+            self._state.planned(run)
+        return 0
 
     def _emit(self, batch: Batch, logits: Logits) -> int:
         """Sample for every request whose logits came, then end those that are complete; returns how many."""

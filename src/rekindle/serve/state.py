@@ -66,6 +66,13 @@ class State:
                 break
             earlier.passed += 1
 
+    def planned(self, run: Run) -> None:
+        """A started request has its plan."""
+        assert run.plan is not None
+        if run.generation.reuses and run.generation.answers:
+            self.counts.add(run.plan)
+        self.watching(run).admitted(run, run.plan)
+
     def put_back(self, run: Run) -> None:
         """A running request waits again, at its old place."""
         self.remove(run)
