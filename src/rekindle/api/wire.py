@@ -28,7 +28,7 @@ from rekindle.errors import InvalidRequest, nearest
 from rekindle.model import chunks
 from rekindle.model.chunks import Chunk, Document
 from rekindle.reuse.blend_select import Select
-from rekindle.serve.durations import seconds_of
+from rekindle.serve.durations import EXPECTED, seconds_of
 from rekindle.serve.marked import Wish
 from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
 
@@ -84,7 +84,7 @@ def _seconds(value: Any) -> float:
             return seconds_of(value)
         except InvalidRequest:
             pass
-    raise PydanticCustomError("invalid_value", "expected a time such as 30s, 10m, 2h, 1d or a number of seconds")
+    raise PydanticCustomError("invalid_value", "expected {what}", {"what": EXPECTED})
 
 
 def _plain_json(value: dict[str, Any], handler: Any) -> Any:

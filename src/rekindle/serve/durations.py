@@ -8,16 +8,19 @@ import re
 from rekindle.errors import InvalidRequest
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+EXPECTED = "a time such as 30s, 10m, 2h, 1d, or a number of seconds, more than 0"
 _FEW = 3
 _WRITTEN = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smhdw]?)")
 
 
 def seconds_of(value: str | float, *, param: str = "ttl") -> float:
     """The seconds of a span; more than 0. Raises InvalidRequest."""
-    seconds = _read(value) if isinstance(value, str) else float(value)
+    try:
+        seconds = _read(value) if isinstance(value, str) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        seconds = math.inf
     if seconds is None or not math.isfinite(seconds) or seconds <= 0:
-        expected = "a time such as 30s, 10m, 2h, 1d, or a number of seconds, more than 0"
-        raise InvalidRequest(f"{param}: expected {expected}; got {str(value)[:40]!r}", param=param)
+        raise InvalidRequest(f"{param}: expected {EXPECTED}; got {str(value)[:40]!r}", param=param)
     return seconds
 
 
