@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-CHAT, TEXT, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+CHAT, TEXT, GENERATE, RESPONSES = "/v1/chat/completions", "/v1/completions", "/generate", "/v1/responses"
 MIB = 1 << 20
 
 
@@ -81,7 +81,7 @@ CASES = [
     Bad("temperature as text", CHAT, chat(temperature="1"), 400, "expected a number, got a string", "temperature"),
     Bad("temperature true", CHAT, chat(temperature=True), 400, "expected a number, got a boolean", "temperature"),
     Bad("max_tokens as text", CHAT, chat(max_tokens="5"), 400, "expected a whole number", "max_tokens"),
-    Bad("max_tokens with a fraction", CHAT, chat(max_tokens=1.5), 400, "expected a whole number", "max_tokens"),
+    Bad("max_tokens with a fraction", CHAT, chat(max_tokens=1.5), 400, "whole number, got 1.5", "max_tokens"),
     Bad("stream as text", CHAT, chat(stream="true"), 400, "expected a boolean, got a string", "stream"),
     Bad("messages as text", CHAT, chat(messages="hi"), 400, "expected an array, got a string", "messages"),
     Bad("a message as text", CHAT, chat(messages=["hi"]), 400, "expected an object", "messages[0]"),
@@ -101,6 +101,7 @@ CASES = [
     Bad("empty messages", CHAT, chat(messages=[]), 400, "at least one element", "messages"),
     Bad("a message without a role", CHAT, chat(messages=[{"content": "x"}]), 400, "required", "messages[0].role"),
     Bad("an unknown role", CHAT, chat(messages=[{"role": "cat"}]), 400, "'system'", "messages[0].role"),
+    Bad("a misspelt role", CHAT, chat(messages=[{"role": "usr"}]), 400, "or 'function', got 'usr'", "messages[0].role"),
     Bad("no prompt", TEXT, b"{}", 400, "required", "prompt", "missing_field"),
     Bad("empty prompt", TEXT, text(prompt=""), 400, "none of them empty", "prompt"),
     Bad("prompt of nothing", TEXT, text(prompt=[]), 400, "none of them empty", "prompt"),
@@ -125,6 +126,11 @@ CASES = [
     Bad("logit_bias of 101", CHAT, chat(logit_bias={"5": 101}), 400, "between", "logit_bias"),
     Bad("logit_bias for no token", CHAT, chat(logit_bias={"2000000000": 1}), 400, "2000000000", "logit_bias"),
     Bad("n of 0", CHAT, chat(n=0), 400, "at least 1", "n"),
+    Bad("a pin of 400 digits", CHAT, chat(rekindle={"pin": 10**400}), 400, "a time such as", "rekindle.pin"),
+    Bad("a limit of 0", f"{RESPONSES}/a/input_items?limit=0", b"", 400, "at least 1, got '0'", "limit", method="GET"),
+    Bad(
+        "maybe", f"{RESPONSES}/a?stream=maybe", b"", 400, "expected true or false, got 'maybe'", "stream", method="GET"
+    ),
     Bad("n of 1,000", CHAT, chat(n=1000), 400, "at most 128", "n"),
     Bad("too many stops", CHAT, chat(stop=["x"] * 17), 400, "at most 16", "stop"),
     Bad("21 logprobs", CHAT, chat(logprobs=True, top_logprobs=21), 400, "at most 20", "top_logprobs"),

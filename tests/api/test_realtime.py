@@ -478,6 +478,12 @@ def test_simple_sockets_and_realtime_clients_share_a_session(clients: Any, url: 
         ('{"type": "response.create", "response": {"max_output_tokens": 0}}', '"inf"', "invalid_request"),
         ('{"type": "response.create", "response": {"tools": [{}]}}', "tools", "unsupported"),
         ('{"type": "response.create", "response": {"output_modalities": ["audio"]}}', "text only", "unsupported"),
+        (
+            '{"type": "response.create", "response": {"input": [{"type": "mesage"}]}}',
+            "response.input[0]: expected 'item_reference', 'message' as 'type', got 'mesage'",
+            "invalid_request",
+        ),
+        ('{"type": "response.create", "response": {"input": [{}]}}', "the field 'type', got none", "invalid_request"),
         ('{"type": "response.create"}', "no user message", "session_error"),
         ('{"type": "session.update", "session": {"voice": "alloy"}}', "voice", "unsupported"),
         ('{"type": "session.update", "session": {"audio": {"output": {"voice": "a"}}}}', "audio", "unsupported"),

@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from rekindle.api.load import Load
-from rekindle.errors import InvalidRequest, Stopping
+from rekindle.errors import InvalidRequest, Stopping, nearest
 
 MAX_MESSAGE_CHARACTERS = 1 << 18
 SEND_SECONDS = 30.0  # for one message to go out
 GOODBYE_SECONDS = 30.0  # for whoever does not read to hear why it is over, once it reads again
 WATCH_SECONDS = 0.25
 TOO_SLOW, GOING_AWAY, IDLE, BROKEN = 1008, 1001, 1000, 1011
+_SHOWN = 60  # characters of a type
 _STOPPING = "the server is being stopped; come back later"
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,17 @@ def parse(text: str | None) -> Message:
     if not isinstance(value, dict):
         raise InvalidRequest("expected a JSON object with a type, got another value", param="type")
     return value
+
+
+def type_of(message: Message, known: Collection[str]) -> str:
+    """A message's type. Raises InvalidRequest if it is none of these."""
+    given = message.get("type")
+    if isinstance(given, str) and given in known:
+        return given
+    got = (
+        f"type {given[:_SHOWN]!r}{nearest(given, known)}" if isinstance(given, str) else f"no type{nearest('', known)}"
+    )
+    raise InvalidRequest(f"expected a message of a known type, got {got}", param="type")
 
 
 class Connection:

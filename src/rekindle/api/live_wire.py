@@ -7,6 +7,7 @@ in   message      the user's message; without `data`, the draft as it is. It is 
      swap         go on in another context
      rewind       go back to the end of this turn
      reset        forget all turns
+     Names of fields that are not known are mistakes.
 
 out  user_input, token, end (with reason, usage and timings), spent (those of an answer that was interrupted), system (with
      its kind), error
@@ -19,15 +20,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from rekindle.api.connection import type_of
 from rekindle.api.refusals import invalid_message, refusal_of
-from rekindle.api.wire import Str, Wire
+from rekindle.api.wire import Ours, Str
 from rekindle.errors import InvalidRequest
 from rekindle.serve.request import Done, Sampling
 from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.session import Session
 
 
-class TextOnly(Wire):
+class TextOnly(Ours):
     """Base of what is said: a text, all of which is read exactly and while it comes."""
 
     @model_validator(mode="before")
@@ -78,7 +80,7 @@ class PartialIn(TextOnly):
             session.replace(self.data)
 
 
-class InterruptIn(Wire):
+class InterruptIn(Ours):
     """The user has heard enough."""
 
     type: Literal["interrupt"]
@@ -90,7 +92,7 @@ class InterruptIn(Wire):
         session.interrupt(characters=self.characters, tokens=self.tokens)
 
 
-class ContextIn(Wire):
+class ContextIn(Ours):
     """A context of its own."""
 
     type: Literal["context"]
@@ -102,7 +104,7 @@ class ContextIn(Wire):
         session.add_context(self.context, head_of(self.instructions))
 
 
-class SwapIn(Wire):
+class SwapIn(Ours):
     """Go on elsewhere."""
 
     type: Literal["swap"]
@@ -113,7 +115,7 @@ class SwapIn(Wire):
         session.swap(self.context)
 
 
-class RewindIn(Wire):
+class RewindIn(Ours):
     """Go back."""
 
     type: Literal["rewind"]
@@ -124,7 +126,7 @@ class RewindIn(Wire):
         session.rewind(self.turn)
 
 
-class ResetIn(Wire):
+class ResetIn(Ours):
     """Begin anew."""
 
     type: Literal["reset"]
@@ -146,8 +148,7 @@ def head_of(instructions: str) -> list[dict[str, str]]:
 
 def decode(value: dict[str, Any]) -> Incoming:
     """A message. Raises InvalidRequest that says what was expected."""
-    if value.get("type") not in TYPES:
-        raise InvalidRequest(f"expected a JSON object whose type is one of {', '.join(TYPES)}", param="type")
+    type_of(value, TYPES)
     try:
         return _INCOMING.validate_python(value)
     except ValidationError as error:

@@ -18,9 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError, model_validator
 
+from rekindle.api.connection import type_of
 from rekindle.api.refusals import invalid_message
 from rekindle.api.wire import Ours, RekindleOptions, Span, Str, TextIn, Wire, expect
-from rekindle.errors import InvalidRequest, nearest
+from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Part, plain
 from rekindle.serve.marked import Wish
 
@@ -376,11 +377,9 @@ def id_of(value: dict[str, Any]) -> str | None:
 def decode(value: dict[str, Any]) -> Incoming:
     """An event. Raises InvalidRequest that says what was expected."""
     kind = value.get("type")
-    if not isinstance(kind, str) or kind not in TYPES:
-        if isinstance(kind, str) and kind.startswith(_NOT_HERE):
-            raise Unsupported(f"{kind[:60]} is not supported: {_AUDIO}", param="type")
-        got = f"unknown type {kind[:60]!r}{nearest(kind, TYPES)}" if isinstance(kind, str) else "no type"
-        raise InvalidRequest(f"expected an event of a known type, got {got}", param="type")
+    if isinstance(kind, str) and kind.startswith(_NOT_HERE):
+        raise Unsupported(f"{kind[:60]} is not supported: {_AUDIO}", param="type")
+    type_of(value, TYPES)
     try:
         return _INCOMING.validate_python(value)
     except ValidationError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,27 +29,37 @@ from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 
 log = logging.getLogger(__name__)
 
+_WORD = re.compile(r"[\w.-]{1,24}")  # a choice that is misspelt, and nobody's text
 _INTERNAL = "the server failed to answer; its log says why"
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _JSON_TYPES = {
     dict: "an object",
     list: "an array",
     str: "a string",
-    float: "a fraction",
     bool: "a boolean",
     type(None): "null",
 }
 _EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
+    "bool_parsing": "true or false",
     "bool_type": "a boolean",
     "dict_type": "an object",
     "float_type": "a number",
+    "greater_than": "more than {gt}",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
     "int_type": "a whole number",
+    "less_than": "less than {lt}",
     "list_type": "an array",
+    "literal_error": "{expected}",
     "model_attributes_type": "an object",
     "model_type": "an object",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least one character",
     "string_type": "a string",
+    "too_long": "at most {max_length} elements",
     "too_short": "at least one element",
+    "union_tag_invalid": "{expected_tags} as {discriminator}",
+    "union_tag_not_found": "the field {discriminator}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
 }
@@ -174,8 +185,23 @@ def _reason(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "this field is required"
     if expected := _EXPECTED.get(error["type"]):
-        return f"expected {expected.format_map(error.get('ctx', {}))}, got {_json_type(error['input'])}"
+        limits = {
+            name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()
+        }
+        return f"expected {expected.format_map(limits)}, got {_got(error)}"
     return str(error["msg"]).replace("Input should be", "expected")
+
+
+def _got(error: Mapping[str, Any]) -> str:
+    """What came: a short word where one of a few was expected, and what a URL says; of all else that is long, how long."""
+    kind, value = error["type"], error["input"]
+    if kind in ("string_too_long", "too_long"):
+        return f"{len(value):,}"
+    if kind == "union_tag_not_found":
+        return "none"
+    word = error["ctx"]["tag"] if kind == "union_tag_invalid" else value
+    is_choice = kind in ("literal_error", "union_tag_invalid") or error["loc"][:1] == ("query",)
+    return repr(word) if is_choice and isinstance(word, str) and _WORD.fullmatch(word) else _json_type(value)
 
 
 def _code(kind: str) -> str:
@@ -185,8 +211,8 @@ def _code(kind: str) -> str:
 
 
 def _json_type(value: object) -> str:
-    """The type instead of the value, which may be anybody's text; whole numbers as they are."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    """The type instead of the value, which may be anybody's text; numbers as they are."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value) if abs(value) < 1 << 63 else "a number that is too large"
     if value in ("", []):
         return "an empty string" if value == "" else "an empty array"

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from starlette.websockets import WebSocket
 
 from rekindle.api.answers import Answers, Runner
-from rekindle.api.connection import Connection, accept, parse
+from rekindle.api.connection import Connection, accept, parse, type_of
 from rekindle.api.door import message_of
 from rekindle.api.refusals import invalid_message, refusal_of
 from rekindle.api.requests import exchange_of
@@ -54,7 +54,7 @@ class CancelMessage(Wire):
     stream_id: Annotated[Str, Field(max_length=64)] | None = None
 
 
-_TYPES: dict[Any, type[CreateMessage | CancelMessage]] = {
+_TYPES: dict[str, type[CreateMessage | CancelMessage]] = {
     "response.create": CreateMessage,
     "response.cancel": CancelMessage,
 }
@@ -62,12 +62,8 @@ _TYPES: dict[Any, type[CreateMessage | CancelMessage]] = {
 
 def decode(value: dict[str, Any]) -> CreateMessage | CancelMessage:
     """A message. Raises InvalidRequest that says what was expected."""
-    kind = value.get("type")
-    if not isinstance(kind, str) or kind not in _TYPES:
-        given = f"type {kind[:40]!r}" if isinstance(kind, str) else "something else"
-        raise InvalidRequest(f"expected a JSON object of type {' or '.join(_TYPES)}, got {given}", param="type")
     try:
-        return _TYPES[kind].model_validate(value)
+        return _TYPES[type_of(value, _TYPES)].model_validate(value)
     except ValidationError as error:
         raise invalid_message(error) from None
 
