@@ -265,17 +265,23 @@ def test_a_full_queue_still_takes_the_head_of_a_chain() -> None:
     store.close(0)
 
 
-def test_a_writer_outlives_what_a_tier_may_raise(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["put", "touch"])
+def test_a_writer_outlives_what_a_tier_may_raise(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
     def fail(chain: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.tiers[0], "put", fail)
+        patch.setattr(bench.tiers[0], failing, fail)
         bench.put(PROMPT)
+        bench.store.used(bench.store.match(PROMPT))
         assert bench.store.behind.flush(10)
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    there = len(bench.tiers[0].blocks)
     bench.put(PROMPT + 100)
     assert bench.store.behind.flush(10)
-    assert len(bench.tiers[0].blocks) == 4
+    assert len(bench.tiers[0].blocks) == there + 4
 
 
 def test_a_chain_longer_than_memory_is_useful_from_its_head(bench: Bench) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -73,19 +72,22 @@ class Behind:
 
     def touch(self, places: Sequence[Place]) -> bool:
         """Tell all tiers, later, that this chain, given head first, was used; False if there was no room."""
-        return self._add(_Job(partial(self._touch, places), len(places) * _PLACE_BYTES))
+        return self._tell(places, lambda tier: tier.touch(places))
 
     def keep(self, places: Sequence[Place], until: float) -> None:
         """Have all tiers, later, keep this chain, given head first, until a Unix time. This always finds room."""
-        self._add(_Job(partial(self._keep, places, until), len(places) * _PLACE_BYTES), always=True)
+        self._tell(places, lambda tier: tier.keep(places, until), always=True)
 
     def release(self, places: Sequence[Place]) -> None:
         """Have all tiers, later, keep this chain, given head first, no longer than any other."""
-        self._add(_Job(partial(self._release, places), len(places) * _PLACE_BYTES), always=True)
+        self._tell(places, lambda tier: tier.release(places), always=True)
 
     def remove(self, places: Sequence[Place]) -> None:
         """Have all tiers, later, forget these."""
-        self._add(_Job(partial(self._remove, places), len(places) * _PLACE_BYTES), always=True)
+        self._tell(places, lambda tier: tier.remove(places), always=True)
+
+    def _tell(self, places: Sequence[Place], what: Callable[[Tier], None], *, always: bool = False) -> bool:
+        return self._add(_Job(partial(self._each, what), len(places) * _PLACE_BYTES), always=always)
 
     def _add(self, job: _Job, *, always: bool = False) -> bool:
         if not self._tiers:
@@ -151,8 +153,7 @@ class Behind:
         with self._changed:
             self._closed = True
             given_up = sum(job.num_blocks for job in self._queue)
-            self._forget(self._queue)
-            self._queue.clear()
+            self.clear()
             self.dropped += given_up
         if not done:
             _log.warning("stopped with %d blocks not written to slower tiers", given_up)
@@ -166,25 +167,14 @@ class Behind:
             except TierUnavailable as error:
                 self._outages.failed(tier.name, error)
 
-    def _touch(self, places: Sequence[Place]) -> None:
+    def _each(self, what: Callable[[Tier], None]) -> None:
         for tier in self._tiers:
-            with suppress(TierUnavailable):
-                tier.touch(places)
-
-    def _keep(self, places: Sequence[Place], until: float) -> None:
-        for tier in self._tiers:
-            with suppress(TierUnavailable):
-                tier.keep(places, until)
-
-    def _release(self, places: Sequence[Place]) -> None:
-        for tier in self._tiers:
-            with suppress(TierUnavailable):
-                tier.release(places)
-
-    def _remove(self, places: Sequence[Place]) -> None:
-        for tier in self._tiers:
-            with suppress(TierUnavailable):
-                tier.remove(places)
+            try:
+                what(tier)
+            except TierUnavailable:
+                pass  # its state says so; what it has not heard of it keeps longer, or forgets sooner
+            except Exception:
+                _log.exception("telling the %s tier of blocks failed", tier.name)
 
     def _write(self, tiers: Sequence[Tier], chain: Sequence[Block]) -> None:
         for tier in tiers:
