@@ -208,6 +208,26 @@ def test_a_policy_of_ones_own() -> None:
         service.check_integrity()
 
 
+class Greedy(Policy):
+    """Whoever waits may swap out whoever runs: two requests always prefer themselves to each other."""
+
+    name = "greedy"
+    may_preempt = True
+
+    def preempts(self, waiting: Request, running: Request) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("cells", [150, 1000])
+def test_requests_that_preempt_each_other_all_end_with_nothing_computed_twice(cells: int) -> None:
+    stage = Stage(cells, policy=Greedy(), max_running=2)
+    lengths = (50, 20, 10, 100, 5)
+    answers = [stage.submit(ids(length, length), 10) for length in lengths]
+    stage.run()
+    assert [answer.text for answer in answers] == [Stage().ask(ids(length, length), 10).text for length in lengths]
+    assert stage.engine.num_computed == sum(lengths) + len(lengths) * 9
+
+
 def test_the_named_policies_can_be_set() -> None:
     for name, kind in POLICIES.items():
         assert type(policy_named(name)) is kind
@@ -220,6 +240,12 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
         policy_named("lifo")
     with pytest.raises(InvalidRequest, match=r"'fifo', 'priority' or 'cache-aware', got 'lifo'"):
         rekindle.load(engine="toy", policy="lifo")
+
+
+@pytest.mark.parametrize("given", [Shortest, object(), 3])
+def test_what_is_neither_a_name_nor_a_policy_is_refused(given: object) -> None:
+    with pytest.raises(InvalidRequest, match="expected a name or an object of a Policy, got"):
+        rekindle.load(engine="toy", policy=given)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from enum import Enum
 
@@ -63,13 +63,18 @@ class Admission:
             self._store.used(match)
         self._used.clear()
 
-    def admit_one(self, fail: Callable[[Run, EngineError], object]) -> Run | None:
-        """Start the first that can be; None if that is nobody. One whose KV can't be put back has to `fail`."""
+    def admit_one(self, fail: Callable[[Run, EngineError], object], started: Collection[Run] = ()) -> Run | None:
+        """Start the first that can be; None if that is nobody. One whose KV can't be put back has to `fail`.
+
+        Nobody is swapped out for it who was `started` in this step: two whom the policy prefers to each other would
+        change places for ever, and nothing be computed.
+        """
         state = self._state
         if not self._may_start():
             return None
         for run in sorted(self._candidates(), key=state.rank):
-            victims = [other for other in state.running if state.policy.preempts(run, other)]
+            less_urgent = [other for other in state.running if state.policy.preempts(run, other)]
+            victims = [other for other in less_urgent if other not in started]
             victims.sort(key=state.rank, reverse=True)
             is_blocked = bool(state.running) and run.blocked_at == state.departures
             if is_blocked or len(state.running) - len(victims) >= state.max_running:
@@ -79,7 +84,7 @@ class Admission:
             except EngineError as error:
                 fail(run, error)
                 continue
-            if outcome is Outcome.NO_ROOM:
+            if outcome is Outcome.NO_ROOM and len(victims) == len(less_urgent):
                 run.blocked_at = state.departures
             if outcome is not Outcome.WAITS:
                 return run if outcome is Outcome.STARTED else None

@@ -51,6 +51,8 @@ class LLM:
     @classmethod
     def open(cls, model: str = "builtin", /, *, policy: str | Policy | None = None, **settings: Any) -> Self:
         """`policy` is a name or a `Policy` of your own. Raises ModelError, InvalidRequest."""
+        if not isinstance(policy, str | Policy | None):
+            raise InvalidRequest(f"policy: expected a name or an object of a Policy, got {policy!r}", param="policy")
         name, own = (None, policy) if isinstance(policy, Policy) else (policy, None)
         return cls(Service.open(Settings.load(None, model=model, policy=name, **settings), policy=own))
 

@@ -197,16 +197,17 @@ class Scheduler:
 
     def _admit(self) -> tuple[int, int]:
         """Start whom there is room for; returns how many, and how many of them ended at once."""
-        admitted = ended = 0
-        while (run := self._admission.admit_one(self._fail)) is not None:
-            admitted += 1
+        started: list[Run] = []
+        ended = 0
+        while (run := self._admission.admit_one(self._fail, started)) is not None:
+            started.append(run)
             if not run.reading and not run.generated and len(run.prompt) in run.marks:  # its first logits were kept
                 reason = self._advance(run, run.marks[len(run.prompt)])
                 if reason is not None:
                     self._end(run, reason)
                     ended += 1
         self._admission.tell_used()
-        return admitted, ended
+        return len(started), ended
 
     def _collect_rent(self, num_started: int) -> None:
         if num_started:
