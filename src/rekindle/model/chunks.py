@@ -50,6 +50,11 @@ class Chunk:
 Part = str | Chunk
 
 
+def text_of(part: Part) -> str:
+    """A part's text, marked or not."""
+    return part.text if isinstance(part, Chunk) else part
+
+
 @dataclass(frozen=True)
 class Document:
     """A text that was looked up for a question."""
@@ -125,7 +130,7 @@ def content_of(parts: Sequence[Part]) -> str | list[Part]:
 
 def plain(content: Any) -> str:
     """A message's content as one text, marked or not. Raises InvalidRequest."""
-    return "".join(part.text if isinstance(part, Chunk) else part for part in parts_of(content))
+    return "".join(map(text_of, parts_of(content)))
 
 
 def _part(given: Any) -> Part:
@@ -200,7 +205,7 @@ def _with_documents(messages: Messages, documents: Sequence[Document]) -> Messag
 
 
 def _texts(messages: Messages, documents: Sequence[Document]) -> list[str]:
-    own = [part.text if isinstance(part, Chunk) else part for message in messages for part in message["content"]]
+    own = [text_of(part) for message in messages for part in message["content"]]
     others = [str(value) for message in messages for name, value in message.items() if name != "content"]
     return [*own, *others, *(text for each in documents for text in (each.title, each.text))]
 

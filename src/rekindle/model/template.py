@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rekindle.errors import InvalidRequest, ModelError
-from rekindle.model.chunks import parts_of
+from rekindle.model.chunks import plain
 
 
 class _Generation(Extension):
@@ -53,7 +53,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         """The text of a conversation, ready for the assistant's next words. Raises InvalidRequest.
 
-        Content in parts of text, see `parts_of`, is put together first: most templates would leave it out without a word.
+        Content in parts of text, see `plain`, is put together first: most templates would leave it out without a word.
         Parts of another type are left to the template.
         """
         if not messages:
@@ -76,8 +76,7 @@ def _in_one(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     if isinstance(content, Sequence) and any(isinstance(p, Mapping) and p.get("type") != "text" for p in content):
         return message
-    parts = (part if isinstance(part, str) else part.text for part in parts_of(content))
-    return {**message, "content": "".join(parts)}
+    return {**message, "content": plain(content)}
 
 
 def _raise(message: str) -> None:
