@@ -77,6 +77,10 @@ class Session:
         """idle, committed or answering."""
         return "answering" if self._answering else "idle" if self.context.open is None else "committed"
 
+    def _check_quiet(self) -> None:
+        if self._answering:
+            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+
     @property
     def context(self) -> Context:
         return self.contexts[self.active]
@@ -216,8 +220,7 @@ class Session:
 
         It is read at once, or, unless `ahead`, when it is answered.
         """
-        if self._answering:
-            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        self._check_quiet()
         context, words = self.context, self.context.draft if text is None else text
         if len(words) > self._most_characters:
             raise SessionError(f"the message has {len(words)} characters; expected at most {self._most_characters}")
@@ -248,8 +251,7 @@ class Session:
         """
         if self.is_closed:
             raise SessionError("the session has ended; open it again")
-        if self._answering:
-            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        self._check_quiet()
         self._gate.enter(self.salt)
         try:
             return self._ask(max_tokens, sampling or self.options.sampling)
@@ -267,7 +269,7 @@ class Session:
             context,
             min(max_tokens or room, room),
             sampling,
-            lambda event: self._hear(event),
+            self._hear,
             lambda done: self._tell(Spent(turn.number, done)),
         )
         self._answering = True
@@ -350,8 +352,7 @@ class Session:
         The draft stays, what begins as before is not read again. Turns for which there is no room are forgotten, oldest
         first. Raises SessionError, InvalidRequest, and then nothing has changed.
         """
-        if self._answering:
-            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        self._check_quiet()
         context = self.context
         before = {name: getattr(context, name) for name in _AMENDED}
         try:
@@ -396,8 +397,7 @@ class Session:
 
     def hibernate(self) -> None:
         """Let the engine have the room; KV goes to the store, and whatever is done next brings it back."""
-        if self._answering:
-            raise SessionError("an answer is being generated; interrupt it, or wait for its end")
+        self._check_quiet()
         if self.is_hot:
             self._reader.let_go()
             for context in self.contexts.values():
