@@ -46,7 +46,6 @@ def generate_router(runner: Runner) -> APIRouter:
 async def _generation(service: Service, request: Request, body: GenerateRequest) -> Generation:
     salt = caller_of(request).salt(body.cache_salt)
     prompt, tokenize_ms = await built(len(body.prompt), lambda: service.text_prompt(body.prompt, salt=salt))
-    wish = None if body.rekindle is None else body.rekindle.blend_wish
     return Generation(
         prompt=prompt,
         max_tokens=body.max_new_tokens,
@@ -56,8 +55,8 @@ async def _generation(service: Service, request: Request, body: GenerateRequest)
         priority=body.priority or 0,
         use_kv_cache=body.use_cache,
         use_prefix_cache=body.use_prefix_cache,
-        blend=service.blend_of(wish, prompt) if body.use_cache and body.use_prefix_cache else None,
-        pin_seconds=None if body.rekindle is None else body.rekindle.pin,
+        blend=service.blend_of(body.blend_wish, prompt) if body.use_cache and body.use_prefix_cache else None,
+        pin_seconds=body.pin_seconds,
         arrived=arrived(request),
         tokenize_ms=tokenize_ms,
     )

@@ -14,10 +14,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rekindle.api.responses_items import InputItem, Message
-from rekindle.api.wire import Documents, JsonObject, RekindleOptions, SamplingFields, Str, Wire
+from rekindle.api.wire import Documents, GenerationFields, JsonObject, Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Document, Part, content_of
-from rekindle.serve.marked import Wish
 from rekindle.serve.request import MAX_TOP_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
@@ -79,7 +78,7 @@ def _apart(contents: Sequence[str | list[Part]]) -> str | list[Part]:
     return content_of(parts)
 
 
-class ResponseRequest(SamplingFields):
+class ResponseRequest(GenerationFields):
     """`POST /v1/responses`, and `response.create` on its socket."""
 
     input: Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_messages)]
@@ -108,7 +107,6 @@ class ResponseRequest(SamplingFields):
     conversation: Any = None
     prompt: Any = None
     cache_salt: Str | None = Field(None, description="requests with different salts share neither KV nor responses")
-    rekindle: RekindleOptions | None = None
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -144,14 +142,6 @@ class ResponseRequest(SamplingFields):
         if given is None or given.type == "text":
             return None
         return given.schema_ if given.type == "json_schema" else {"type": "object"}
-
-    @property
-    def pin_seconds(self) -> float | None:
-        return None if self.rekindle is None else self.rekindle.pin
-
-    @property
-    def blend_wish(self) -> Wish:
-        return None if self.rekindle is None else self.rekindle.blend_wish
 
     @property
     def looked_up(self) -> list[Document]:

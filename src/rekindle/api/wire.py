@@ -116,50 +116,6 @@ Span = Annotated[float, BeforeValidator(_seconds), WithJsonSchema({"type": ["str
 JsonObject = Annotated[dict[str, Any], WrapValidator(_plain_json)]
 
 
-class SamplingFields(Wire):
-    """What OpenAI's two endpoints and ours share; null is as good as absent."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = Field(None, description="0 or -1: all")
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: Stop = None
-    ignore_eos: bool | None = Field(None, description="go on after the end of turn, for measurements")
-    priority: Priority | None = Field(None, description="lower goes earlier, with the policy of that name; default 0")
-
-    def sampling(
-        self, vocab_size: int, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None
-    ) -> Sampling:
-        """How choice number `choice` is sampled; a seed makes the choices differ, the same way each time."""
-        return Sampling(
-            temperature=temperature if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=_by_token(self.logit_bias or {}, vocab_size),
-            seed=None if self.seed is None else (self.seed + choice) & _SEEDS,
-            top_logprobs=top_logprobs,
-        )
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-
-def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
-    for name in biases:
-        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < vocab_size):
-            expected = f"token ids from 0 to {vocab_size - 1} as keys"
-            raise InvalidRequest(f"logit_bias: expected {expected}, got {name[:20]!r}", param="logit_bias")
-    return {int(name): bias for name, bias in biases.items()}
-
-
 class JsonSchema(Wire):
     """A named schema, as OpenAI sends it."""
 
@@ -252,17 +208,42 @@ class RekindleOptions(Ours):
         return self.blend.wish
 
 
-class OpenAIFields(SamplingFields):
-    """What the two OpenAI endpoints share."""
+class GenerationFields(Wire):
+    """What all requests for answers share; null is as good as absent."""
 
-    model: Str | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1: all")
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Stop = None
+    ignore_eos: bool | None = Field(None, description="go on after the end of turn, for measurements")
+    priority: Priority | None = Field(None, description="lower goes earlier, with the policy of that name; default 0")
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
     rekindle: RekindleOptions | None = None
+
+    def sampling(
+        self, vocab_size: int, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None
+    ) -> Sampling:
+        """How choice number `choice` is sampled; a seed makes the choices differ, the same way each time."""
+        return Sampling(
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_by_token(self.logit_bias or {}, vocab_size),
+            seed=None if self.seed is None else (self.seed + choice) & _SEEDS,
+            top_logprobs=top_logprobs,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def pin_seconds(self) -> float | None:
@@ -271,6 +252,25 @@ class OpenAIFields(SamplingFields):
     @property
     def blend_wish(self) -> Wish:
         return None if self.rekindle is None else self.rekindle.blend_wish
+
+
+def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
+    for name in biases:
+        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < vocab_size):
+            expected = f"token ids from 0 to {vocab_size - 1} as keys"
+            raise InvalidRequest(f"logit_bias: expected {expected}, got {name[:20]!r}", param="logit_bias")
+    return {int(name): bias for name, bias in biases.items()}
+
+
+class OpenAIFields(GenerationFields):
+    """What the two OpenAI endpoints share."""
+
+    model: Str | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def num_choices(self) -> int:
@@ -396,12 +396,10 @@ class CompletionRequest(OpenAIFields):
         return [each for each in self.prompt if not isinstance(each, int)]
 
 
-class GenerateRequest(SamplingFields):
+class GenerateRequest(GenerationFields):
     """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
 
     prompt: Text
     max_new_tokens: int = Field(128, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
     use_cache: bool = Field(True, description="false: read the whole sequence again for every token")
     use_prefix_cache: bool = Field(True, description="false: neither read nor write KV of other requests")
-    cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
-    rekindle: RekindleOptions | None = None
