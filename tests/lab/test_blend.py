@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rekindle.engine.llama import LlamaEngine
 from rekindle.engine.protocol import Engine, Work
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, ModelError
 from rekindle.lab.blend import run_blend
 from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_run import ChunkKV, met_before, read_after, read_blended, read_fully
@@ -270,6 +270,9 @@ def test_bad_files_are_refused(tmp_path: Path, content: str) -> None:
         list(file_tasks(tmp_path / "nothing.json", lambda text: as_tokens([1]), 1))
 
 
-def test_other_models_need_examples() -> None:
+def test_other_models_need_examples(tmp_path: Path) -> None:
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
     with pytest.raises(InvalidRequest, match="--data"):
-        run_blend("some.gguf", documents=1)
+        run_blend(str(tmp_path / "some.gguf"), documents=1)
+    with pytest.raises(ModelError, match="there is no model file"):
+        run_blend(str(tmp_path / "none.gguf"), documents=1)

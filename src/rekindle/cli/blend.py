@@ -18,7 +18,7 @@ from rekindle.lab.blend_speed import Texts, measure_speed, speed_settings
 from rekindle.lab.image import check_image
 from rekindle.serve.service import Service
 
-_COLUMNS = 120  # which the table of times needs
+_COLUMNS = 120  # which the tables need
 
 
 def measure_quality(
@@ -46,7 +46,7 @@ def measure_quality(
             seed=seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print_report(report, Console())
+    print_report(report, _console())
     if plot is not None:
         plot_report(report, plot)
     if gate is None:
@@ -94,4 +94,9 @@ def measure_time(
             sizes = {"threads": threads, "context": context, "rounds": rounds, "seed": seed}
             arms, note = measure_peer(path, texts, peer=peer, ratio=ratio, tell=tell, **sizes)
             report = replace(report, peer=arms, peer_note=note)
-    print_speed(report, Console(width=max(_COLUMNS, shutil.get_terminal_size().columns)))
+    print_speed(report, _console())
+
+
+def _console() -> Console:
+    """Wide enough for the tables, also where they go into a file."""
+    return Console(width=max(_COLUMNS, shutil.get_terminal_size().columns))

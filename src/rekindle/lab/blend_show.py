@@ -22,17 +22,19 @@ def print_report(report: BlendReport, console: Console) -> None:
         title=f"{report.questions} questions that cross chunks, {report.documents} documents of {report.chunks:.0f} chunks "
         f"and {report.prompt_tokens:,.0f} tokens; {report.model}, {report.engine}",
         title_justify="left",
+        caption="TTFT and budget are beside full prefill's too",
+        caption_justify="left",
     )
-    table.add_column("")
-    for heading in ("ratio", "right", "of full", "95 %", *kinds, "F1", "KL", "TTFT of full", "budget"):
-        table.add_column(heading, justify="right")
+    table.add_column("", no_wrap=True)
+    for heading in ("ratio", "right", "of full", "95 %", *kinds, "F1", "KL", "TTFT", "budget"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm in report.arms:
         table.add_row(
             arm.select,
             "" if arm.select in ("full", "prefix", "none") else f"{arm.ratio:.0%}",
             f"{arm.exact_match:.3f}",
             f"{arm.exact_match_of_full:.3f}",
-            f"{arm.interval[0]:.3f} to {arm.interval[1]:.3f}",
+            f"{arm.interval[0]:.2f} to {arm.interval[1]:.2f}",
             *(f"{arm.by_kind.get(kind, 0):.3f}" for kind in kinds),
             f"{arm.f1:.3f}",
             f"{arm.kl:.4f}",
@@ -90,24 +92,33 @@ def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
 
 
 def plot_report(report: BlendReport, out: Path) -> None:
-    """Quality against time to first token, a line per choice. Raises InvalidRequest without matplotlib, or if it can't."""
+    """Quality against time to first token, a line per choice that was timed.
+
+    Raises InvalidRequest without matplotlib, or if it can't be written.
+    """
     with image(out, 8, 5) as figure:
         axes = figure.add_subplot(
             xlabel="time to first token, of full prefill",
             ylabel="exact match, of full prefill",
             title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
         )
-        for select, arms in by_select(report):
-            points = [
-                (arm.ttft_of_full, arm.exact_match_of_full)
-                for _, arm in sorted(arms.items())
-                if arm.ttft_of_full is not None
-            ]
-            if not points:
+        for number, (select, arms) in enumerate(by_select(report)):
+            timed = [(arm.ttft_of_full, arm) for _, arm in sorted(arms.items()) if arm.ttft_of_full is not None]
+            if not timed:
                 continue
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=select)
-            for (x, y), ratio in zip(points, sorted(arms), strict=True):
-                if len(arms) > 1:
-                    axes.annotate(f"{ratio:.0%}", (x, y), textcoords="offset points", xytext=(3, -10), fontsize=7)
+            times, quality = [time for time, _ in timed], [arm.exact_match_of_full for _, arm in timed]
+            (line,) = axes.plot(times, quality, marker="o", markersize=4, label=select)
+            ends = [arm.interval for _, arm in timed]
+            axes.vlines(times, *zip(*ends, strict=True), color=line.get_color(), alpha=0.3, linewidth=3)
+            for time, arm in timed if len(timed) > 1 else ():  # each line's ratios at a height of their own
+                axes.annotate(
+                    f"{arm.ratio:.0%}",
+                    (time, arm.exact_match_of_full),
+                    textcoords="offset points",
+                    xytext=(-4, 9 * (number - 2)),
+                    fontsize=7,
+                    color=line.get_color(),
+                )
+        axes.margins(y=0.2)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right", title="bars: 95 % intervals", fontsize=8, title_fontsize=8)
