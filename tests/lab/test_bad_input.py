@@ -49,6 +49,13 @@ def test_a_file_that_is_none(command: str, file: Path) -> None:
     assert words[file.stem] in said and str(file) in said and "Errno" not in said
 
 
+@pytest.mark.parametrize("command", ["store --tier disk", "restart builtin"])
+def test_a_folder_where_nothing_can_be_written(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "missing", tmp_path / "file"):
+        assert f"no files can be written in {folder}" in _refused(f"{command} --folder FILE", folder, 2)
+
+
 def _refused(command: str, file: Path, code: int) -> str:
     """The one line on stderr."""
     arguments = [str(file) if part == "FILE" else part for part in command.split()]

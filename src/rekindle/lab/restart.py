@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from rekindle.lab.load.servers import Setup, find_model, rekindle_server
 from rekindle.lab.load.texts import words
 from rekindle.lab.machine import Machine, this_machine, usable_cores
 from rekindle.lab.redis_server import RedisServer, redis_server
+from rekindle.lab.scratch import scratch_folder
 from rekindle.lab.store_tiers import drop_from_page_cache, read_through
 
 _ANSWER_TOKENS = 4
@@ -101,7 +101,7 @@ def run_restart(
 ) -> RestartReport:
     """The whole experiment on a model (`builtin`, a path, `hf:…`), with KV in a new folder inside `folder`.
 
-    Raises ModelError, ServerError if a server doesn't start or answer, NotRestored if stored KV was not used.
+    Raises InvalidRequest, ModelError, ServerError if a server doesn't start or answer, NotRestored if KV was not used.
     """
     setup = Setup(
         model=find_model(model),
@@ -109,8 +109,8 @@ def run_restart(
         context=prompts * prompt_tokens + _SPARE_CELLS,
         parallel=1,
     )
-    with tempfile.TemporaryDirectory(dir=folder, prefix="rekindle-lab-") as scratch, redis_server() as redis:
-        bench = _Bench(setup, Path(scratch), redis, prompt_tokens, prompts, progress)
+    with scratch_folder(folder) as scratch, redis_server() as redis:
+        bench = _Bench(setup, scratch, redis, prompt_tokens, prompts, progress)
         arms = [*bench.with_folder(), *(bench.with_redis() if redis is not None else ())]
         kv_bytes, limit = bench.limit()
     return RestartReport(

@@ -7,7 +7,6 @@ What each figure is compared with, and why that is its limit, stands with those 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from rich.table import Table
 from rekindle.errors import InvalidRequest
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.redis_server import RedisServer, redis_server
+from rekindle.lab.scratch import scratch_folder
 from rekindle.lab.store_arms import BLOCK_TOKENS, Comparison, make_prompt
 from rekindle.lab.store_engine import engine_arms
 from rekindle.lab.store_lookups import MARKS, PROMPT_BLOCKS, Growth, measure_growth
@@ -96,15 +96,15 @@ def run_store(
     if min(num_blocks, rounds, *payloads) < 1:
         raise InvalidRequest("expected payloads, blocks and rounds of 1 or more", param="payloads")
     skipped: list[str] = []
-    restore = engine_arms(model, num_blocks, rounds) if model is not None else None
-    with redis_server() if "network" in tiers else nullcontext() as server:
+    with scratch_folder(folder) as scratch, redis_server() if "network" in tiers else nullcontext() as server:
+        restore = engine_arms(model, num_blocks, rounds) if model is not None else None
         if server is None and "network" in tiers:
             skipped.append("network: neither redis-server nor valkey-server is installed")
         transfers = []
         for index, size in enumerate(payloads):
             progress("payloads", index, len(payloads))
-            with tempfile.TemporaryDirectory(dir=folder, prefix="rekindle-lab-") as scratch:
-                comparisons = list(_transfer(size, num_blocks, tiers, rounds, Path(scratch), server))
+            with scratch_folder(scratch) as its_own:
+                comparisons = list(_transfer(size, num_blocks, tiers, rounds, its_own, server))
             transfers.append(Transfers(payload_bytes=size, num_blocks=num_blocks, comparisons=tuple(comparisons)))
     growth = measure_growth(marks, lambda done, total: progress("look-ups", done, total)) if marks else []
     return StoreReport(
