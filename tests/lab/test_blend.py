@@ -271,8 +271,7 @@ def test_bad_files_are_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_other_models_need_examples(tmp_path: Path) -> None:
-    (tmp_path / "some.gguf").write_bytes(b"GGUF")
     with pytest.raises(InvalidRequest, match="--data"):
-        run_blend(str(tmp_path / "some.gguf"), documents=1)
+        run_blend(str(ember.weights_path()), documents=1)
     with pytest.raises(ModelError, match="there is no model file"):
         run_blend(str(tmp_path / "none.gguf"), documents=1)
