@@ -171,6 +171,16 @@ def test_bad_input_is_refused_and_the_next_request_answered(http: httpx.Client, 
     assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT, GENERATE, "/generate_stream", RESPONSES, f"{RESPONSES}/input_tokens"])
+def test_a_misspelt_name_is_a_mistake_in_what_is_ours_alone(http: httpx.Client, path: str) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "input": "Hello", "max_tokens": 2}
+    asked |= {} if path.startswith(RESPONSES) else {"prompt": "Hello"}
+    assert http.post(path, json=asked | {"temprature": 1}).status_code == 200
+    for ours, hint in (({"plann": True}, "'plan'"), ({"blend": {"ratoi": 0.1}}, "'ratio'")):
+        answer = http.post(path, json=asked | {"rekindle": ours})
+        assert answer.status_code == 400 and f"did you mean {hint}?" in answer.json()["error"]["message"]
+
+
 def test_refusals_never_repeat_the_prompt(http: httpx.Client) -> None:
     secret = "correct horse battery staple"
     for fields in ({"temperature": "hot"}, {"stop": [secret, 5]}, {"response_format": {"type": secret}}):
