@@ -27,7 +27,7 @@ SEVERAL = frozenset({"allowed_host", "api_key", "cors_origin"})
 class Settings(BaseModel):
     """Everything that can be chosen about a running Rekindle. Sizes are in bytes, times in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     model: str = Field(
         "builtin",
@@ -86,8 +86,11 @@ class Settings(BaseModel):
     blend: Literal["asked", "marked"] = Field(
         "asked", description="which prompts with marked chunks are blended: those that ask for it, or all"
     )
-    blend_select: Literal["none", "first", "remembered", "auto"] = Field(
+    blend_select: Literal["none", "first", "remembered", "deviation", "query", "auto"] = Field(
         "auto", description="which tokens of placed chunks are computed anew, unless a request that blends says"
+    )
+    blend_layer: int | None = Field(
+        None, ge=1, description="layer at which deviation is judged, from 0; default: a quarter of the way through"
     )
     blend_ratio: float = Field(
         0.15, ge=0, le=1, description="how much of placed chunks is computed anew, unless it says"

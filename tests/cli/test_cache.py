@@ -144,7 +144,7 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
         (["warm", "-p", " "], "the prompt is empty"),
         (["warm", "-p", "x", "--raw", "--system", "y"], "--system is for conversations"),
         (["warm", "-p", "x", "--store", "none"], "the store has no folder"),
-        (["warm", "--chunk", " "], "the prompt is empty"),
+        (["warm", "--chunk", " "], "the chunk is empty"),
         (["warm", "--chunks-from", "nowhere.txt"], "cannot read nowhere.txt"),
         (["warm", "--chunks-from", "{bytes}"], "it is not UTF-8 text"),
         (["warm", "--chunks-from", "{empty}"], "holds no chunk"),
@@ -365,7 +365,8 @@ def test_folders_that_are_none_are_told(tmp_path: Path, command: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
 def test_a_folder_of_somebody_else_is_told(bench: Bench) -> None:
     code = f"import os, sys; sys.argv = ['rekindle', 'cache', 'stats', '--store', {str(bench.store)!r}]"
-    code += "; from rekindle.cli import main; import rekindle.cli.cache_look; os.setuid(65534); main()"
+    code += "; from rekindle.cli import main; import rekindle.cli.cache_look as look; look.folder_of(None)"
+    code += "; os.setuid(65534); main()"  # who may not read the interpreter's own folders; all is imported by now
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | SMALL)
     assert done.returncode == 1, done.stderr
     assert "Permission denied" in done.stderr and "Traceback" not in done.stderr

@@ -142,6 +142,13 @@ def demo(
 @guarded
 def version() -> None:
     """Print the versions of Rekindle and of what it computes with."""
+    _print_versions(True)
+
+
+def _print_versions(wanted: bool) -> None:
+    """For the command, and for the option that people try first."""
+    if not wanted:
+        return
     import platform
     from importlib.metadata import version as version_of
 
@@ -149,6 +156,16 @@ def version() -> None:
 
     typer.echo(f"rekindle {rekindle.__version__}")
     typer.echo(f"llama-cpp-python {version_of('llama-cpp-python')}, Python {platform.python_version()}")
+    raise typer.Exit
+
+
+@app.callback()
+def whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="print versions and end", callback=_print_versions, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself; what it is for says `app`."""
 
 
 @lab.command("model")

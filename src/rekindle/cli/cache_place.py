@@ -11,8 +11,8 @@ from rekindle.cli.client import Client, ServerError, first_key
 from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.catalog import Catalog
 from rekindle.model.hf_load import DTYPES
-from rekindle.serve.assembly import store_folder
 from rekindle.serve.listing import Decode
+from rekindle.serve.place import store_folder
 from rekindle.settings import Settings
 from rekindle.tokens import Tokens
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import typer
 from rich.console import Console
@@ -29,10 +29,12 @@ from rekindle.cli.generate import read_prompt
 from rekindle.cli.refusals import complain
 from rekindle.errors import InvalidRequest, counted
 from rekindle.model.chunks import Document
-from rekindle.reuse.prompt import Prompt
 from rekindle.serve.durations import in_words, seconds_of
-from rekindle.serve.service import Service
 from rekindle.settings import Settings
+
+if TYPE_CHECKING:
+    from rekindle.reuse.prompt import Prompt
+    from rekindle.serve.service import Service
 
 Tell = Any  # called with the number of tokens computed so far
 
@@ -81,7 +83,7 @@ class Texts:
             )
         texts = [_of_file(file, system) for file in files]
         texts += [_of_prompt(read_prompt(prompt), system) for prompt in prompts]
-        given = [read_prompt(chunk) for chunk in chunks]
+        given = [read_prompt(chunk, "chunk") for chunk in chunks]
         texts += [Text(name=_short(text), text=text, chunk=Document(text)) for text in given]
         for file in chunks_from:
             found = read_chunks(file, separator)
@@ -203,6 +205,8 @@ def _place(settings: Settings, texts: Texts, url: str | None, api_key: str | Non
         yield There(client_of(url, api_key), texts)
         return
     folder_of(settings.store)  # before a model is loaded in vain
+    from rekindle.serve.service import Service  # here: asking a server needs no model library
+
     with closing(Service.open(settings)) as service:
         here = Here(service, texts)
         yield here

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rekindle.cli.client import first_key
-from rekindle.cli.talk import Answer, Local, Message, Remote, Talker, Wish
+from rekindle.cli.talk import Answer, Message, Remote, Talker, Wish
 from rekindle.errors import InvalidRequest, RekindleError
 from rekindle.settings import Settings
 
@@ -46,7 +46,8 @@ def run_chat(
     if url is not None:
         remote = Remote(url, key=key or first_key(settings))
         return _talk(remote, beginning, wish, str(remote.client.get("/health").get("model")))
-    from rekindle.serve.service import Service  # here: a chat with a server needs no model library
+    from rekindle.cli.talk_local import Local  # here: a chat with a server needs no model library
+    from rekindle.serve.service import Service
 
     with closing(Service.open(settings)) as service:
         return _talk(Local(service), beginning, wish, service.model_name)

@@ -9,23 +9,23 @@ from contextlib import ExitStack, closing
 import typer
 
 from rekindle.cli.client import first_key
-from rekindle.cli.talk import Answer, Answering, Local, Remote, Talker, Wish
+from rekindle.cli.talk import Answer, Answering, Remote, Talker, Wish
 from rekindle.errors import InvalidRequest
 from rekindle.settings import Settings
 
 STDIN = "-"
 
 
-def read_prompt(given: str) -> str:
-    """The prompt, or stdin if it is `-`. Raises InvalidRequest if there is none."""
+def read_prompt(given: str, what: str = "prompt") -> str:
+    """The prompt, or what it is called, or stdin if it is `-`. Raises InvalidRequest if there is none."""
     if given == STDIN:
         data = sys.stdin.buffer.read()
         try:
             given = data.decode("utf-8")
         except UnicodeDecodeError:
-            raise InvalidRequest("the prompt on stdin is not UTF-8 text", param="prompt") from None
+            raise InvalidRequest(f"the {what} on stdin is not UTF-8 text", param=what) from None
     if not given.strip():
-        raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+        raise InvalidRequest(f"the {what} is empty: at least one token is needed", param=what)
     return given
 
 
@@ -50,7 +50,8 @@ def run_generate(
         if url is not None:
             talker, as_message = Remote(url, key=key or first_key(settings)), chat is not False
         else:
-            from rekindle.serve.service import Service  # here: asking a server needs no model library
+            from rekindle.cli.talk_local import Local  # here: asking a server needs no model library
+            from rekindle.serve.service import Service
 
             service = stack.enter_context(closing(Service.open(settings)))
             talker, as_message = Local(service), service.model.template is not None if chat is None else chat

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 _BUFFER_BYTES = 512 << 20  # many times any cache that one process gets
 _ROUNDS = 5
 
@@ -51,6 +49,8 @@ def read_bandwidth(threads: int) -> float:
     Which of numpy's kernels reads fastest differs between processors, so two are tried and the faster one counts; a
     limit must not be too low. It is still what a program reaches, not what the memory's data sheet says.
     """
+    import numpy as np  # here: to say what the machine is needs no numbers
+
     slices = np.array_split(np.ones(_BUFFER_BYTES // 4, np.float32), threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

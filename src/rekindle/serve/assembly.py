@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from rekindle.engine.llama import LlamaEngine
@@ -13,12 +12,13 @@ from rekindle.errors import InvalidRequest, ModelError
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.store import Store
 from rekindle.kv.tier import Tier
-from rekindle.model.fingerprint import FileStates, cache_folder
+from rekindle.model.fingerprint import FileStates
 from rekindle.model.gguf import GgufModel
 from rekindle.model.hf import HfModel
 from rekindle.model.model import Model, file_state
 from rekindle.model.spec import ModelSpec
 from rekindle.serve.budget import free_bytes, memory_budget
+from rekindle.serve.place import store_folder
 from rekindle.settings import Settings
 
 DEFAULT_CELLS = 8192
@@ -136,11 +136,6 @@ def open_tiers(settings: Settings, model: Model, engine: Engine) -> list[Tier]:
     if settings.store_url is not None:
         tiers.append(_network_tier(settings.store_url, settings, engine))
     return tiers
-
-
-def store_folder(settings: Settings) -> Path:
-    """The folder that the disk tier has, or would have."""
-    return cache_folder() / "store" if settings.store == "auto" else Path(settings.store).expanduser()
 
 
 def _label(settings: Settings, model: Model, engine: Engine) -> dict[str, Any]:
