@@ -158,6 +158,16 @@ def test_what_makes_no_sense_is_answered_with_an_error(clients: Any, sent: Any, 
     assert client.ask()[-1]["turn"] == 1
 
 
+def test_a_socket_that_is_asked_for_as_a_page_says_what_it_is(http: httpx.Client) -> None:
+    for path in ("/ws", "/ws/input", "/v1/realtime"):
+        answer = http.get(path)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            404,
+            f"{path} is a WebSocket: open it as one",
+        )
+    assert http.get("/ws/nothing").json()["error"]["message"] == "there is no GET /ws/nothing here"
+
+
 def test_what_fails_on_the_server_hangs_up_instead_of_falling_silent(
     clients: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

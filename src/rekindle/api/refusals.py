@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.websockets import WebSocket
 
 from rekindle.api.load import retry_after
@@ -140,7 +141,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message, path = error.detail, request.url.path[:200]
     if error.status_code == 404:
-        message = f"there is no {request.method} {path} here"
+        as_socket = dict(request.scope) | {"type": "websocket"}
+        routes = request.app.routes[:-1]  # the last is `no_such_socket`
+        is_socket = any(route.matches(as_socket)[0] is Match.FULL for route in routes)
+        message = f"{path} is a WebSocket: open it as one" if is_socket else f"there is no {request.method} {path} here"
     elif error.status_code == 405:
         message = f"{path} cannot be asked with {request.method}"
     elif error.status_code == 400:
