@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rekindle.errors import InvalidRequest
 from rekindle.lab.live_drift import measure_drift
-from rekindle.lab.live_run import print_report, run_live
+from rekindle.lab.live_run import PARTS, print_report, run_live
 from rekindle.lab.live_ttft import make_plan
 
 
@@ -59,3 +59,10 @@ def test_drift_is_measured_on_the_same_tokens() -> None:
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="ttft, talk, drift"):
         run_live(make_plan("builtin"), ["speed"])
+
+
+def test_an_unknown_kv_type_is_refused_before_anything_is_measured() -> None:
+    measured: list[str] = []
+    with pytest.raises(InvalidRequest, match="kv_type"):
+        run_live(make_plan("builtin"), PARTS, kv_types=["f16", "f17"], progress=lambda what, *_: measured.append(what))
+    assert not measured

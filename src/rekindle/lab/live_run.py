@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rekindle.errors import InvalidRequest
 from rekindle.lab.live import MAX_ANSWER, Question, Talk, answer_alone, long_talk
-from rekindle.lab.live_drift import Drift, measure_drift
+from rekindle.lab.live_drift import MOVES, Drift, measure_drift
 from rekindle.lab.live_ttft import Plan, Ttft, measure_ttft
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.model.ember.language import Document, Kind, generate_questions
@@ -54,17 +54,17 @@ def run_live(
     kv_types: Sequence[str] = ("f16",),
     progress: Progress = lambda what, done, total: None,
 ) -> LiveReport:
-    """Raises InvalidRequest for an unknown part, and whatever a part raises."""
+    """Raises InvalidRequest for an unknown part or KV type, before anything is measured, and whatever a part raises."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise InvalidRequest(f"part: expected {', '.join(PARTS)}, got {unknown[0]!r}", param="part")
-    settings = Settings.load(threads=plan.threads)
+    settings = [Settings.load(threads=plan.threads, kv_type=each) for each in kv_types]
     return LiveReport(
         machine=this_machine(),
         model=plan.model.name,
         ttft=measure_ttft(plan, progress) if "ttft" in parts else None,
         talks=_talks(plan.threads, turns, window, progress) if "talk" in parts else (),
-        drifts=_drifts(plan, kv_types, settings.session_slides, progress) if "drift" in parts else (),
+        drifts=_drifts(plan, settings, progress) if "drift" in parts else (),
     )
 
 
@@ -100,17 +100,17 @@ def _known(service: Service, document: Document) -> list[Question]:
     ]
 
 
-def _drifts(plan: Plan, kv_types: Sequence[str], most: int, progress: Progress) -> tuple[Drift, ...]:
+def _drifts(plan: Plan, settings: Sequence[Settings], progress: Progress) -> tuple[Drift, ...]:
     found: list[Drift] = []
-    for kv_type in kv_types:
+    for each in settings:
         for retention in RETENTIONS:
             found += measure_drift(
                 str(plan.model),
-                kv_type,
+                each.kv_type,
                 retention,
-                most_rotations=most,
-                threads=plan.threads,
-                progress=lambda done, kv_type=kv_type: progress(f"drift, {kv_type}", done, 32),  # type: ignore[misc]
+                most_rotations=each.session_slides,
+                threads=each.threads,
+                progress=lambda done, kv_type=each.kv_type: progress(f"drift, {kv_type}", done, MOVES[-1]),  # type: ignore[misc]
             )
     return tuple(found)
 

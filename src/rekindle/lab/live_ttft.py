@@ -35,7 +35,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from rekindle.errors import RekindleError
 from rekindle.lab.decode import weight_bytes_per_token
-from rekindle.lab.load.client import ServerError, Target
+from rekindle.lab.load.client import ServerError, Target, reason_of
 from rekindle.lab.load.servers import Setup, find_model, peer_starter, rekindle_server
 from rekindle.lab.load.texts import Texts, words
 from rekindle.lab.machine import read_bandwidth, usable_cores
@@ -214,7 +214,7 @@ class _Live:
     async def _next(self) -> dict[str, Any]:
         message: dict[str, Any] = json.loads(await asyncio.wait_for(self._socket.recv(), _WAIT_SECONDS))
         if message["type"] == "error":
-            raise RekindleError(f"the session said: {message.get('error', message)}")
+            raise RekindleError(f"the session said: {reason_of(message)}")
         return message
 
     async def _until(self, kind: str) -> dict[str, Any]:
