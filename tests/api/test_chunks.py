@@ -185,8 +185,16 @@ def test_a_server_may_blend_whatever_is_marked() -> None:
     [
         ({"rekindle": {"blend": "yes"}}, "rekindle.blend", "expected true, false or an object"),
         ({"rekindle": {"blend": 0.15}}, "rekindle.blend", "expected true, false or an object"),
-        ({"rekindle": {"blend": {"select": "best"}}}, "rekindle.blend.select", "expected 'none', 'first'"),
-        ({"rekindle": {"blend": {"select": 3}}}, "rekindle.blend.select", "expected 'none', 'first'"),
+        (
+            {"rekindle": {"blend": {"select": "best"}}},
+            "rekindle.blend.select",
+            "one of none, first, remembered, auto, got 'best'",
+        ),
+        ({"rekindle": {"blend": {"select": "frist"}}}, "rekindle.blend.select", "did you mean 'first'?"),
+        ({"rekindle": {"blend": {"select": 3}}}, "rekindle.blend.select", "expected a string"),
+        ({"rekindle": {"blend": {"layer": 0}}}, "rekindle.blend.layer", "expected at least 1"),
+        ({"rekindle": {"blend": {"layer": 2}}}, "rekindle.blend.layer", "with select 'auto' there is nothing to judge"),
+        ({"rekindle": {"blend": {"judge": "Q"}}}, "rekindle.blend.judge", "expected 'K' or 'V'"),
         ({"rekindle": {"blend": {"ratio": 1.5}}}, "rekindle.blend.ratio", "expected at most 1"),
         ({"rekindle": {"blend": {"ratio": -0.1}}}, "rekindle.blend.ratio", "expected at least 0"),
         ({"rekindle": {"blend": {"ratio": "15%"}}}, "rekindle.blend.ratio", "expected a number"),
@@ -250,9 +258,15 @@ def test_what_is_blended_cannot_be_pinned(http: httpx.Client) -> None:
     assert answer.status_code == 400 and "pin" in error["message"] and error["param"] == "rekindle.blend"
 
 
-def test_a_selection_that_is_only_measured_is_named_as_it_was_sent(http: httpx.Client) -> None:
-    answer = http.post(CHAT, json=chat(*PASSAGES, rekindle={"blend": {"select": "query"}}))
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "rekindle.blend.select"
+@pytest.mark.parametrize("select", ["deviation", "query"])
+def test_a_selection_that_this_engine_has_not_is_refused_with_those_that_it_has(
+    http: httpx.Client, select: str
+) -> None:
+    answer = http.post(CHAT, json=chat(*PASSAGES, rekindle={"blend": {"select": select}}))
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "rekindle.blend.select"
+    assert f"one of none, first, remembered, auto, got '{select}'" in error["message"]
+    assert "the torch engine can" in error["message"]
 
 
 def test_the_report_says_why_nothing_was_blended(http: httpx.Client) -> None:

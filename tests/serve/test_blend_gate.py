@@ -49,6 +49,16 @@ def test_what_was_measured_to_be_good_enough_passes(tmp_path: Path) -> None:
     assert known.passing == "first from 10%, remembered from 5%"
 
 
+def test_deviation_is_as_good_as_where_it_was_judged(tmp_path: Path) -> None:
+    shares = [("deviation V2", 0.15, 1.0), ("deviation K1", 0.2, 0.9)]
+    known = gate(tmp_path, line(shares=shares))
+    known.check(Blend("deviation", 0.15), 8)  # a quarter of the way
+    known.check(Blend("deviation", 0.15, layer=2), 32)
+    for blend, num_layers in ((Blend("deviation", 0.2), 4), (Blend("deviation", 0.2, judge="K", layer=1), 8)):
+        with pytest.raises(BlendingRefused, match=r"Good enough: deviation V2 from 15%"):
+            known.check(blend, num_layers)
+
+
 @pytest.mark.parametrize(
     ("blend", "message"),
     [
@@ -129,9 +139,13 @@ def test_a_model_that_cannot_be_blended_is_read_exactly_unless_blending_is_asked
 
 
 @pytest.mark.parametrize("select", ["deviation", "query"])
-def test_what_can_only_be_measured_is_no_setting_of_a_server(select: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"'none', 'first', 'remembered' or 'auto', got '{select}'"):
-        Settings.load(None, blend_select=select)
+def test_a_server_does_not_start_with_a_selection_that_its_engine_has_not(select: str) -> None:
+    settings = Settings.load(None, engine="toy", blend_select=select)
+    with pytest.raises(
+        InvalidRequest, match=f"one of none, first, remembered, auto, got '{select}', which looks"
+    ) as no:
+        Service.open(settings)
+    assert no.value.param == "blend_select"
 
 
 def test_wishes() -> None:
@@ -140,6 +154,14 @@ def test_wishes() -> None:
     assert wished_blend(True, default) is default and wished_blend({}, default) == default
     assert wished_blend({"ratio": 0.5}, default) == Blend("first", 0.5)
     assert wished_blend(Blend("none", 0), default) == Blend("none", 0)
+    deviation = Blend("deviation", 0.3, layer=5, judge="K")
+    assert wished_blend({"select": "deviation", "layer": 5, "judge": "K"}, default) == deviation
+    assert wished_blend({"select": "deviation"}, Blend(layer=3)) == Blend("deviation", layer=3)
+    for field in ({"layer": 2}, {"judge": "K"}):
+        with pytest.raises(InvalidRequest, match=f"blend.{next(iter(field))} says how deviation is judged; .* 'first'"):
+            wished_blend(field, default)
+    with pytest.raises(InvalidRequest, match="one of none, first, got 'frist'; did you mean 'first'"):
+        wished_blend({"select": "frist"}, default, ("none", "first"))
     with pytest.raises(InvalidRequest, match="unknown field 'selekt'; did you mean 'select'"):
         wished_blend({"selekt": "first"}, default)
     for wrong in ("first", 0.15, [1]):

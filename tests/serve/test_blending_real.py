@@ -221,7 +221,13 @@ def test_chunks_that_are_longer_than_the_context_are_refused(llm: LLM) -> None:
         ask(llm, join([(story().before, False), (chunk, True), (story().mark, False)]), Blend())
 
 
-def test_selections_that_have_to_look_are_refused(llm: LLM) -> None:
+def test_selections_that_have_to_look_are_refused_where_the_engine_cannot(llm: LLM) -> None:
+    if llm.service.engine_spec.can_look:
+        return
     for select in ("deviation", "query"):
-        with pytest.raises(InvalidRequest, match="serving offers none, first, remembered, auto"):
+        with pytest.raises(InvalidRequest, match=r"one of none, first, remembered, auto, got .* the torch engine can"):
             ask(llm, prompt_of(story().asked[0]), Blend(select, 0.15))  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=r"one of none, first, remembered, auto, got .* the torch engine can"):
+            llm.generate(["Read.", rekindle.Chunk("one"), "?"], blend={"select": select})
+    with pytest.raises(InvalidRequest, match="auto, got 'frist'; did you mean 'first'"):
+        llm.generate(["Read.", rekindle.Chunk("one"), "?"], blend={"select": "frist"})

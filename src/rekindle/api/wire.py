@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.model import chunks
 from rekindle.model.chunks import Chunk, Document
-from rekindle.reuse.blend_select import Select
+from rekindle.reuse.blend import SELECTS
 from rekindle.serve.durations import EXPECTED, seconds_of
 from rekindle.serve.marked import Wish
 from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
@@ -162,27 +162,32 @@ class Ours(Wire):
 class BlendOptions(Ours):
     """How chunks are placed and mended; what is not said is as the server was set."""
 
-    select: Select | None = Field(None, description="which tokens of placed chunks are computed anew")
+    select: Str | None = Field(
+        None,
+        description=f"which tokens of placed chunks are computed anew: {', '.join(SELECTS)}, as the engine has them",
+    )
+    layer: int | None = Field(None, ge=1, description="of deviation: the layer at which it is judged, from 0")
+    judge: Literal["K", "V"] | None = Field(None, description="of deviation: what is compared there, V by default")
     ratio: float | None = Field(None, ge=0, le=1, description="how much of what is placed is computed anew")
     _wanted: bool = PrivateAttr(default=True)
 
     @classmethod
     def no(cls) -> BlendOptions:
         """Don't."""
-        options = cls(select=None, ratio=None)
+        options = cls.model_validate({})
         options._wanted = False
         return options
 
     @property
     def wish(self) -> Wish:
         """For the service."""
-        return {"select": self.select, "ratio": self.ratio} if self._wanted else False
+        return self.model_dump(exclude_none=True) if self._wanted else False
 
 
 def _blend(value: Any) -> Any:
     """True for blending as the server was set, false for none."""
     if isinstance(value, bool):
-        return BlendOptions(select=None, ratio=None) if value else BlendOptions.no()
+        return BlendOptions.model_validate({}) if value else BlendOptions.no()
     if value is None or isinstance(value, dict | BlendOptions):
         return value
     raise PydanticCustomError("invalid_value", "expected true, false or an object of select and ratio")

@@ -18,7 +18,9 @@ from rekindle.lab.blend_tasks import Asked, BlendTask
 from rekindle.reuse.blend import Blend, Memory, OnItsOwn, make_blend_plan
 from rekindle.reuse.plan import Compute, Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.reuse.prompt import Prompt
-from rekindle.tokens import Tokens, as_tokens
+from rekindle.serve.looking import begin_look, look_plan
+from rekindle.serve.run import Part
+from rekindle.tokens import SHORT_REST, Tokens, as_tokens
 
 Vector = npt.NDArray[np.float32]
 
@@ -108,6 +110,35 @@ def read_blended(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, *, a
     prepared = time.perf_counter() - began
     reading = carry_out(engine, prompt, plan, {chunk.index: each for chunk, each in zip(placed, payloads, strict=True)})
     return replace(reading, seconds=reading.seconds + prepared)
+
+
+def read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, question: Tokens) -> Reading:
+    """As a server reads what has to look before it chooses; only what the question attends to depends on it.
+
+    What was computed is given in tokens that went through all layers, as many as the token-layers make.
+    """
+    began, computed, calls = time.perf_counter(), engine.num_token_layers, engine.num_calls
+    asked = prompt if blend.select != "query" else replace(prompt, tokens=np.concatenate([prompt.tokens, question]))
+    exact, known = make_plan(asked, [], Stored()), kv.known(asked)
+    parts = [
+        Part(step.chunk, kv.payload(asked, step.chunk), first, first + step.stop - step.start, step.start)
+        for step in look_plan(asked, exact, known).steps
+        if isinstance(step, Place) and step.chunk is not None
+        for first in [step.start - asked.chunks[step.chunk].start]
+    ]
+    seq, looking = engine.open(), begin_look(engine, asked, exact, known, blend, parts)
+    while not looking.done:
+        looking.go_on(seq, len(asked), engine.num_free_cells)
+    plan, due = looking.chosen(SHORT_REST)
+    while (position := engine.length(seq)) < len(prompt):
+        if due and due[0].position == position:
+            part = due.popleft()
+            engine.place(seq, part.payload, position, start=part.start, stop=part.stop)
+        else:
+            stop = min(due[0].position if due else len(prompt), len(prompt))
+            engine.forward([Work(seq, prompt.tokens[position:stop], logits=stop == len(prompt))])
+    work = (engine.num_token_layers - computed) / engine.spec.num_layers
+    return Reading(seq, time.perf_counter() - began, round(work), engine.num_calls - calls, plan)
 
 
 def carry_out(engine: Engine, prompt: Prompt, plan: Plan, payloads: Mapping[int, Payload] | None = None) -> Reading:

@@ -82,14 +82,14 @@ class Blend:
         return self.select + at
 
 
-def check_select(select: object, offered: Sequence[str]) -> None:
+def check_select(select: object, offered: Sequence[str], param: str = "blend.select") -> None:
     """Raises InvalidRequest for a selection that is not among those offered."""
     if select not in offered:
         close = get_close_matches(str(select), offered, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidRequest(
-            f"blend.select must be one of {', '.join(offered)}, got {select!r}{hint}", param="blend.select"
-        )
+        if select in LOOKING:
+            hint = ", which looks into the model's layers before it chooses: this engine can't, the torch engine can"
+        raise InvalidRequest(f"blend.select must be one of {', '.join(offered)}, got {select!r}{hint}", param=param)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,18 +72,19 @@ class BlendGate:
         )
         return gate
 
-    def check(self, blend: Blend) -> None:
-        """Raises BlendingRefused."""
+    def check(self, blend: Blend, num_layers: int = 1) -> None:
+        """Raises BlendingRefused. `num_layers` of the model, without which it is not known where deviation is judged."""
         if blend.ratio == 1 and blend.select != "none":  # all is computed
             return
         if self.fault is not None:
             raise BlendingRefused(f"this server does not blend: {self.fault}", param="rekindle.blend")
-        known = [arm for arm in self.arms if arm.select == blend.select and arm.ratio <= blend.ratio]
+        name = blend.name(num_layers)
+        known = [arm for arm in self.arms if arm.select == name and arm.ratio <= blend.ratio]
         if known and (best := max(known, key=lambda arm: arm.ratio)).share >= self.least:
             return
         kept = f"kept {best.share:.3f}" if known else "was not measured to keep enough"
         raise BlendingRefused(
-            f"blending with {blend.select} at {blend.ratio:.0%} {kept} of full prefill's right answers; this server asks "
+            f"blending with {name} at {blend.ratio:.0%} {kept} of full prefill's right answers; this server asks "
             f"for {self.least:g}. Good enough: {self.passing or 'nothing that was measured'}",
             param="rekindle.blend",
         )
@@ -92,7 +93,9 @@ class BlendGate:
     def passing(self) -> str:
         """What is good enough, in words."""
         words = []
-        for select in SELECTS:
+        for select in dict.fromkeys(
+            [*SELECTS, *(arm.select for arm in self.arms if arm.select.startswith("deviation "))]
+        ):
             good = _least_good([arm for arm in self.arms if arm.select == select], self.least)
             if good is not None:
                 words.append(f"{select} from {good:.0%}")

@@ -30,7 +30,8 @@ from rekindle.kv.keys import Key
 from rekindle.kv.speed import Speed
 from rekindle.kv.store import Fetched, Match, Store
 from rekindle.model.spec import ModelSpec
-from rekindle.reuse.blend import OnItsOwn, make_blend_plan
+from rekindle.reuse.blend import SELECTS, OnItsOwn, check_select, make_blend_plan
+from rekindle.reuse.blend_select import LOOKING, Select
 from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.batch import by_urgency
@@ -43,7 +44,6 @@ from rekindle.serve.state import State
 from rekindle.tokens import SHORT_REST, Tokens
 
 _log = logging.getLogger(__name__)
-OFFERED = ("none", "first", "remembered", "auto")  # the others have to look into the model's layers before they choose
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,22 @@ class Found:
     blocks: list[list[Block]] = field(default_factory=list)  # `whole_blocks` of these
 
 
+def offered(spec: ModelSpec) -> tuple[Select, ...]:
+    """Ways of choosing that there are with an engine."""
+    return tuple(select for select in SELECTS if spec.can_look or select not in LOOKING)
+
+
 def check_blend(generation: Generation, spec: ModelSpec) -> None:
     """Raises InvalidRequest for what can't be blended here."""
     blend = generation.blend
     if blend is None:
         return
-    if blend.select not in OFFERED:
+    check_select(blend.select, offered(spec), "rekindle.blend.select")
+    if blend.select == "deviation" and not blend.judged_at(spec.num_layers) < spec.num_layers:
         raise InvalidRequest(
-            f"blend.select {blend.select!r} has to look into the model's layers before it chooses, which is only done to "
-            f"measure it (rekindle lab blend --engine torch); serving offers {', '.join(OFFERED)}",
-            param="rekindle.blend.select",
+            f"deviation is judged at a layer from 1 to {spec.num_layers - 1} of {spec.name}'s "
+            f"{counted(spec.num_layers, 'layer')}, as in the first nothing can differ yet; got {blend.layer}",
+            param="rekindle.blend.layer",
         )
     if not spec.can_shift:
         raise InvalidRequest(

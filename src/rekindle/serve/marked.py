@@ -8,18 +8,20 @@ that is remembered with exactly those tokens goes before what the tokenizer woul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from rekindle.errors import InvalidRequest, nearest
-from rekindle.model.chunks import Chunk, Part
+from rekindle.model.chunks import Chunk, Part, text_of
 from rekindle.model.tokenizer import Tokenizer
-from rekindle.reuse.blend import Blend
+from rekindle.reuse.blend import SELECTS, Blend, check_select
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.serve.transcripts import Transcripts
 from rekindle.tokens import Tokens
 
+_FIELDS = tuple(field.name for field in fields(Blend))
 Wish = Blend | Mapping[str, Any] | bool | None
 
 
@@ -27,7 +29,7 @@ def marked_prompt(
     tokenizer: Tokenizer, transcripts: Transcripts, parts: Sequence[Part], *, salt: bytes, bos: bool
 ) -> Prompt:
     """The prompt of a text in parts. Raises InvalidRequest if there is no text in it."""
-    text = "".join(part.text if isinstance(part, Chunk) else part for part in parts)
+    text = "".join(map(text_of, parts))
     if not text:
         raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
     *before, end = [*parts, ""] if isinstance(parts[-1], Chunk) else parts
@@ -59,8 +61,11 @@ def _begins(tokens: Tokens, with_these: Tokens) -> bool:
     return np.array_equal(tokens[: len(with_these)], with_these)
 
 
-def wished_blend(wish: Wish, default: Blend) -> Blend | None:
-    """What a request says of blending: True or nothing more for the default, False for none. Raises InvalidRequest."""
+def wished_blend(wish: Wish, default: Blend, offered: Sequence[str] = SELECTS) -> Blend | None:
+    """What a request says of blending: True or nothing more for the default, False for none.
+
+    `offered`: the ways of choosing that there are. Raises InvalidRequest.
+    """
     if wish is None or wish is False:
         return None
     if wish is True:
@@ -71,9 +76,15 @@ def wished_blend(wish: Wish, default: Blend) -> Blend | None:
         expected = 'True, False, or {"select": …, "ratio": …}'
         raise InvalidRequest(f"blend: expected {expected}, got {type(wish).__name__}", param="blend")
     for name in wish:
-        if name not in ("select", "ratio"):
+        if name not in _FIELDS:
+            raise InvalidRequest(f"blend: unknown field {name!r}{nearest(str(name), _FIELDS)}", param="blend")
+    said = {name: value for name, value in wish.items() if value is not None}
+    check_select(said.get("select", default.select), offered, "rekindle.blend.select")
+    blend = replace(default, **said)
+    for name in ("layer", "judge"):
+        if name in said and blend.select != "deviation":
             raise InvalidRequest(
-                f"blend: unknown field {name!r}{nearest(str(name), ('select', 'ratio'))}", param="blend"
+                f"blend.{name} says how deviation is judged; with select {blend.select!r} there is nothing to judge",
+                param=f"rekindle.blend.{name}",
             )
-    select, ratio = wish.get("select"), wish.get("ratio")
-    return Blend(default.select if select is None else select, default.ratio if ratio is None else ratio)
+    return blend

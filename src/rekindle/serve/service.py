@@ -19,11 +19,11 @@ from rekindle.kv.disk import DiskTier
 from rekindle.kv.pins import Pin
 from rekindle.kv.store import Fetched
 from rekindle.model.model import Model
-from rekindle.reuse.blend import Blend
+from rekindle.reuse.blend import Blend, check_select
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
-from rekindle.serve.blending import Blending, blends, check_blend
+from rekindle.serve.blending import Blending, blends, check_blend, offered
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.kept import CacheStats, Warmed
 from rekindle.serve.levels import Levels
@@ -85,6 +85,7 @@ class Service(Prompting):
         self._engine = engine
         with ExitStack() as undo:  # what was begun ends, in the opposite order, if something fails here, or in `close`
             undo.callback(engine.shutdown)
+            check_select(settings.blend_select, offered(engine.spec), "blend_select")
             self._store = open_store(settings, model, engine)
             self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
             self._writer.start()
@@ -178,7 +179,7 @@ class Service(Prompting):
     @property
     def default_blend(self) -> Blend:
         """How a request blends that asks for it and says no more."""
-        return Blend(self.settings.blend_select, self.settings.blend_ratio)
+        return Blend(self.settings.blend_select, self.settings.blend_ratio, self.settings.blend_layer)
 
     def blend_of(self, wish: Wish, prompt: Prompt) -> Blend | None:
         """How a prompt is read of which a request says this, None for nothing said; the result None for exactly.
@@ -187,12 +188,12 @@ class Service(Prompting):
         """
         is_asked = wish is not None
         is_usual = self.settings.blend == "marked" and self.engine_spec.can_shift
-        blend = wished_blend(wish if is_asked else is_usual, self.default_blend)
+        blend = wished_blend(wish if is_asked else is_usual, self.default_blend, offered(self.engine_spec))
         if blend is None or not prompt.chunks:
             return None
         try:
             if self._gate is not None:
-                self._gate.check(blend)
+                self._gate.check(blend, self.engine_spec.num_layers)
         except BlendingRefused:
             if is_asked:
                 raise
