@@ -32,7 +32,7 @@ from rekindle.serve.transcripts import Owner, Transcripts
 from rekindle.tokens import Tokens, as_tokens, common_length
 
 _WHOLE = (int, np.integer)  # kinds of numbers, as a tuple because each id of a prompt is looked at
-_TWO_WORDS = ("A", "9")  # without a token in common
+TWO_WORDS = ("A", "9")  # without a token in common
 
 
 class Prompting:
@@ -109,7 +109,7 @@ class Prompting:
             return self.chat_prompt(messages, documents=documents, salt=salt)
         one, other = (
             self.chat_prompt([*messages, {"role": "user", "content": word}], documents=documents, salt=salt)
-            for word in _TWO_WORDS
+            for word in TWO_WORDS
         )
         length = common_length(one.tokens, other.tokens)
         return Prompt(one.tokens[:length], salt=salt, chunks=tuple(each for each in one.chunks if each.stop <= length))

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from rekindle.errors import InvalidRequest, SessionError
 from rekindle.model.template import ChatTemplate
 from rekindle.model.tokenizer import Tokenizer
+from rekindle.serve.prompting import TWO_WORDS
 from rekindle.tokens import Tokens, common_length
 
 Message = Mapping[str, str]
 _HEARD, _ANSWERED, _AGAIN = "Qheardq", "Qansweredq", "Qagainq"  # words that no template writes
-_TWO_WORDS = ("A", "9")  # without a token in common
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Script:
 
     def _stable(self, text: str) -> Tokens:
         """Of a text's tokens those that do not depend on the word behind it."""
-        one, other = (self._tokenizer.encode(text + word) for word in _TWO_WORDS)
+        one, other = (self._tokenizer.encode(text + word) for word in TWO_WORDS)
         return one[: common_length(one, other)]
 
     def _goes_on(self, opening: str, asking: str, closing: str) -> bool:
