@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from rekindle.lab.decode import (
 from rekindle.lab.machine import read_bandwidth, this_machine
 from rekindle.lab.models import make_model
 from rekindle.lab.shapes import SHAPES
-from rekindle.serve.request import Event, Generation, Piece, TokenInfo
+from rekindle.serve.request import Done, Generation, Piece, Sink, TokenInfo
 
 
 @pytest.fixture(autouse=True)
@@ -63,27 +62,42 @@ def test_the_bare_arm_makes_one_call_for_each_token(model_file: Path) -> None:
 
 
 class FakeService:
-    """Yields the pieces it was given, as a worker would; a test double."""
+    """Gives the pieces it was given, one a second, as a worker would to a caller who sleeps; a test double."""
 
     def __init__(self, pieces: list[int]) -> None:
         self.pieces = pieces
+        self.now = 0.0
         self.generations: list[Generation] = []
+        self.cancelled = 0
 
     def token_prompt(self, ids: Any) -> Any:
         return list(ids)
 
-    def events(self, generation: Generation) -> Iterator[Event]:
+    def submit(self, generation: Generation, sink: Sink) -> FakeService:
         self.generations.append(generation)
         for count in self.pieces:
-            yield Piece("x", tuple(TokenInfo(0, b"x") for _ in range(count)))
+            self.now += 1.0
+            sink(Piece("x", tuple(TokenInfo(0, b"x") for _ in range(count))))
+        unasked: Any = None
+        sink(Done(reason="length", usage=unasked, timings=unasked, plan=unasked, text="", tokens=()))
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
 
 def test_the_worker_arm_asks_for_one_token_more_than_it_times() -> None:
     service: Any = FakeService([2, 1, 0, 3])
-    assert worker_arm(service, [1, 2, 3])(5) > 0
+    assert worker_arm(service, [1, 2, 3], clock=lambda: service.now)(5) > 0
     generation = service.generations[0]
     assert (generation.max_tokens, generation.ignore_eos, generation.use_prefix_cache) == (6, True, False)
     assert generation.sampling.temperature == 0
+
+
+def test_a_caller_who_comes_late_does_not_make_the_worker_fast() -> None:
+    service: Any = FakeService([1, 1, 1, 1, 1])
+    assert worker_arm(service, [1, 2, 3], clock=lambda: service.now)(4) == 4.0
+    assert service.cancelled == 1, "a request that ended in any way is given back"
 
 
 def test_the_worker_arm_notices_missing_tokens() -> None:

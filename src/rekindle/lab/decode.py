@@ -18,6 +18,7 @@ over the pairs.
 from __future__ import annotations
 
 import json
+import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from rekindle.errors import InvalidRequest, ModelError
 from rekindle.lab.bare import BareModel
 from rekindle.lab.machine import Machine, read_bandwidth, this_machine, usable_cores
 from rekindle.model.source import locate
-from rekindle.serve.request import Generation, Piece, Sampling
+from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -171,11 +172,13 @@ def bare_arm(model: BareModel, prompt: Sequence[int]) -> DecodeArm:
     return decode
 
 
-def worker_arm(service: Service, prompt: Sequence[int]) -> DecodeArm:
-    """The same work through the worker, timed by the caller who waits for the tokens.
+def worker_arm(service: Service, prompt: Sequence[int], clock: Callable[[], float] = time.perf_counter) -> DecodeArm:
+    """The same work through the worker, until the caller who waits for the tokens has the last.
 
-    Tokens arrive in pieces of whole characters, so the first piece may hold several; the time is scaled to the number
-    asked for. Reuse is off: both arms read the prompt, and no other sequence lies in the cache.
+    The clock goes on where the worker hands the first token out, not where the caller takes it: a caller who is late would
+    find more tokens waiting, or all, and the time that these took would not count. Tokens come in pieces of whole
+    characters, so the first piece may hold several; the time is scaled to the number asked for. Reuse is off: both arms
+    read the prompt, and no other sequence lies in the cache.
     """
 
     def decode(num_tokens: int) -> float:
@@ -186,15 +189,25 @@ def worker_arm(service: Service, prompt: Sequence[int]) -> DecodeArm:
             ignore_eos=True,
             use_prefix_cache=False,
         )
+        inbox: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+        ticket = service.submit(generation, lambda event: inbox.put((clock(), event)))
         began = ended = 0.0
         before = after = 0  # tokens that had come when the clock went on, and in all
-        for event in service.events(generation):
-            if not isinstance(event, Piece) or not event.tokens:
-                continue
-            ended = time.perf_counter()  # clock off, so far: the last token has come
-            after += len(event.tokens)
-            if not before:
-                began, before = ended, after  # clock on: the first token has come
+        try:
+            while True:
+                handed_out, event = inbox.get()
+                if isinstance(event, Done):
+                    break
+                if isinstance(event, Failed):
+                    raise event.error
+                if not isinstance(event, Piece) or not event.tokens:
+                    continue
+                ended = clock()  # clock off, so far: the last token has come
+                after += len(event.tokens)
+                if not before:
+                    began, before = handed_out, after  # clock on: the first token is given out
+        finally:
+            ticket.cancel()
         if after != 1 + num_tokens:
             raise ModelError(f"the worker gave {after} tokens where {1 + num_tokens} were asked for")
         return (ended - began) * num_tokens / (after - before)
