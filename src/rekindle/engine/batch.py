@@ -50,7 +50,8 @@ class Batch:
         for span in spans:
             end = row + len(span.tokens)
             self._tokens[row:end] = span.tokens
-            self._positions[row:end] = np.arange(span.position, span.position + len(span.tokens))
+            single = len(span.tokens) == 1
+            self._positions[row:end] = span.position if single else np.arange(span.position, span.position + end - row)
             self._seqs[row:end] = span.seq
             self._logits[row:end] = 0
             if span.logits:
@@ -68,6 +69,9 @@ def split(spans: Iterable[Span], limit: int, micro: int) -> Iterator[list[Span]]
     """
     spans = list(spans)
     left = sum(len(span.tokens) for span in spans)
+    if 0 < left <= min(limit, micro):  # as they are: every step that only decodes
+        yield spans
+        return
     part: list[Span] = []
     room = _size(left, limit, micro)
     for span in spans:

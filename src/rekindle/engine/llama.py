@@ -237,7 +237,8 @@ class LlamaEngine(BookKeeping):
         vocab_size = self.spec.vocab_size
         for part in split(spans, self._limit, MICRO_BATCH_TOKENS):
             outputs = self._batch.fill(part)
-            logits = {seq: row.copy() for seq, row in logits.items()}  # llama.cpp is about to write over them
+            if logits:  # llama.cpp is about to write over them
+                logits = {seq: row.copy() for seq, row in logits.items()}
             self._decode()
             self.num_computed += self._batch.raw.n_tokens
             for span in part:

@@ -19,22 +19,19 @@ class Batch:
     work: list[Work] = field(default_factory=list)
     num_decoding: int = 0  # answers that go on
     num_prefill: int = 0  # prompt tokens
+    num_tokens: int = 0  # rows of all work together
     look: Run | None = None  # who looks on before it reads …
     num_looking: int = 0  # … with as much work as so many prompt tokens
     look_cells: int = 0  # and at most so many cells
     seconds: float = 0.0  # that computing it took, without the look
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(item.tokens) for item in self.work)
-
 
 def least_cells(state: State) -> int:
     """Cells that the next step must have: one for every answer, or where there is none, for some prompt to get on."""
     decoding = sum(1 for run in state.running if not run.reading)
-    reading = by_urgency(state)
-    if decoding or not reading:
+    if decoding or not state.running:
         return decoding
+    reading = by_urgency(state)
     if reading[0].due:
         return len(reading[0].parts[0].payload)
     if reading[0].looking is not None:
@@ -48,6 +45,8 @@ def make_batch(state: State, pace: Pace) -> Batch:
     for run in state.running:
         if not run.reading:
             _add(batch, state, run, 1)
+    if len(batch.runs) == len(state.running):
+        return batch
     reading = [run for run in by_urgency(state) if not run.due]
     hurried = any(run.generation.warm for run in reading)  # who comes has to wait for one step of it
     unread = sum(run.unread for run in reading)
@@ -80,11 +79,12 @@ def _add(batch: Batch, state: State, run: Run, count: int) -> int:
     assert run.seq is not None
     if not run.generation.use_kv_cache:
         state.engine.truncate(run.seq, 0)
-    tokens = run.work(count)
-    complete = not run.reading or run.read + len(tokens) >= len(run.prompt)
+    tokens, is_reading = run.work(count), run.reading
+    complete = not is_reading or run.read + len(tokens) >= len(run.prompt)
     batch.runs.append(run)
     batch.work.append(Work(run.seq, tokens, logits=complete))
-    if run.reading:
+    batch.num_tokens += len(tokens)
+    if is_reading:
         batch.num_prefill += len(tokens)
     else:
         batch.num_decoding += 1

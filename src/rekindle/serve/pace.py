@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 
 from rekindle.kv.speed import Speed
 from rekindle.tokens import SHORT_REST, first_part
@@ -82,8 +82,8 @@ class Pace:
         """At most `limit` tokens beside answers. A `slowdown` of infinity means: always as many."""
         self._limit = limit
         self._slowdown = slowdown
-        self._alone: dict[int, _Recent] = {}  # answers in a step -> its seconds
-        self._added: dict[int, _Recent] = {}  # rows of a batch -> seconds that its prompt tokens added
+        self._alone: defaultdict[int, _Recent] = defaultdict(_Recent)  # answers in a step -> its seconds
+        self._added: defaultdict[int, _Recent] = defaultdict(_Recent)  # rows of a batch -> seconds that prompts added
         self._rows = 0  # of the last step that was to be bearable
         self._steps = 0
         self._since_probe = 0
@@ -121,16 +121,16 @@ class Pace:
 
     def learn(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
         """What a step took: `seconds` of the engine's forward."""
-        alone, rows = self._decode_alone(num_decoding), num_decoding + num_prefill
+        rows = num_decoding + num_prefill
         self._since_burst += 1
         self._steps += 1
         if num_decoding == 0:
             if num_prefill >= _MANY_ROWS or self.prefill.seconds_per_token is None:  # few cost far more each
                 self.prefill.add(num_prefill, seconds)
         elif num_prefill == 0:
-            self._alone.setdefault(num_decoding, _Recent()).add(seconds)
-        elif alone is not None:
-            self._added.setdefault(rows, _Recent()).add(max(0.0, seconds - alone), self._steps)
+            self._alone[num_decoding].add(seconds)
+        elif (alone := self._decode_alone(num_decoding)) is not None:
+            self._added[rows].add(max(0.0, seconds - alone), self._steps)
         self._fresh = num_prefill == 0 and not self._probing
         self._probing = False
 

@@ -67,7 +67,7 @@ class Rent:
 
     def prepare(self) -> None:
         """Save a piece of one that will have to go and that no idle time has saved."""
-        if self._engine.reads_idle_cells:
+        if self._engine.reads_idle_cells and len(self._residents):
             cost = {resident: self._beside(resident) for resident in self._residents.idle()}
             waiting = (each for each, tokens in cost.items() if not each.saved and tokens >= UNSAVED_TOKENS)
             if (resident := next(waiting, None)) is not None:

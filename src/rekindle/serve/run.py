@@ -142,7 +142,7 @@ class Run:
     @property
     def reading(self) -> bool:
         """Whether some of the prompt is still to be computed."""
-        return self.read < len(self.prompt)
+        return self.read < len(self.generation.prompt.tokens)  # asked for many times a token
 
     @property
     def due(self) -> bool:

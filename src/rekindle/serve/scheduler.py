@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from rekindle.engine.protocol import Engine, Logits
 from rekindle.errors import EngineError, RekindleError
@@ -45,8 +45,7 @@ from rekindle.serve.studies import Studies
 from rekindle.tokens import as_tokens
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one step did."""
 
     admitted: int = 0
@@ -135,7 +134,7 @@ class Scheduler:
 
     def step(self) -> Step:
         started = time.perf_counter()
-        step = replace(self._step(), seconds=time.perf_counter() - started)
+        step = self._step()._replace(seconds=time.perf_counter() - started)
         self._state.observer.stepped(step)
         return step
 

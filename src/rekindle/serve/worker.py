@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rekindle.errors import EngineError, Overloaded, Stopping, counted
 from rekindle.serve.request import request_id
@@ -24,8 +24,7 @@ from rekindle.serve.scheduler import Scheduler
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The worker's state after its latest step."""
 
     running: int = 0
@@ -146,12 +145,8 @@ class Worker:
             command()
 
     def _obey(self) -> None:
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            command()
+        while not self._inbox.empty():  # nobody else takes from it
+            self._inbox.get_nowait()()
 
     def _take(self, run: Run) -> None:
         self._scheduler.submit(run)
