@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.protocol import Engine, Payload, SequenceId, Work
+from rekindle.lab.distributions import divergence
 from rekindle.model.ember.language import Split, generate_document
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -185,14 +186,5 @@ def _heard(engine: Engine, seq: SequenceId, probe: Tokens) -> Logits:
 
 
 def _gap(one: Logits, other: Logits) -> Gap:
-    left, right = _log_softmax(one), _log_softmax(other)
-    divergence = (np.exp(left) * (left - right)).sum(axis=1).mean()
     same = (one.argmax(axis=1) == other.argmax(axis=1)).mean()
-    return Gap(float(divergence), float(np.abs(one - other).max()), float(same))
-
-
-def _log_softmax(rows: Logits) -> npt.NDArray[np.float64]:
-    values: npt.NDArray[np.float64] = rows.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
-    return values
+    return Gap(float(divergence(one, other).mean()), float(np.abs(one - other).max()), float(same))
