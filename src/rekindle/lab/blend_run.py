@@ -96,11 +96,16 @@ def read_after(engine: Engine, prompt: Prompt, other: SequenceId) -> Reading:
     return carry_out(engine, prompt, plan)
 
 
-def read_blended(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, *, at_once: bool = True) -> Reading:
-    """Chunks placed, some of their tokens computed anew. The clock includes making the plan.
+def read_blended(
+    engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, *, at_once: bool = True, question: Tokens | None = None
+) -> Reading:
+    """Chunks placed, some of their tokens computed anew. The clock includes making the plan, and looking first.
 
-    `at_once`: turn all chunks to where they go by one `move`, else each by its own `place`.
+    `at_once`: turn all chunks to where they go by one `move`, else each by its own `place`. `question`: what will be asked
+    behind the prompt, for choices that look at it.
     """
+    if blend.looks:
+        return _read_looked(engine, prompt, kv, blend, as_tokens([]) if question is None else question)
     began = time.perf_counter()  # clock on: all payloads are in memory
     plan = make_blend_plan(prompt, make_plan(prompt, [], Stored()), kv.known(prompt), blend)
     placed = [chunk for chunk in plan.chunks if chunk.placed]
@@ -112,10 +117,9 @@ def read_blended(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, *, a
     return replace(reading, seconds=reading.seconds + prepared)
 
 
-def read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, question: Tokens) -> Reading:
-    """As a server reads what has to look before it chooses; only what the question attends to depends on it.
-
-    What was computed is given in tokens that went through all layers, as many as the token-layers make.
+def _read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, question: Tokens) -> Reading:
+    """As a server does, all at once. What was computed is given in tokens that go through all layers, as many as its
+    token-layers make.
     """
     began, computed, calls = time.perf_counter(), engine.num_token_layers, engine.num_calls
     asked = prompt if blend.select != "query" else replace(prompt, tokens=np.concatenate([prompt.tokens, question]))
