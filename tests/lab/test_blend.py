@@ -20,7 +20,7 @@ from rekindle.lab.blend_peer import measure_peer
 from rekindle.lab.blend_run import ChunkKV, met_before, read_after, read_blended, read_fully
 from rekindle.lab.blend_show import plot_report, print_report, print_speed
 from rekindle.lab.blend_speed import SEPARATOR, Texts, measure_speed, speed_settings
-from rekindle.lab.blend_tasks import BlendTask, ember_tasks, file_tasks
+from rekindle.lab.blend_tasks import BlendTask, ember_tasks
 from rekindle.lab.load.servers import PEER
 from rekindle.model import ember
 from rekindle.model.gguf import GgufModel
@@ -228,46 +228,6 @@ def test_orders_are_new_each_time_and_begin_with_another_chunk() -> None:
         assert sorted(after) == list(range(5)) and after[0] != before[0]
     assert orders[1:] == list(texts.orders(20, 3))
     assert texts.prompt([1, 0]) == SEPARATOR.join([texts.begin, "b", "a", texts.question])
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {
-            "ctxs": [{"title": "A", "text": "one"}, {"title": "B", "text": "two"}],
-            "question": "Which?",
-            "answers": ["one"],
-        },
-        {"context": "Passage 1:\nfirst text\nPassage 2:\nsecond text", "input": "Which?", "answers": ["first"]},
-    ],
-    ids=["cacheblend", "longbench"],
-)
-def test_files_of_examples(tmp_path: Path, row: dict[str, object]) -> None:
-    whole, lines = tmp_path / "rows.json", tmp_path / "rows.jsonl"
-    whole.write_text(json.dumps([row]))
-    lines.write_text(json.dumps(row) + "\n" + json.dumps(row))
-    for path, count in ((whole, 1), (lines, 2)):
-        tasks = list(file_tasks(path, lambda text: as_tokens(list(text.encode())), 1))
-        assert len(tasks) == count and len(tasks[0].chunks) == 2
-        assert tasks[0].asked[0].answers == tuple(row["answers"])  # type: ignore[arg-type]
-
-
-def test_paragraphs_are_chunks_where_there_are_no_marks(tmp_path: Path) -> None:
-    path, text = tmp_path / "rows.jsonl", "\n".join("x" * 700 for _ in range(9))
-    path.write_text(json.dumps({"context": text, "input": "Which?", "answers": ["x"]}))
-    (task,) = file_tasks(path, lambda text: as_tokens(list(text.encode())), None)
-    assert len(task.chunks) == 4
-    assert b"\n".join(bytes(chunk.astype(np.uint8)) for chunk in task.chunks) == text.encode()
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", '[{"question": "Which?"}]', "[1]"])
-def test_bad_files_are_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(content)
-    with pytest.raises(InvalidRequest, match=r"rows\.json"):
-        list(file_tasks(path, lambda text: as_tokens([1]), 1))
-    with pytest.raises(InvalidRequest):
-        list(file_tasks(tmp_path / "nothing.json", lambda text: as_tokens([1]), 1))
 
 
 def test_other_models_need_examples(tmp_path: Path) -> None:

@@ -51,12 +51,16 @@ def measure_quality(
         plot_report(report, plot)
     if gate is None:
         return True
-    best = report.best
-    Console(stderr=True).print(
+    best, told = report.best, Console(stderr=True, highlight=False, soft_wrap=True)
+    if not any(arm.exact_match for arm in report.arms if arm.select == "full"):
+        told.print(
+            f"gate {gate}: full prefill answers none of the {report.questions} questions right, so there is nothing to "
+            "keep; ask what this model can answer"
+        )
+        return False
+    told.print(
         f"gate {gate}: the best arm of at most {GATE_BUDGET:.0%} is {best.select} at {best.ratio:.0%}, "
-        f"with {best.exact_match_of_full:.3f} of full prefill's exact match",
-        highlight=False,
-        soft_wrap=True,
+        f"with {best.exact_match_of_full:.3f} of full prefill's exact match"
     )
     return best.exact_match_of_full >= gate
 

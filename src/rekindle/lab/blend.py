@@ -3,9 +3,8 @@
 **Arms.** `full` is a prefill of the whole prompt: the yardstick of quality and of time. `prefix` reuses what a prefix cache
 has of the order in which the chunks were met before. `none` places every chunk and mends nothing. The others compute a
 share (`ratio`) of the placed tokens anew: `first` (EPIC's rule), `remembered` (what differed most in the earlier order),
-`auto` (what blending does if nothing is said), and on the torch engine those that look first: `query`, and `deviation`
-at each layer, so that "deviation K2" judges K at layer 2 (from 0). All arms answer the same questions, greedily, on one
-engine.
+`auto` (what blending does if nothing is said), and on the torch engine those of `blend_torch`. All arms answer the same
+questions, greedily, on one engine.
 
 **Figures.** Exact match and F1 of the whole answer (normalised as for SQuAD), exact match beside full prefill's with a
 bootstrap interval over documents, mean KL of the first answer token from full prefill's, TTFT as the sum of all readings
@@ -18,11 +17,12 @@ At ratio 1 the blended logits must be full prefill's; the largest difference fou
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rekindle.engine.protocol import Engine, Work
-from rekindle.errors import InvalidRequest
+from rekindle.engine.protocol import Engine, SequenceId, Work
+from rekindle.errors import InvalidRequest, counted
+from rekindle.lab.blend_files import file_tasks, writer
 from rekindle.lab.blend_run import (
     ChunkKV,
     Reading,
@@ -43,13 +44,15 @@ from rekindle.lab.blend_run import (
     read_blended,
     read_fully,
 )
-from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks, file_tasks
+from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
 from rekindle.lab.load.servers import find_model
+from rekindle.model.model import Model
 from rekindle.model.source import BUILTIN
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.blend_select import Select
 from rekindle.serve.assembly import engine_name
+from rekindle.serve.prompting import Prompting
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -57,6 +60,7 @@ RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SELECTS: tuple[Select, ...] = ("first", "remembered", "auto")
 GATE_BUDGET = 0.2  # ratio, of the arms that may pass the gate
 CELLS = 16_384
+_SEQUENCES = 4  # of one document in the engine at a time, at most
 _RESAMPLES = 1_000
 Name = tuple[str, float]  # select and ratio
 
@@ -71,7 +75,7 @@ class Arm:
     exact_match_of_full: float
     f1: float
     kl: float  # nats
-    ttft_of_full: float
+    ttft_of_full: float | None  # None: put together, not timed
     budget: float  # token-layers computed, of those of the prompts
     interval: tuple[float, float]  # 95 % of exact_match_of_full
     by_kind: dict[str, float]  # exact match
@@ -93,6 +97,7 @@ class BlendReport:
     arms: tuple[Arm, ...]
     largest_difference: float  # of logits at ratio 1 from full prefill's
     spread: float  # of these logits
+    left_out: int = 0  # examples that are longer than the model's context
 
     def as_json(self) -> str:
         return json.dumps({"experiment": "blend"} | asdict(self))
@@ -142,24 +147,48 @@ def run_blend(
         raise InvalidRequest(f"{model} does not speak the built-in model's language; name a file of examples: --data")
     arms: list[Name] = [("full", 1.0), ("prefix", 0.0), ("none", 0.0)]
     settings = Settings.load(model=model, engine=engine, threads=threads, store="none", context=context)
+    if data is None:
+        tasks, num_left_out = list(islice(ember_tasks(seed), documents)), 0
+    else:
+        tasks, num_left_out = _of_file(data, settings, documents, seed)
+        context = max(context, _SEQUENCES * max(map(_size, tasks)))
+        settings = settings.model_copy(update={"context": context})
     with Service.open(settings) as service:
-        tokenizer = service.model.tokenizer
-        tasks = ember_tasks(seed) if data is None else file_tasks(data, tokenizer.encode, tokenizer.bos, seed)
         found: list[str] = [*selects]
         if looking:
             service.run_on_engine(lambda each: found.extend(_looking(each)))
-        study = _Study([*arms, *((select, ratio) for select in found for ratio in ratios)], tokenizer)
-        for number, task in enumerate(islice(tasks, documents)):
+        study = _Study([*arms, *((select, ratio) for select in found for ratio in ratios)], service.model.tokenizer)
+        for number, task in enumerate(tasks):
             service.run_on_engine(lambda each, task=task: study.add(each, task))  # type: ignore[misc]
             if progress is not None:
-                progress(number + 1, documents)
+                progress(number + 1, len(tasks))
         return study.report(
             engine=engine_name(settings, service.model),
             model=service.model_name,
             fingerprint=service.engine_spec.fingerprint.hex(),
             data="ember" if data is None else data.name,
             seed=seed,
+            left_out=num_left_out,
         )
+
+
+def _of_file(data: Path, settings: Settings, documents: int, seed: int) -> tuple[list[BlendTask], int]:
+    """Examples that fit into what the model was trained to see, and how many do not. Raises InvalidRequest."""
+    model = Model.open(settings.model, engine=settings.engine, vocab_only=True)
+    try:
+        tasks, most = list(islice(file_tasks(data, writer(Prompting(model)), seed), documents)), model.train_context
+    finally:
+        model.close()
+    fitting = [task for task in tasks if _size(task) <= most]
+    if not fitting:
+        shortest = counted(min(map(_size, tasks)), "token")
+        raise InvalidRequest(f"{data}: the shortest example has {shortest}; {model.name} holds {most:,}", param="data")
+    return fitting, len(tasks) - len(fitting)
+
+
+def _size(task: BlendTask) -> int:
+    """Tokens of its prompt and its longest answer."""
+    return len(task.prompt) + max(len(asked.tokens) + asked.max_tokens for asked in task.asked)
 
 
 class _Study:
@@ -182,8 +211,10 @@ class _Study:
                 reading = read_fully(engine, prompt)
             elif select == "prefix":
                 reading = read_after(engine, prompt, met)
+            elif select in SELECTS or select == "none":
+                reading = read_blended(engine, prompt, kv, Blend(select, ratio))  # type: ignore[arg-type]
             else:
-                reading = read_blended(engine, prompt, kv, _blend(select, ratio), question=task.asked[0].tokens)
+                reading = _look_and_read(engine, task, kv, full.seq, select, ratio)
             self._count(engine, tally, task, reading, expected)
             engine.close(reading.seq)
         self._compare_at_one(engine, task, kv, expected)
@@ -214,8 +245,6 @@ class _Study:
         engine.close(reading.seq)
 
     def report(self, **facts: Any) -> BlendReport:
-        if not self._sizes:
-            raise InvalidRequest("no document to ask about was found", param="data")
         full = self._tallies["full", 1.0]
         tokens = sum(size for _, size in self._sizes)
         return BlendReport(
@@ -231,17 +260,23 @@ class _Study:
 
 
 def _looking(engine: Engine) -> list[str]:
-    """Arms that look before they choose, if this engine can."""
-    if not engine.spec.can_look:
+    """Arms that look into KV before they choose, which this engine can: "deviation K2" judges K at layer 2, from 0."""
+    if type(engine).__name__ != "TorchEngine":  # whose packages may be missing
         return []
     return ["query", *(f"deviation {part}{layer}" for layer in range(1, engine.spec.num_layers) for part in "KV")]
 
 
-def _blend(select: str, ratio: float) -> Blend:
-    """What an arm's name says."""
-    name, _, at = select.partition(" ")
-    blend = Blend(name, ratio)  # type: ignore[arg-type]
-    return replace(blend, judge=at[0], layer=int(at[1:])) if at else blend  # type: ignore[arg-type]
+def _look_and_read(
+    engine: Engine, task: BlendTask, kv: ChunkKV, full: SequenceId, select: str, ratio: float
+) -> Reading:
+    from rekindle.engine.torch.engine import TorchEngine
+    from rekindle.lab.blend_torch import read_asked, read_deviating
+
+    assert isinstance(engine, TorchEngine)
+    if select == "query":
+        return read_asked(engine, task.prompt, kv, task.asked[0].tokens, ratio=ratio)
+    part, layer = select.split()[1][0], int(select.split()[1][1:])
+    return read_deviating(engine, task.prompt, kv, full, layer=layer, part=part, ratio=ratio)
 
 
 def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
@@ -257,7 +292,7 @@ def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
         exact_match_of_full=_share(sum(flat), sum(map(sum, full.right))),
         f1=float(np.mean(tally.f1)),
         kl=float(np.mean(tally.kl)),
-        ttft_of_full=tally.seconds / full.seconds,
+        ttft_of_full=None if math.isnan(tally.seconds) else tally.seconds / full.seconds,
         budget=tally.computed / tokens,
         interval=_interval([(sum(one), sum(other)) for one, other in zip(tally.right, full.right, strict=True)]),
         by_kind=kinds,

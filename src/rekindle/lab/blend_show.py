@@ -47,6 +47,13 @@ def print_report(report: BlendReport, console: Console) -> None:
         f"their standard deviation is {report.spread:.2f}.",
         highlight=False,
     )
+    if report.left_out:
+        words = (
+            "example is longer than what the model holds, and was"
+            if report.left_out == 1
+            else ("examples are longer than what the model holds, and were")
+        )
+        console.print(f"{report.left_out} {words} left out.", highlight=False)
     console.print(report.as_json(), soft_wrap=True, markup=False, highlight=False)
 
 

@@ -6,8 +6,7 @@ are put into random order, but those that a question needs side by side stay sid
 that order, the text gives its answer once and no other. So a right answer crosses chunks in one of two ways: a reference
 across a boundary ("coreference"), or two facts in two chunks ("two-hop").
 
-**Files.** CacheBlend's examples, `[{"ctxs": [{"title", "text"}], "question", "answers"}]`, and LongBench's rows,
-`{"context", "input", "answers"}` one per line, whose context is cut at its "Passage N:" marks or else at paragraphs.
+**Files.** Examples of others: `blend_files`.
 
 Every task also has the order in which its chunks were met before; that is what a prefix cache could know, and where
 `remembered` has its scores from.
@@ -15,18 +14,10 @@ Every task also has the order in which its chunks were met before; that is what 
 
 from __future__ import annotations
 
-import json
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from rekindle.errors import InvalidRequest
 from rekindle.model.ember import dialogue, hf_path
 from rekindle.model.ember.language import Document, Kind, Question, generate_document, generate_questions
 from rekindle.reuse.prompt import Prompt, join
@@ -34,9 +25,6 @@ from rekindle.tokens import Tokens, as_tokens
 
 SIZES = ((4, 100, 500), (8, 100, 350), (16, 100, 200))  # chunks, and tokens of each from and to
 _PER_DOCUMENT = 6  # questions at most, about half of them coreferences
-_PASSAGE = re.compile(r"^(?=Passage \d+:)", re.MULTILINE)
-_FILE_CHUNK = 2_000  # characters of a chunk of a context without marks, about
-Encode = Callable[[str], Tokens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,56 +160,3 @@ def _ask(ids: Mapping[str, int], question: Question) -> Asked:
 
     asked = [*(ids[piece] for piece in pieces_of(" " + question.text)), ids[dialogue.END], ids[dialogue.ASSISTANT]]
     return Asked(as_tokens(asked), (question.answer,), question.kind.value, len(pieces_of(question.answer)) + 4)
-
-
-def file_tasks(path: Path, encode: Encode, bos: int | None, seed: int = 0) -> Iterator[BlendTask]:
-    """Tasks of a file in one of the formats above. Raises InvalidRequest for any other."""
-    for number, row in enumerate(_rows(path)):
-        texts, question, answers = _parse(path, number, row)
-        rng = random.Random(f"{seed}.{number}")
-        met = list(range(len(texts)))
-        rng.shuffle(met)
-        yield BlendTask(
-            before=np.concatenate([as_tokens([] if bos is None else [bos]), encode("Answer from these passages.\n\n")]),
-            mark=encode("\n\n"),
-            chunks=tuple(encode(text) for text in texts),
-            met=tuple(met),
-            asked=(Asked(encode(f"Question: {question}\nAnswer:"), answers, "file", 32),),
-        )
-
-
-def _rows(path: Path) -> list[Any]:
-    try:
-        text = path.read_text("utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except OSError as error:
-        raise InvalidRequest(f"the examples in {path} can't be read: {error.strerror}", param="data") from None
-    except ValueError as error:
-        raise InvalidRequest(f"{path}: a JSON list or JSON lines expected; {error}", param="data") from None
-    if not isinstance(rows, list) or not rows:
-        raise InvalidRequest(f"{path}: a list of examples expected, got none", param="data")
-    return rows
-
-
-def _parse(path: Path, number: int, row: Any) -> tuple[list[str], str, tuple[str, ...]]:
-    try:
-        answers = tuple(str(answer) for answer in row["answers"])
-        if "ctxs" in row:
-            texts = [f"{each.get('title', '')}\n{each['text']}".strip() for each in row["ctxs"]]
-            return texts, str(row["question"]), answers
-        return list(_passages(row["context"])), str(row["input"]), answers
-    except (KeyError, TypeError, AttributeError) as error:
-        expected = '{"ctxs": [{"title", "text"}], "question", "answers"} or {"context", "input", "answers"}'
-        raise InvalidRequest(f"{path}: example {number}: {expected} expected; {error!r}", param="data") from None
-
-
-def _passages(context: str) -> Iterator[str]:
-    parts = [part.strip() for part in _PASSAGE.split(context) if part.strip()]
-    if len(parts) > 1:
-        yield from parts
-        return
-    paragraphs = [paragraph for paragraph in context.split("\n") if paragraph.strip()]
-    sizes = np.cumsum([len(paragraph) for paragraph in paragraphs])
-    edges = np.flatnonzero(np.diff(sizes // _FILE_CHUNK, prepend=-1)).tolist()
-    for start, stop in pairwise([*edges, len(paragraphs)]):
-        yield "\n".join(paragraphs[start:stop])

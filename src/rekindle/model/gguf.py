@@ -94,7 +94,8 @@ class GgufModel:
 
     @property
     def train_context(self) -> int:
-        return int(llama_cpp.llama_model_n_ctx_train(self.handle))
+        stated = self._fact("context_length")  # which llama.cpp does not know where only the vocabulary was loaded
+        return int(stated or llama_cpp.llama_model_n_ctx_train(self.handle))
 
     @property
     def num_parameters(self) -> int:
