@@ -3,8 +3,9 @@
 **Arms.** `full` is a prefill of the whole prompt: the yardstick of quality and of time. `prefix` reuses what a prefix cache
 has of the order in which the chunks were met before. `none` places every chunk and mends nothing. The others compute a
 share (`ratio`) of the placed tokens anew: `first` (EPIC's rule), `remembered` (what differed most in the earlier order),
-`auto` (what blending does if nothing is said), and on the torch engine those of `blend_torch`. All arms answer the same
-questions, greedily, on one engine.
+`auto` (what blending does if nothing is said), and on the torch engine those that look first: `query`, and `deviation`
+at each layer, so that "deviation K2" judges K at layer 2 (from 0). All arms answer the same questions, greedily, on one
+engine.
 
 **Figures.** Exact match and F1 of the whole answer (normalised as for SQuAD), exact match beside full prefill's with a
 bootstrap interval over documents, mean KL of the first answer token from full prefill's, TTFT as the sum of all readings
@@ -17,20 +18,18 @@ At ratio 1 the blended logits must be full prefill's; the largest difference fou
 from __future__ import annotations
 
 import json
-import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rekindle.engine.protocol import Engine, SequenceId, Work
+from rekindle.engine.protocol import Engine, Work
 from rekindle.errors import InvalidRequest, counted
 from rekindle.lab.blend_files import file_tasks, writer
 from rekindle.lab.blend_run import (
@@ -45,6 +44,7 @@ from rekindle.lab.blend_run import (
     read_fully,
 )
 from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
+from rekindle.lab.distributions import divergence
 from rekindle.lab.load.servers import find_model
 from rekindle.model.model import Model
 from rekindle.model.source import BUILTIN
@@ -75,7 +75,7 @@ class Arm:
     exact_match_of_full: float
     f1: float
     kl: float  # nats
-    ttft_of_full: float | None  # None: put together, not timed
+    ttft_of_full: float
     budget: float  # token-layers computed, of those of the prompts
     interval: tuple[float, float]  # 95 % of exact_match_of_full
     by_kind: dict[str, float]  # exact match
@@ -211,10 +211,8 @@ class _Study:
                 reading = read_fully(engine, prompt)
             elif select == "prefix":
                 reading = read_after(engine, prompt, met)
-            elif select in SELECTS or select == "none":
-                reading = read_blended(engine, prompt, kv, Blend(select, ratio))  # type: ignore[arg-type]
             else:
-                reading = _look_and_read(engine, task, kv, full.seq, select, ratio)
+                reading = read_blended(engine, prompt, kv, _blend(select, ratio), question=task.asked[0].tokens)
             self._count(engine, tally, task, reading, expected)
             engine.close(reading.seq)
         self._compare_at_one(engine, task, kv, expected)
@@ -234,7 +232,7 @@ class _Study:
         tally.f1 += [
             max(_f1(text, each) for each in asked.answers) for text, asked in zip(said, task.asked, strict=True)
         ]
-        tally.kl += [_kl(one.logits, other.logits) for one, other in zip(expected, replies, strict=True)]
+        tally.kl += [float(divergence(one.logits, other.logits)) for one, other in zip(expected, replies, strict=True)]
 
     def _compare_at_one(self, engine: Engine, task: BlendTask, kv: ChunkKV, expected: Sequence[Reply]) -> None:
         """At ratio 1 all is computed, whatever is at hand."""
@@ -260,23 +258,17 @@ class _Study:
 
 
 def _looking(engine: Engine) -> list[str]:
-    """Arms that look into KV before they choose, which this engine can: "deviation K2" judges K at layer 2, from 0."""
-    if type(engine).__name__ != "TorchEngine":  # whose packages may be missing
+    """Arms that look before they choose, if this engine can."""
+    if not engine.spec.can_look:
         return []
     return ["query", *(f"deviation {part}{layer}" for layer in range(1, engine.spec.num_layers) for part in "KV")]
 
 
-def _look_and_read(
-    engine: Engine, task: BlendTask, kv: ChunkKV, full: SequenceId, select: str, ratio: float
-) -> Reading:
-    from rekindle.engine.torch.engine import TorchEngine
-    from rekindle.lab.blend_torch import read_asked, read_deviating
-
-    assert isinstance(engine, TorchEngine)
-    if select == "query":
-        return read_asked(engine, task.prompt, kv, task.asked[0].tokens, ratio=ratio)
-    part, layer = select.split()[1][0], int(select.split()[1][1:])
-    return read_deviating(engine, task.prompt, kv, full, layer=layer, part=part, ratio=ratio)
+def _blend(select: str, ratio: float) -> Blend:
+    """What an arm's name says."""
+    name, _, at = select.partition(" ")
+    blend = Blend(name, ratio)  # type: ignore[arg-type]
+    return replace(blend, judge=at[0], layer=int(at[1:])) if at else blend  # type: ignore[arg-type]
 
 
 def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
@@ -292,7 +284,7 @@ def _arm(name: Name, tally: _Tally, full: _Tally, tokens: int) -> Arm:
         exact_match_of_full=_share(sum(flat), sum(map(sum, full.right))),
         f1=float(np.mean(tally.f1)),
         kl=float(np.mean(tally.kl)),
-        ttft_of_full=None if math.isnan(tally.seconds) else tally.seconds / full.seconds,
+        ttft_of_full=tally.seconds / full.seconds,
         budget=tally.computed / tokens,
         interval=_interval([(sum(one), sum(other)) for one, other in zip(tally.right, full.right, strict=True)]),
         by_kind=kinds,
@@ -327,17 +319,6 @@ def _f1(text: str, expected: str) -> float:
     said, wanted = _normal(text.strip().split("\n")[0]), _normal(expected)
     common = sum((Counter(said) & Counter(wanted)).values())
     return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
-
-
-def _kl(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """KL of the found distribution from the expected one, in nats."""
-    one, other = (_log_softmax(each.astype(np.float64)) for each in (expected, found))
-    return float((np.exp(one) * (one - other)).sum())
-
-
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shifted = logits - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
 def by_select(report: BlendReport) -> Iterator[tuple[str, Mapping[float, Arm]]]:
