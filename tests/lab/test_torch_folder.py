@@ -35,6 +35,18 @@ def test_a_folder_is_served(tmp_path: Path) -> None:
 
 
 @needs_torch
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3", "tiny-gemma3"])
+def test_a_tiny_folder_has_the_vocabulary_of_its_tokenizer(shape: str, tmp_path: Path) -> None:
+    from rekindle.lab.torch_folder import make_folder
+
+    report = make_folder(shape, "f32", tmp_path / "model")
+    settings = Settings(model=str(report.path), store="none", threads=1, context=256)
+    with Service.open(settings) as service:
+        assert service.engine_spec.vocab_size == service.model.tokenizer.vocab_size
+        assert service.warm(service.chat_prompt([{"role": "user", "content": "Hello."}])).tokens > 3
+
+
+@needs_torch
 def test_bad_wishes_are_refused(tmp_path: Path) -> None:
     from rekindle.lab.torch_folder import make_folder
 

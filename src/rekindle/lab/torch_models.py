@@ -29,6 +29,8 @@ from transformers.initialization import no_init_weights
 
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.lab.shapes import Shape, shape_named
+from rekindle.lab.vocabulary import read_vocabulary
+from rekindle.model import ember
 
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -153,7 +155,7 @@ def _noise(name: str, parameter: nn.Parameter, config: Any) -> tuple[float, floa
 
 def _config(shape: Shape) -> Any:
     common: dict[str, Any] = {
-        "vocab_size": shape.vocabulary,
+        "vocab_size": shape.vocabulary or len(read_vocabulary(ember.weights_path())),
         "hidden_size": shape.width,
         "intermediate_size": shape.ffn,
         "num_hidden_layers": shape.layers,
