@@ -21,8 +21,10 @@ Small chunks cost more in all, and many prompts are short. Two exceptions read t
 - Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
   added time is then allowed that many times over, and what takes a step or two at the limit is read at the limit, to its
   end. So requests that come together begin to answer together.
-- What comes beside answers and can be read in one step of at most `BURST_SECONDS` is read in one step, if the last such
-  step was `BURST_STEPS` steps ago. So of a stream's gaps less than one in a hundred is of that kind.
+- One step in `BURST_STEPS` may take `BURST_SECONDS`: of a stream's gaps less than one in a hundred is of that kind. What
+  comes beside answers and can be read in so long is read at once, and of a long prompt a part, as often. For many rows
+  cost so much less each than few that this makes up a quarter of what is read of a long prompt where a second row is
+  dear.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
 so long that whoever comes or goes meanwhile would have to wait for it, or would leave a short rest.
@@ -107,11 +109,12 @@ class Pace:
             most = self._limit if hurried else max(self._limit, self._lone())
             return most if math.isinf(num_unread) else first_part(int(num_unread), most)
         if math.isinf(self._slowdown) or is_soon_read:
-            return self._limit
-        alone = self._decode_alone(num_decoding)
-        if alone is not None and self._may_burst(num_unread):
             self._since_burst = 0
             return self._limit
+        alone = self._decode_alone(num_decoding)
+        if alone is not None and (burst := self._burst(num_unread)):
+            self._since_burst = 0
+            return burst
         if alone is None or self._since_probe >= PROBE_STEPS:
             self._since_probe = 0
             self._probing = True
@@ -146,10 +149,14 @@ class Pace:
         self._to_end = int(num_unread) if soon else 0
         return soon
 
-    def _may_burst(self, num_unread: float) -> bool:
+    def _burst(self, num_unread: float) -> int:
+        """Prompt tokens of a step that may take `BURST_SECONDS`; 0 if it is too early for one, or nothing to be gained."""
         speed = self.prefill.seconds_per_token
-        is_short = speed is not None and num_unread <= min(self._limit, BURST_SECONDS / (_BESIDE * speed))
-        return is_short and self._fresh and self._since_burst >= BURST_STEPS
+        if speed is None or self._since_burst < BURST_STEPS:
+            return 0
+        most = min(self._limit, int(BURST_SECONDS / (_BESIDE * speed)))
+        is_whole = num_unread <= most and self._fresh
+        return most if is_whole or num_unread > most >= _MANY_ROWS else 0
 
     def _decode_alone(self, num_decoding: int) -> float | None:
         """Seconds of a step that decodes so many, or the most below that which were measured; they take no longer."""
