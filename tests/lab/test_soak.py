@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from rekindle.api.server import running
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
-from rekindle.lab.soak.run import held_by, left_over
+from rekindle.lab.soak.run import Bound, SoakReport, end_of, held_by, left_over, print_soak_report, run_soak, still_busy
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -50,8 +55,8 @@ def soak(settings: Settings, requests: int, seed: int, *, exact: bool) -> Tally:
             misfortune.mend()
             assert tally.faults == []
             recount(service)
-            assert left_over(url) == []
-            recount(service)
+            assert still_busy(url) == [] and left_over(url) == []
+            service.check_integrity()
         assert service.metrics.num_running == service.metrics.num_queued == 0
     assert misfortune.counts
     return tally
@@ -59,7 +64,9 @@ def soak(settings: Settings, requests: int, seed: int, *, exact: bool) -> Tally:
 
 @pytest.fixture
 def nothing_stays() -> object:
-    """Threads and files of this process are as before."""
+    """Threads and files of this process are as before; but for what its first event loop opens for good."""
+    with Service.open(Settings(engine="toy", store="none")) as service, running(service):
+        pass
     before = held_by(os.getpid())
     yield None
     gc.collect()
@@ -104,3 +111,53 @@ def test_the_built_in_model_survives_them_too(tmp_path: Path) -> None:
     )
     kinds = soak(settings, 400, 8, exact=False).kinds
     assert min(kinds["answered"], kinds["left"], kinds["refused"]) > 0
+
+
+def test_the_command_says_of_each_bound_whether_it_held() -> None:
+    out = io.StringIO()
+    report = run_soak("builtin", minutes=0.1, seed=3, threads=1, progress=lambda share: None)
+    print_soak_report(report, Console(file=out, width=200))
+    assert [bound for bound in report.bounds if bound.name not in ("memory", "threads") and not bound.held] == []
+    facts = json.loads(out.getvalue().splitlines()[-1])
+    names = ["memory", "files", "threads", "answers", "nothing stuck", "cells and blocks", "integrity", "end"]
+    assert list(facts["bounds"]) == names and facts["bounds"]["integrity"] and facts["bounds"]["end"]
+    assert "integrity: held" in out.getvalue() and sum(facts["requests"].values()) > 0
+
+
+def test_what_has_grown_is_said() -> None:
+    report = SoakReport(
+        model="builtin",
+        minutes=1,
+        seed=0,
+        requests={},
+        misfortunes={},
+        swaps=0,
+        rss_bytes=(1_000, 1_031),
+        rss_curve=(),
+        files=(10, 15),
+        threads=(5, 21),
+        seen=(Bound("end", ()),),
+    )
+    assert {bound.name: bound.held for bound in report.bounds} == {
+        "memory": False,
+        "files": False,
+        "threads": True,
+        "end": True,
+    }
+    assert report.problems[1] == "files have grown from 10 to 15"
+
+
+def test_a_recount_that_finds_something_is_a_broken_bound() -> None:
+    spoilt = """
+from rekindle.lab.soak import server
+from rekindle.engine.toy import ToyEngine
+def spoil(self): assert False, "two cells too many"
+ToyEngine.check_integrity = spoil
+raise SystemExit(server.main())
+"""
+    settings = json.dumps({"engine": "toy", "port": 0, "store": "none"})
+    with subprocess.Popen([sys.executable, "-c", spoilt, settings], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith("http://")
+        integrity, end = end_of(process)
+    assert integrity.problems == ("the recount says: two cells too many",)
+    assert end.problems == ("the server ended with code 3",)

@@ -47,7 +47,7 @@ class Tally:
     """What came of all requests."""
 
     kinds: Counter[Kind] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)  # the first few, in words
+    faults: list[tuple[Kind, str]] = field(default_factory=list)  # the first few, in words
     answers: dict[tuple[int, ...], str] = field(default_factory=dict)  # greedy ones, by prompt
 
     @property
@@ -57,7 +57,11 @@ class Tally:
     def add(self, kind: Kind, why: str = "") -> None:
         self.kinds[kind] += 1
         if kind in ("faulty", "stuck") and len(self.faults) < _KEPT_FAULTS:
-            self.faults.append(f"{kind}: {why}")
+            self.faults.append((kind, why))
+
+    def of(self, kind: Kind) -> list[str]:
+        """What went wrong in this way, in words."""
+        return [why for each, why in self.faults if each == kind]
 
 
 class Wishes:

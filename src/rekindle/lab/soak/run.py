@@ -1,17 +1,16 @@
 """`rekindle lab soak`: a server in a process of its own, under mixed load and store faults for some minutes.
 
-What is watched is what leaks: memory, file handles and threads of the process, and cells and sequences of the engine. The
-first part of the time is warm-up, in which caches fill to their limits, which are set low for that; after it the process's
-memory may grow by no more than `MAX_GROWTH`. When the load has ended, nothing may run or wait, and no more files be open
-than before it; when the cache is cleared, no cell may be held; and the server must end by itself with exit code 0.
+What is watched is what leaks: memory, file handles and threads of the process, cells and sequences of the engine, blocks
+of the store. The first part of the time is warm-up, in which caches fill to their limits, which are set low for that; after
+it the process's memory may grow by no more than `MAX_GROWTH`. When the load has ended, nothing may run or wait, and no more
+files be open than before it; when the cache is cleared, no cell and no block may be held; a recount must find nothing;
+and the server must end by itself with exit code 0. Each of these is a `Bound`: the report says of each whether it held.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -32,21 +32,22 @@ from rekindle.lab.load.servers import find_model
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
+from rekindle.lab.soak.server import WRONG
 
 MAX_GROWTH = 0.03
 WARM_UP = 0.25  # share of the time
 CLIENTS = 12
 CELLS = 1024
 SETTINGS = {  # caches that are full soon, and a queue that overflows now and then
-    "REKINDLE_STORE_MEMORY": "32MiB",
-    "REKINDLE_STORE_DISK": "128MiB",
-    "REKINDLE_MAX_QUEUE": "6",
-    "REKINDLE_MAX_RESIDENTS": "8",
-    "REKINDLE_POLICY": "priority",
-    "REKINDLE_LOG_LEVEL": "error",
+    "port": 0,
+    "context": CELLS,
+    "max_running": 4,
+    "max_queue": 6,
+    "max_residents": 8,
+    "store_memory": "32MiB",
+    "store_disk": "128MiB",
+    "policy": "priority",
 }
-_RUNNING = 4
-_LISTENS = re.compile(r"listening on (http://\S+)\s")
 _KEPT_ALIVE = 4  # connections that we keep to ask how it is
 _POOLED = 16  # threads that pools start when they are first needed, and keep
 _SAMPLE_SECONDS = 1.0
@@ -72,6 +73,18 @@ def held_by(pid: int) -> Held:
         return Held(process.memory_info().rss, process.num_fds(), process.num_threads())
 
 
+@dataclass(frozen=True)
+class Bound:
+    """One thing that was to hold."""
+
+    name: str
+    problems: tuple[str, ...]  # why it did not, in words; empty if it held
+
+    @property
+    def held(self) -> bool:
+        return not self.problems
+
+
 @dataclass(frozen=True, kw_only=True)
 class SoakReport:
     """What was done, and what was left over."""
@@ -86,7 +99,7 @@ class SoakReport:
     rss_curve: tuple[int, ...]  # twenty moments, the warm-up included
     files: tuple[int, int]  # before the load, and after it
     threads: tuple[int, int]
-    problems: tuple[str, ...]  # empty if all is well
+    seen: tuple[Bound, ...]  # what the server's answers and its end have shown
     machine: Machine = field(default_factory=this_machine)
 
     @property
@@ -94,22 +107,33 @@ class SoakReport:
         """Of memory, as a share."""
         return self.rss_bytes[1] / self.rss_bytes[0] - 1
 
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """All that was to hold."""
+        return (*_leaks(self), *self.seen)
+
+    @property
+    def problems(self) -> list[str]:
+        """Empty if all is well."""
+        return [problem for bound in self.bounds for problem in bound.problems]
+
 
 def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: Progress) -> SoakReport:
     """Raises ModelError, ServerError if the server does not start."""
     find_model(model)
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
-        with _server(model, threads, store) as (process, url):
+        with _server({"model": model, "threads": threads, "store": str(store)}) as (process, url):
             watch = _Watch(process.pid, minutes * 60, progress)
             misfortune, tally = Misfortune(store, seed), Tally()
             before = held_by(process.pid)
             asyncio.run(_soak(url, Wishes(seed, CELLS), tally, watch, misfortune))
-            problems = tally.faults + left_over(url)
+            stuck = tuple(still_busy(url))
             after = held_by(process.pid)
             swaps = int(metric(url, "rekindle_swaps_total"))
-            problems += _end(process)
-    report = SoakReport(
+            left = tuple(left_over(url))
+            integrity, end = end_of(process)
+    return SoakReport(
         model=model,
         minutes=minutes,
         seed=seed,
@@ -120,24 +144,27 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
         rss_curve=watch.curve(),
         files=(before.files, after.files),
         threads=(before.threads, after.threads),
-        problems=(),
+        seen=(
+            Bound("answers", tuple(tally.of("faulty"))),
+            Bound("nothing stuck", (*tally.of("stuck"), *stuck)),
+            Bound("cells and blocks", left),
+            integrity,
+            end,
+        ),
     )
-    return SoakReport(**{**vars(report), "problems": (*problems, *_leaks(report))})
 
 
 @contextmanager
-def _server(model: str, threads: int, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _server(settings: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL. Raises ServerError if it does not start."""
-    command = [sys.executable, "-m", "rekindle", "serve", "--host", "127.0.0.1", "--port", "0", "--model", model]
-    command += ["--threads", str(threads), "--context", str(CELLS), "--max-running", str(_RUNNING)]
-    environment = os.environ | SETTINGS | {"REKINDLE_STORE": str(store)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command = [sys.executable, "-m", "rekindle.lab.soak.server", json.dumps(SETTINGS | settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            announced = _LISTENS.search(process.stdout.readline())  # ends without a line if the process does
-            if announced is None:
+            url = process.stdout.readline().strip()  # ends without a line if the process does
+            if not url:
                 raise ServerError(f"the server ended before it listened (exit code {process.wait()})")
-            yield process, announced[1]
+            yield process, url
         finally:
             process.kill()
 
@@ -190,39 +217,44 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
-def left_over(url: str) -> list[str]:
-    """What a server still holds once nobody asks for anything and its cache is cleared, in words."""
+def still_busy(url: str) -> list[str]:
+    """What runs or waits although nobody asks for anything, in words."""
     busy = ("rekindle_requests_running", "rekindle_requests_queued", "rekindle_requests_swapped")
     deadline = time.monotonic() + _IDLE_SECONDS
     while any(metric(url, name) for name in busy) and time.monotonic() < deadline:
         time.sleep(0.1)
-    problems = [f"{name} is {metric(url, name):.0f} with nobody there" for name in busy if metric(url, name)]
+    return [f"{name} is {metric(url, name):.0f} with nobody there" for name in busy if metric(url, name)]
+
+
+def left_over(url: str) -> list[str]:
+    """What a server still holds once its cache is cleared, in words."""
+    httpx.post(f"{url}/cache/verify", json={"repair": True}, timeout=_IDLE_SECONDS)  # what misfortune has spoilt
     httpx.post(f"{url}/cache/clear", json={}, timeout=_IDLE_SECONDS)
-    held = ("rekindle_cells_used", "rekindle_sequences_used", "rekindle_residents")
-    problems += [f"{name} is {metric(url, name):.0f} after clearing" for name in held if metric(url, name)]
+    held = ("rekindle_cells_used", "rekindle_sequences_used", "rekindle_residents", "rekindle_tier_blocks")
+    problems = [f"{name} is {metric(url, name):.0f} after clearing" for name in held if metric(url, name)]
     health = httpx.get(f"{url}/health", timeout=_IDLE_SECONDS)
     return problems if health.status_code == 200 else [*problems, f"/health says {health.text}"]
 
 
-def _end(process: subprocess.Popen[str]) -> list[str]:
-    """Ask the process to end, and see that it does."""
+def end_of(process: subprocess.Popen[str]) -> tuple[Bound, Bound]:
+    """Ask the process to end: what its recount has found, and whether it did."""
     process.terminate()
     try:
-        code = process.wait(_IDLE_SECONDS)
+        said, _ = process.communicate(timeout=_IDLE_SECONDS)
     except subprocess.TimeoutExpired:
-        return [f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"]
-    return [f"the server ended with code {code}"] if code else []
+        never = f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"
+        return Bound("integrity", ("nothing was recounted",)), Bound("end", (never,))
+    code = process.returncode
+    wrong = (f"the recount says: {said.strip() or 'nothing'}",) if code == WRONG else ()
+    return Bound("integrity", wrong), Bound("end", (f"the server ended with code {code}",) if code else ())
 
 
-def _leaks(report: SoakReport) -> list[str]:
-    leaks = []
-    if report.growth > MAX_GROWTH:
-        leaks.append(f"memory has grown by {report.growth:.1%} after the warm-up")
-    if report.files[1] > report.files[0] + _KEPT_ALIVE:
-        leaks.append(f"open files have grown from {report.files[0]} to {report.files[1]}")
-    if report.threads[1] > report.threads[0] + _POOLED:
-        leaks.append(f"threads have grown from {report.threads[0]} to {report.threads[1]}")
-    return leaks
+def _leaks(report: SoakReport) -> Iterator[Bound]:
+    """What the process itself holds."""
+    grown = f"memory has grown by {report.growth:.1%} after the warm-up, more than {MAX_GROWTH:.0%}"
+    yield Bound("memory", (grown,) if report.growth > MAX_GROWTH else ())
+    for name, (before, after), more in (("files", report.files, _KEPT_ALIVE), ("threads", report.threads, _POOLED)):
+        yield Bound(name, (f"{name} have grown from {before} to {after}",) if after > before + more else ())
 
 
 def print_soak_report(report: SoakReport, console: Console) -> None:
@@ -235,8 +267,13 @@ def print_soak_report(report: SoakReport, console: Console) -> None:
     console.print("requests: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report.requests.items())))
     console.print("the store's folder " + ", ".join(f"{name} {n} times" for name, n in report.misfortunes.items()))
     console.print(f"requests swapped out: {report.swaps}; memory grew by {report.growth:.2%}")
+    console.print(", ".join(f"{bound.name}: {'held' if bound.held else 'BROKEN'}" for bound in report.bounds))
     for problem in report.problems:
         console.print(f"problem: {problem}", markup=False)
-    console.print(f"{len(report.problems)} problems" if report.problems else "nothing was left over, nothing got stuck")
-    facts = asdict(report) | {"growth": round(report.growth, 4)}
+    facts = asdict(report) | {
+        "growth": round(report.growth, 4),
+        "bounds": {bound.name: bound.held for bound in report.bounds},
+        "problems": report.problems,
+    }
+    del facts["seen"]
     console.print(json.dumps(facts), markup=False, highlight=False, soft_wrap=True)
