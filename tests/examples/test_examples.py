@@ -53,7 +53,7 @@ def check_times(report: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_rag() -> None:
     options = ("--tokens", "2000", "--questions", "3", "--passages", "3", "--threads", "1")
-    report = report_of(run("rag", *options, "--select", "first"))
+    report = report_of(run("rag", *options, "--select", "first", "--json"))
     answers = report["answers"]
     assert len(answers) == 3 and report["warm_seconds"] > 0
     for each in answers:
@@ -70,12 +70,41 @@ def test_rag() -> None:
 def test_rag_about_a_folder(tmp_path: Path) -> None:
     asked = ("--question", "Which firm does Vodris belong to?", "--passages", "12", "--select", "first")
     result = run("rag", str(EXAMPLES / "village"), *asked, "--threads", "1", "--ratio", "1")
-    (answer,) = report_of(result)["answers"]
-    assert answer["exact"]["answer"] == answer["blended"]["answer"] == "Vodris belongs to Nouraix."
-    assert "12 passages" in result.stdout
-    for options, message in (([str(tmp_path), "--question", "Who?"], "has no .txt"), ([str(EXAMPLES)], "expected a q")):
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert lines[0].startswith("12 passages") and lines[-1].startswith("1 of 1 answers the same")
+    for name in ("exact", "blended"):
+        assert any(line.startswith(f"{name}: Vodris belongs to Nouraix.") for line in lines)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for options, message in (
+        ([str(empty), "--question", "Who?"], "has no .txt"),
+        ([str(EXAMPLES)], "expected a question"),
+        ([str(EXAMPLES), "--question", " "], "expected a question"),
+        ([str(tmp_path / "none"), "--question", "Who?"], "there is no folder"),
+        (["--model", "none.gguf"], "there is no model file"),
+    ):
         refused = run("rag", *options)
         assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_rag_about_a_folder_of_anything(tmp_path: Path) -> None:
+    """Files that are no text are left out, long ones are cut, and a question that nothing answers is told so."""
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\x00\x01")
+    (tmp_path / "zeros.md").write_bytes(b"a\x00b")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    paragraphs = [f"Vodris paints in orange, says page {number}. " * 9 for number in range(12)]
+    (tmp_path / "LONG.TXT").write_text("\n\n".join(paragraphs) + "\n\n" + "word " * 4000)
+    options = (str(tmp_path), "--question", "Xyzzy?", "--passages", "2", "--threads", "1", "--json")
+    result = run("rag", *options)
+    report = report_of(result)
+    assert "left out: bytes.txt: it is not UTF-8 text" in result.stderr and "image.png" not in result.stderr
+    assert "left out: zeros.md: it is not text" in result.stderr
+    assert "no passage shares a word with this question: Xyzzy?" in result.stderr
+    (answer,) = report["answers"]
+    assert 300 < answer["exact"]["prompt"] < 3000 and answer["blended"]["computed"] < answer["exact"]["computed"]
+    refused = run("rag", *options[:-3], "--passages", "40")
+    assert refused.returncode == 1 and "put fewer before a question: --passages" in refused.stderr
 
 
 @needs_torch
