@@ -150,7 +150,7 @@ def test_of_a_long_prompt_a_part_is_read_at_once_but_not_often() -> None:
         unread -= chunks[-1]
     bursts = [index for index, chunk in enumerate(chunks) if chunk >= 64]
     assert bursts[0] == 0 and len(bursts) >= 2
-    assert min(np.diff(bursts)) >= 128
+    assert min(np.diff(bursts)) >= 192
     assert max(chunks[index] for index in bursts) <= 128
     assert np.percentile(gaps, 99) <= 3 * 0.02
     assert max(gaps) <= 0.25
