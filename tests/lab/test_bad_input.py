@@ -8,6 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from rekindle.cli.app import app
+from rekindle.lab.store import TIERS
+from rekindle.lab.store_lookups import PROMPT_BLOCKS
+from rekindle.lab.trace import CAPACITIES
 
 WITH_MODEL = (
     "blend FILE",
@@ -54,6 +57,16 @@ def test_a_folder_where_nothing_can_be_written(command: str, tmp_path: Path) -> 
     (tmp_path / "file").touch()
     for folder in (tmp_path / "missing", tmp_path / "file"):
         assert f"no files can be written in {folder}" in _refused(f"{command} --folder FILE", folder, 2)
+
+
+def test_help_names_what_is_taken_by_default() -> None:
+    said = {
+        command: " ".join(CliRunner().invoke(app, ["lab", command, "--help"], env={"COLUMNS": "300"}).stdout.split())
+        for command in ("trace", "store")
+    }
+    assert f"default: {CAPACITIES[0]} to {CAPACITIES[-1]}" in said["trace"]
+    assert f"{', '.join(TIERS[:-1])} or {TIERS[-1]}; may be repeated; default: all" in said["store"]
+    assert f"{PROMPT_BLOCKS} or more" in said["store"]
 
 
 def _refused(command: str, file: Path, code: int) -> str:

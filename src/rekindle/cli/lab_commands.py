@@ -110,7 +110,9 @@ def lab_engines(
 @guarded
 def lab_trace(
     file: Annotated[Path, typer.Argument(help="JSON lines as published with Mooncake: hash_ids, input_length …")],
-    capacity: Annotated[list[int] | None, typer.Option(help="blocks that fit; may be repeated", min=1)] = None,
+    capacity: Annotated[
+        list[int] | None, typer.Option(help="blocks that fit; may be repeated; default: 1000 to 30000", min=1)
+    ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="an eviction policy; may be repeated; default: all")] = None,
     plot: Plot = None,
 ) -> None:
@@ -127,9 +129,12 @@ def lab_store(
         list[int] | None, typer.Option(help="bytes of a block; may be repeated; default: those of four models", min=1)
     ] = None,
     blocks: Annotated[int, typer.Option(help="of each size", min=1)] = 64,
-    tier: Annotated[list[str] | None, typer.Option(help="memory, disk or network; may be repeated")] = None,
+    tier: Annotated[
+        list[str] | None, typer.Option(help="memory, disk or network; may be repeated; default: all")
+    ] = None,
     size: Annotated[
-        list[int] | None, typer.Option(help="blocks in the store, for look-ups; may be repeated; 0: none", min=0)
+        list[int] | None,
+        typer.Option(help="blocks in the store, for look-ups, 128 or more; may be repeated; 0: none", min=0),
     ] = None,
     rounds: Annotated[int, typer.Option(help="of all arms of a comparison, in turns", min=1)] = 5,
     folder: Annotated[Path | None, typer.Option(help="where files are written; default: for temporary files")] = None,
@@ -172,7 +177,9 @@ def lab_live(
     ] = None,
     turns: Annotated[int, typer.Option(help="talk: in all", min=1)] = 500,
     window: Annotated[int, typer.Option(help="talk: in tokens", min=1024)] = 2048,
-    kv_type: Annotated[list[str] | None, typer.Option(help="drift: f16, q8_0, q4_0; may be repeated")] = None,
+    kv_type: Annotated[
+        list[str] | None, typer.Option(help="drift: f16, q8_0 or q4_0; may be repeated; default: f16")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """How soon a live session answers, what its window costs, how far it drifts from a full prefill."""
