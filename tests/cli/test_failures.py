@@ -54,8 +54,8 @@ def test_a_hub_that_cannot_be_reached_names_the_cache_that_was_searched(run: Run
     assert "Traceback" not in result.stderr
 
 
-def test_a_hub_name_without_an_owner(run: Run) -> None:
-    result = run("info", "hf:model")
+def test_a_hub_name_without_an_owner(run_here: Run) -> None:
+    result = run_here("info", "hf:model")
     assert result.returncode == 1
     assert "expected hf:owner/repo" in result.stderr
 
@@ -69,23 +69,23 @@ def test_a_model_that_is_recurrent_is_refused_with_the_reason(run: Run, tmp_path
 
 
 @pytest.mark.parametrize("arguments", [("nosuch", "q8_0"), ("tiny-llama", "q9_9")])
-def test_an_unknown_shape_or_quantisation(run: Run, tmp_path: Path, arguments: tuple[str, str]) -> None:
+def test_an_unknown_shape_or_quantisation(run_here: Run, tmp_path: Path, arguments: tuple[str, str]) -> None:
     shape, quant = arguments
-    result = run("lab", "model", shape, "--quant", quant, str(tmp_path / "out.gguf"))
+    result = run_here("lab", "model", shape, "--quant", quant, str(tmp_path / "out.gguf"))
     assert result.returncode == 2
     assert "rekindle: no " in result.stderr
     assert list(tmp_path.glob("*.gguf")) == []
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_an_empty_prompt(run: Run, prompt: str) -> None:
-    for result in (run("generate", prompt), run("generate", "-", stdin=prompt)):
+def test_an_empty_prompt(run_here: Run, prompt: str) -> None:
+    for result in (run_here("generate", prompt), run_here("generate", "-", stdin=prompt)):
         assert result.returncode == 2
         assert result.stderr == "rekindle: the prompt is empty: at least one token is needed\n"
 
 
-def test_a_prompt_that_is_not_text(run: Run) -> None:
-    result = run("generate", "-", stdin=b"\xff\xfe")
+def test_a_prompt_that_is_not_text(run_here: Run) -> None:
+    result = run_here("generate", "-", stdin=b"\xff\xfe")
     assert result.returncode == 2
     assert "not UTF-8" in result.stderr
 
@@ -98,20 +98,20 @@ def test_a_prompt_that_is_not_text(run: Run) -> None:
         (("--context", "256"), "the prompt has "),
     ],
 )
-def test_impossible_wishes(run: Run, options: tuple[str, str], message: str) -> None:
-    result = run("generate", "word " * 300, *options)
+def test_impossible_wishes(run_here: Run, options: tuple[str, str], message: str) -> None:
+    result = run_here("generate", "word " * 300, *options)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_chatting_with_a_server_that_is_not_there(run: Run) -> None:
-    result = run("chat", "--url", "http://127.0.0.1:1", stdin="Hello.\n")
+def test_chatting_with_a_server_that_is_not_there(run_here: Run) -> None:
+    result = run_here("chat", "--url", "http://127.0.0.1:1", stdin="Hello.\n")
     assert result.returncode == 1
     assert "cannot talk to http://127.0.0.1:1" in result.stderr
 
 
-def test_a_document_that_is_missing(run: Run, tmp_path: Path) -> None:
-    result = run("chat", "--file", str(tmp_path / "missing.txt"), stdin="Hello.\n")
+def test_a_document_that_is_missing(run_here: Run, tmp_path: Path) -> None:
+    result = run_here("chat", "--file", str(tmp_path / "missing.txt"), stdin="Hello.\n")
     assert result.returncode == 2
     assert "missing.txt: No such file" in result.stderr

@@ -17,29 +17,29 @@ def test_the_answer_goes_to_stdout_and_nothing_else(run: Run) -> None:
     assert result.stderr == ""
 
 
-def test_stdin_is_a_prompt_like_any_other(run: Run) -> None:
-    assert run("generate", "-", stdin=QUESTION).stdout == run("generate", QUESTION).stdout
+def test_stdin_is_a_prompt_like_any_other(run_here: Run) -> None:
+    assert run_here("generate", "-", stdin=QUESTION).stdout == run_here("generate", QUESTION).stdout
 
 
-def test_stats_go_to_stderr(run: Run) -> None:
-    result = run("generate", QUESTION, "--stats", "--max-tokens", "4")
+def test_stats_go_to_stderr(run_here: Run) -> None:
+    result = run_here("generate", QUESTION, "--stats", "--max-tokens", "4")
     assert result.stderr.startswith("prompt: 0 tokens reused, ")
-    assert result.stdout == run("generate", QUESTION, "--max-tokens", "4").stdout
+    assert result.stdout == run_here("generate", QUESTION, "--max-tokens", "4").stdout
 
 
-def test_json_holds_text_usage_timings_and_plan(run: Run) -> None:
-    result = run("generate", QUESTION, "--json", "--max-tokens", "4")
+def test_json_holds_text_usage_timings_and_plan(run_here: Run) -> None:
+    result = run_here("generate", QUESTION, "--json", "--max-tokens", "4")
     answer = json.loads(result.stdout)
-    assert answer["text"].strip() == run("generate", QUESTION, "--max-tokens", "4").stdout.strip()
+    assert answer["text"].strip() == run_here("generate", QUESTION, "--max-tokens", "4").stdout.strip()
     usage = answer["usage"]
     assert usage["computed_tokens"] == usage["prompt_tokens"] > 0
     assert answer["timings"]["prefill_calls"] >= 1
     assert answer["plan"]["total"] == usage["prompt_tokens"]
 
 
-def test_raw_text_is_not_put_through_the_template(run: Run) -> None:
+def test_raw_text_is_not_put_through_the_template(run_here: Run) -> None:
     counts = {
-        mode: json.loads(run("generate", QUESTION, mode, "--json", "--max-tokens", "1").stdout)["usage"][
+        mode: json.loads(run_here("generate", QUESTION, mode, "--json", "--max-tokens", "1").stdout)["usage"][
             "prompt_tokens"
         ]
         for mode in ("--chat", "--raw")
