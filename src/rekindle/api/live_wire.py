@@ -7,7 +7,7 @@ in   message      the user's message; without `data`, the draft as it is. It is 
      swap         go on in another context
      rewind       go back to the end of this turn
      reset        forget all turns
-     Names of fields that are not known are mistakes.
+     Other fields are not looked at.
 
 out  user_input, token, end (with reason, usage and timings), spent (those of an answer that was interrupted), system (with
      its kind), error
@@ -22,14 +22,14 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rekindle.api.connection import type_of
 from rekindle.api.refusals import invalid_message, refusal_of
-from rekindle.api.wire import Ours, Str
+from rekindle.api.wire import Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.serve.request import Done, Sampling
 from rekindle.serve.sessions.news import End, Failure, News, Spent, System, Token, UserInput
 from rekindle.serve.sessions.session import Session
 
 
-class TextOnly(Ours):
+class TextOnly(Wire):
     """Base of what is said: a text, all of which is read exactly and while it comes."""
 
     @model_validator(mode="before")
@@ -80,7 +80,7 @@ class PartialIn(TextOnly):
             session.replace(self.data)
 
 
-class InterruptIn(Ours):
+class InterruptIn(Wire):
     """The user has heard enough."""
 
     type: Literal["interrupt"]
@@ -92,7 +92,7 @@ class InterruptIn(Ours):
         session.interrupt(characters=self.characters, tokens=self.tokens)
 
 
-class ContextIn(Ours):
+class ContextIn(Wire):
     """A context of its own."""
 
     type: Literal["context"]
@@ -104,7 +104,7 @@ class ContextIn(Ours):
         session.add_context(self.context, head_of(self.instructions))
 
 
-class SwapIn(Ours):
+class SwapIn(Wire):
     """Go on elsewhere."""
 
     type: Literal["swap"]
@@ -115,7 +115,7 @@ class SwapIn(Ours):
         session.swap(self.context)
 
 
-class RewindIn(Ours):
+class RewindIn(Wire):
     """Go back."""
 
     type: Literal["rewind"]
@@ -126,7 +126,7 @@ class RewindIn(Ours):
         session.rewind(self.turn)
 
 
-class ResetIn(Ours):
+class ResetIn(Wire):
     """Begin anew."""
 
     type: Literal["reset"]

@@ -2,7 +2,8 @@
 
 The pauses between attempts are 1, 2, 4, 8, 10, 10 … seconds. Who comes back names the last event that it was told, and the
 session's handle, so nothing is lost: neither what was said meanwhile nor, after a restart of the server, the conversation.
-What the server refuses (a wrong key, a name that is none) is not tried again, nor a server that was never there.
+What the server refuses (a wrong key, a name that is none) is not tried again, nor a host that there is not. A server that
+is not there yet is waited for: the two often start together.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class Line:
             except (OSError, InvalidHandshake, TimeoutError, ConnectionClosed) as error:
                 self._stack.close()
                 reason = f"cannot talk to {self._address.url}: {error or type(error).__name__}"
-                if not self.welcome:
+                if not self.welcome and not isinstance(error, ConnectionRefusedError):
                     raise ServerError(reason) from None
                 self._wait(attempt, reason)
             attempt += 1
