@@ -310,6 +310,8 @@ class Commands:
             metadata=given.metadata,
             options=given.rekindle,
         )
+        if given.blend_wish:  # what is wrong with it is told whether there are chunks or not
+            self._service.blend_of(given.blend_wish, session.prompt())
         is_other = given.instructions not in (None, conversation.instructions)
         is_beside = not is_adopted or given.input is not None or is_other
         if not is_beside and session.context.open is None:
