@@ -57,3 +57,5 @@ export CMAKE_BUILD_PARALLEL_LEVEL
 announce_build
 echo "Installing $requirement …"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$requirement"
+# As pip does for all else: where PYTHONDONTWRITEBYTECODE is set, each start would compile it anew.
+"$venv/bin/python" -m compileall -q src

@@ -1,7 +1,12 @@
-"""What all tests share: a cache folder of their own, anew for each module, so that nothing is warm that should be cold."""
+"""What all tests share: a cache folder of their own, anew for each module, so that nothing is warm that should be cold.
+
+`make test WORKERS=2` runs them in two processes, the workers, each of which takes whole files. Each keeps to cores of its own,
+as do the processes that its tests start: compute threads of two workers on one core would wait for each other.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +15,15 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_configure() -> None:
+    worker, num_workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(worker.removeprefix("gw"))
+    os.sched_setaffinity(0, cores[number::num_workers] or {cores[number % len(cores)]})
 
 
 @pytest.fixture(scope="session", autouse=True)
