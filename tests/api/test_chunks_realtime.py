@@ -63,6 +63,12 @@ def placed(kv: dict[str, Any]) -> list[bool]:
 
 
 def test_chunks_of_a_conversation_are_placed(http: httpx.Client, client: Realtime) -> None:
+    """As in a chat of the same parts: same tokens, same plan, same answer."""
+    good(http.post("/cache/warm", json={"chunks": PASSAGES}))
+    sent = [each | {"type": "text"} for each in marked(*PASSAGES[::-1])]
+    chat = {"messages": [{"role": "user", "content": sent}], "rekindle": NONE, "temperature": 0, "max_tokens": 6}
+    same = good(http.post(CHAT, json=chat))
+    good(http.post("/cache/clear"))
     good(http.post("/cache/warm", json={"chunks": PASSAGES}))
     item = tell(client, *PASSAGES[::-1])
     assert item["content"] == marked(*PASSAGES[::-1])
@@ -73,11 +79,6 @@ def test_chunks_of_a_conversation_are_placed(http: httpx.Client, client: Realtim
     assert kv["tokens"]["blended"] == blended == usage["input_token_details"]["blended_tokens"]
     assert kv["tokens"]["computed"] == kv["plan"]["computed"] == kv["tokens"]["prompt"] - kv["tokens"]["reused"]
     assert kv["tokens"]["reused"] >= blended
-    sent = [{"type": "text"} | {name: each[name] for name in each if name != "type"} for each in item["content"]]
-    good(http.post("/cache/clear"))
-    good(http.post("/cache/warm", json={"chunks": PASSAGES}))
-    chat = {"messages": [{"role": "user", "content": sent}], "rekindle": NONE, "temperature": 0, "max_tokens": 6}
-    same = good(http.post(CHAT, json=chat))
     assert same["usage"]["prompt_tokens"] == usage["input_tokens"]
     assert same["rekindle"]["plan"]["chunks"] == kv["plan"]["chunks"]
     assert same["choices"][0]["message"]["content"] == text_of(response)
