@@ -31,6 +31,7 @@ from rekindle.engine.pieces import PIECE, Joiner, unpack
 from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
 from rekindle.engine.saved import distances, saved_values
 from rekindle.engine.sequences import BookKeeping, SequenceTable
+from rekindle.engine.turning import Turner
 from rekindle.engine.verify import check_moves, check_payload, check_same, check_work
 from rekindle.errors import ContextFull, EngineError, ForeignPayload, ModelError
 from rekindle.model import llama_log
@@ -85,6 +86,7 @@ class LlamaEngine(BookKeeping):
         self.num_computed = 0
         self.spec = _spec(model, weights, kv_type, bool(llama_cpp.llama_memory_can_shift(self._memory)))
         self._joiner = Joiner(self.spec.fingerprint)
+        self._turner = Turner(model, kv_type)
 
     # The seven verbs.
 
@@ -162,6 +164,10 @@ class LlamaEngine(BookKeeping):
 
     def move(self, payloads: Sequence[Payload], positions: Sequence[int]) -> list[Payload]:
         check_moves(self._table, payloads, positions, self.spec)
+        if self._turner.can_turn(payloads, positions):
+            return [
+                self._turner.turned(payload, position) for payload, position in zip(payloads, positions, strict=True)
+            ]
         moved = list(payloads)
         moves = [index for index, payload in enumerate(payloads) if positions[index] != payload.position]
         holding = self._table.open()  # none of its cells are the table's: it is gone before anybody else may ask
@@ -175,6 +181,7 @@ class LlamaEngine(BookKeeping):
         finally:
             self._remove(holding, 0)
             self._table.close(holding)
+        self._turner.learn(payloads, moved)
         return moved
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:

@@ -18,7 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rekindle.errors import ForeignPayload
+
 Bytes = npt.NDArray[np.uint8]
+Halves = npt.NDArray[np.float16]
+Positions = npt.NDArray[np.int32]
+_F16 = 1  # ggml's number of the type
 
 MAX_STATE_BYTES = 256 << 10  # that are worth joining
 MAX_JOINED_BYTES = 4 << 20  # more would not stay in a processor's cache until it is loaded
@@ -69,6 +74,38 @@ def join(states: Sequence[memoryview], room: Bytes) -> int | None:
             return None
         end = _join_cache(cache, sources, room, end)
     return end
+
+
+def saved_keys(state: memoryview) -> tuple[list[Positions], list[Halves]]:
+    """Views of a state, to be read or written: of each cache the positions of its cells, of each layer K [cells, width].
+
+    Raises ForeignPayload if they are not in f16, or can't be read.
+    """
+    positions: list[Positions] = []
+    keys: list[Halves] = []
+    try:
+        caches = list(_caches(state))
+        for cache in caches:
+            if cache is None:
+                raise ForeignPayload("a saved state is torn, or of a kind whose keys can't be read")
+            positions.append(np.ndarray((cache.cells,), "<i4", state, cache.start, (_CELL,)))
+            keys += _keys(state, cache)
+    except struct.error as error:
+        raise ForeignPayload(f"a saved state is torn: {error}") from None
+    return positions, keys
+
+
+def _keys(state: memoryview, cache: _Cache) -> list[Halves]:
+    """Of one cache: the first half of its tensors, for those of V come behind all of K."""
+    found = []
+    for alike in cache.tensors:
+        step = _TENSOR.size + cache.cells * alike.row_bytes
+        for start in range(alike.start, alike.start + alike.num * step, step):
+            kind, row_bytes = _TENSOR.unpack_from(state, start)
+            if kind != _F16:
+                raise ForeignPayload(f"keys of ggml's type {kind} can't be turned here, those in f16 can")
+            found.append(np.ndarray((cache.cells, row_bytes // 2), "<f2", state, start + _TENSOR.size))
+    return found[: len(found) // 2]
 
 
 def _caches(state: memoryview) -> Iterator[_Cache | None]:
