@@ -15,7 +15,9 @@ import pytest
 from rekindle.api.server import running
 from rekindle.errors import InvalidRequest
 from rekindle.lab.load.client import Answer, ServerError, Target
+from rekindle.lab.load.run import Wish, run_load
 from rekindle.lab.load.texts import TOKENS_PER_WORD
+from rekindle.lab.load.workloads import Sizes
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -227,6 +229,14 @@ def connect(url: str, **options: Any) -> None:
 def test_a_server_that_is_not_there_is_told_at_once() -> None:
     with pytest.raises(ServerError, match=r"cannot reach http://127.0.0.1:1: .*is it running\?"):
         connect("127.0.0.1:1")
+
+
+@pytest.mark.parametrize(("key", "reason"), [(None, "wants an API key"), ("wrong", "takes another API key")])
+def test_a_server_that_wants_a_key_is_told_from_one_that_wants_another(key: str | None, reason: str) -> None:
+    settings = Settings(engine="toy", store="none", api_key=("right",))  # type: ignore[arg-type]
+    with Service.open(settings) as service, running(service) as url, pytest.raises(ServerError) as refused:
+        run_load(Wish(sizes=Sizes(), url=url, api_key=key), None)
+    assert str(refused.value) == f"{url} {reason} (HTTP 401); give it with --api-key"
 
 
 def test_another_kind_of_server_is_told_from_one_of_openais_kind() -> None:

@@ -9,10 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Drawing
 from rich.console import Console
 
 from rekindle.api.server import running
@@ -20,9 +23,9 @@ from rekindle.errors import InvalidRequest
 from rekindle.lab import machine
 from rekindle.lab.load.client import Answer, ServerError
 from rekindle.lab.load.figures import Figure, Run, ratios
-from rekindle.lab.load.plot import plot_report
+from rekindle.lab.load.plot import label_times, plot_report
 from rekindle.lab.load.run import LoadReport, Wish, make_setup, run_load, workload_named
-from rekindle.lab.load.servers import kernels_of
+from rekindle.lab.load.servers import kernels_of, peer_starter
 from rekindle.lab.load.show import print_report, remarks
 from rekindle.lab.load.workloads import Sizes
 from rekindle.serve.service import Service
@@ -192,6 +195,36 @@ def test_arms_that_did_different_work_are_told(url: str) -> None:
     assert "The servers did not do the same work: completion tokens differ by a factor of 0.667." in said
 
 
+def test_a_server_that_knew_the_texts_is_told() -> None:
+    with Service.open(Settings(engine="toy", context=4_096, store="none")) as service, running(service) as url:
+        first, again, other = run(url, "chat"), run(url, "chat"), run(url, "chat", seed=1)
+    said = "rekindle had more than half of every prompt cached: ask it what is new, with another seed."
+    assert [said in remarks(report) for report in (first, again, other)] == [False, True, False]
+
+
+def test_a_narrow_table_cuts_no_server_s_name(url: str) -> None:
+    name = "llama-server (peer)"
+    report = LoadReport(**(vars(run(url, "rag")) | {"runs": (fake_run(name, 0, (answer(0.0, (0.1,), 9_999, 0),)),)}))
+    out = io.StringIO()
+    print_report(report, Console(file=out, width=144))
+    assert f"{name} " in out.getvalue()
+
+
+@pytest.mark.parametrize(("low", "high"), [(140, 4_000), (0.02, 300), (3, 9), (0.5, 90_000)])
+def test_the_numbers_of_a_plots_axis_stand_apart(low: float, high: float) -> None:
+    drawing = Drawing(figsize=(4, 4))
+    axes = drawing.subplots()
+    axes.set(xscale="log", xlim=(low, high))
+    label_times(axes)
+    canvas = FigureCanvasAgg(drawing)
+    canvas.draw()
+    shown = [(tick.get_loc(), tick.label1) for tick in (*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks())]
+    labels = [label for at, label in sorted(shown, key=lambda each: each[0]) if label.get_text() and low <= at <= high]
+    spans = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+    assert len(labels) >= 1 and "$" not in labels[0].get_text()
+    assert all(before.x1 < after.x0 for before, after in pairwise(spans))
+
+
 def test_the_plot_is_a_png(url: str, tmp_path: Path) -> None:
     report = run(url, "rag")
     plot_report(report, tmp_path / "p.png")
@@ -207,6 +240,7 @@ def test_the_plot_is_a_png(url: str, tmp_path: Path) -> None:
         ({"rate": 1.0, "workload": "burst"}, "times of its own"),
         ({"answers": "mine"}, "own or scripted"),
         ({"rounds": 0}, "more than 0"),
+        ({"sizes": SMALL.with_(trace=Path("load.jsonl"))}, "the workload chat reads no trace"),
     ],
 )
 def test_wishes_without_meaning_are_refused(more: dict[str, Any], reason: str) -> None:
@@ -245,6 +279,17 @@ def test_llama_server_and_rekindle_run_in_turn_on_the_same_work() -> None:
     _, record = printed(report)
     assert set(record["ratios"]) >= {"ttft_p50_ms", "ttft_p95_ms", "tokens_per_second", "computed_tokens"}
     assert record["servers"]["llama-server"]["kernels"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed: no llama-server")
+def test_two_servers_of_a_kind_keep_apart() -> None:
+    sizes = workload_named("rag").defaults.with_(requests=1, document_tokens=10, answer_tokens=2)
+    setup = make_setup("rag", sizes, model="builtin", threads=1)
+    with peer_starter("llama-server", setup)() as server:
+        report = run_load(Wish(workload="rag", sizes=sizes, url=server.url, peer="llama-server"), setup)
+    assert [run.server for run in report.runs] == ["llama-server", "llama-server (peer)"]
+    assert ratios(report.runs)["prompt_tokens"] == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed: no llama-server")

@@ -248,7 +248,8 @@ class Target:
         except httpx.HTTPError as error:
             raise ServerError(f"cannot reach {self.url}: {error or type(error).__name__}; is it running?") from None
         if response.status_code in (401, 403):
-            raise ServerError(f"{self.url} wants an API key (HTTP {response.status_code}); give one with --api-key")
+            wants = "takes another API key" if "authorization" in self._http.headers else "wants an API key"
+            raise ServerError(f"{self.url} {wants} (HTTP {response.status_code}); give it with --api-key")
         models = (_object(response.text) or {}).get("data")
         if not (isinstance(models, list) and models and isinstance(models[0], dict) and "id" in models[0]):
             raise ServerError(

@@ -63,6 +63,12 @@ class Run:
         return self.prompt_tokens - self.cached_tokens
 
     @property
+    def knew_all(self) -> bool:
+        """Whether nobody was the first to ask something: the server had read these texts before."""
+        shares = [(answer.cached_tokens or 0) / answer.prompt_tokens for answer in self.whole if answer.prompt_tokens]
+        return bool(shares) and min(shares) > 0.5
+
+    @property
     def completion_tokens(self) -> int:
         return sum(answer.num_tokens for answer in self.whole)
 

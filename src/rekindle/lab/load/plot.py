@@ -11,6 +11,8 @@ import numpy as np
 from rekindle.lab.image import image
 from rekindle.lab.load.run import LoadReport
 
+_FEW_DECADES = 1_000  # as a factor
+
 
 def plot_report(report: LoadReport, out: Path) -> None:
     """Write an image. Raises InvalidRequest without matplotlib, or if it can't."""
@@ -23,6 +25,7 @@ def plot_report(report: LoadReport, out: Path) -> None:
             _spread(itl, [1e3 * gap for answer in answers for gap in answer.gaps], server)
         for axes, name in ((ttft, "TTFT"), (itl, "ITL")):
             axes.set(xscale="log", xlabel=f"{name}, ms", ylabel="share of them at most this", ylim=(0, 1.02))
+            label_times(axes)
             axes.grid(alpha=0.3)
             if axes.has_data():
                 axes.legend()
@@ -35,6 +38,16 @@ def _spread(axes: Any, values: Sequence[float], label: str) -> None:
     ordered = np.sort([value for value in values if value > 0])
     if len(ordered):
         axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=label)
+
+
+def label_times(axes: Any) -> None:
+    """Plain numbers on a log x axis: at 1, 2 and 5 of each decade, or where there are many decades at 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _FEW_DECADES * low else (1,)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _bars(axes: Any, report: LoadReport, servers: Sequence[str]) -> None:

@@ -47,6 +47,8 @@ class Wish:
                 raise InvalidRequest(f"the workload {self.workload} has times of its own; leave rate out", param="rate")
         if self.workload == "trace" and self.sizes.trace is None:
             raise InvalidRequest("the workload trace needs a file: --trace FILE", param="trace")
+        if self.workload != "trace" and self.sizes.trace is not None:
+            raise InvalidRequest(f"the workload {self.workload} reads no trace; leave it out", param="trace")
         if self.answers not in ("own", "scripted"):
             raise InvalidRequest(f"answers: expected own or scripted, got {self.answers!r}", param="answers")
         if self.rounds < 1 or self.timeout_seconds <= 0:
@@ -102,12 +104,14 @@ def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) 
     starts = _arms(wish, setup)
     bandwidth = _bandwidth(wish, setup)
     servers: dict[str, Server] = {}
-    runs = []
+    runs: list[Run] = []
     texts: Texts | None = None
     for number in range(wish.rounds):
         for arm, start in enumerate(starts):
             with start() as server:
-                run, texts = _Arm(wish, server, arm, number, progress).run(texts)
+                run, texts = _Arm(wish, server, number, progress).run(texts)
+                if arm and run.server == runs[-1].server:  # two of a kind
+                    run = replace(run, server=f"{run.server} (peer)")
                 servers.setdefault(run.server, replace(server, name=run.server))
                 runs.append(run)
     assert texts is not None
@@ -146,7 +150,6 @@ class _Arm:
 
     wish: Wish
     server: Server
-    number: int  # of the arm
     round: int
     progress: Progress | None
 
@@ -155,7 +158,8 @@ class _Arm:
         try:
             return asyncio.run(self._measure(texts))
         except ServerError as error:
-            raise ServerError(f"{self.server.name or self.server.url}: {error}") from None
+            named = f"{self.server.name}: " if self.server.name else ""  # one that was given is named by its address
+            raise ServerError(f"{named}{error}") from None
 
     async def _measure(self, texts: Texts | None) -> tuple[Run, Texts]:
         is_given = not self.server.name  # a running server, which says itself what it is
@@ -171,8 +175,6 @@ class _Arm:
                 texts or Texts(seed=0, tokens_per_word=tokens_per_word), seed=self.wish.seed * 1_000 + self.round
             )
             name = self.server.name or target.name
-            if self.number and name == self.wish.url:
-                name = f"{name} (peer)"
             before = self.server.cpu_seconds()
             load, figures = await self._drive(target, texts, name)
             after = self.server.cpu_seconds()

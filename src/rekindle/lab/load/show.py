@@ -58,7 +58,7 @@ def as_json(report: LoadReport) -> str:
 
 def _table(report: LoadReport) -> Table:
     table = Table(title=f"{report.wish.workload}: {workload_named(report.wish.workload).about}", title_justify="left")
-    table.add_column("server")
+    table.add_column("server", no_wrap=True, min_width=max(len(run.server) for run in report.runs))
     headings = ("requests", "errors", "TTFT p50", "p95", "p99, ms", "ITL p50", "p95", "p99, ms", "tokens/s", "s")
     for heading in (*headings, "prompt tokens", "cached", "computed"):
         table.add_column(heading, justify="right")
@@ -169,6 +169,8 @@ def _work(report: LoadReport) -> list[str]:
             )
         elif any(run.whole and run.cached_tokens is None for run in runs):
             lines.append(f"{name} does not say how many tokens it had cached.")
+        if any(run.knew_all for run in runs):
+            lines.append(f"{name} had more than half of every prompt cached: ask it what is new, with another seed.")
     pairs = {
         name: value for name, value in ratios(report.runs).items() if name in ("prompt_tokens", "completion_tokens")
     }
