@@ -48,7 +48,7 @@ announce_build() {
     done
     [ -n "$compiler" ] || fail "a C++ compiler is needed to build llama.cpp; on Debian and Ubuntu: apt install build-essential; on macOS: xcode-select --install"
     echo "llama.cpp $wanted will now be compiled with $compiler on $CMAKE_BUILD_PARALLEL_LEVEL cores."
-    echo "This happens once and takes about four minutes on two cores; pip says nothing meanwhile."
+    echo "This happens once and takes about four minutes on two cores; pip says little meanwhile."
 }
 
 [ -x "$venv/bin/python" ] || make_venv
@@ -56,6 +56,8 @@ CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_
 export CMAKE_BUILD_PARALLEL_LEVEL
 announce_build
 echo "Installing $requirement …"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$requirement"
+quiet=--quiet
+[ ! -t 1 ] || quiet= # somebody looks on: pip shows how far it is
+"$venv/bin/python" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check --constraint constraints.txt --editable "$requirement"
 # As pip does for all else: where PYTHONDONTWRITEBYTECODE is set, each start would compile it anew.
 "$venv/bin/python" -m compileall -q src

@@ -75,6 +75,19 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_cleanly(environment: dict[s
         assert process.wait(60) == 0
 
 
+def test_garbage_is_looked_for_in_what_was_made_since_the_start(environment: dict[str, str]) -> None:
+    code = (
+        "import gc, sys, rekindle.api.server as server; from rekindle.cli import main\n"
+        "def serve(service, host, port, ready):\n"
+        "    ready('http://127.0.0.1:1'); print(gc.isenabled(), gc.get_freeze_count() > 10_000 > len(gc.get_objects()))\n"
+        "server.serve = serve; main()"
+    )
+    command = [sys.executable, "-c", code, "serve", "--engine", "toy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "True True"
+
+
 def test_options_reach_the_server(environment: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "rekindle.toml"
     file.write_text('kv_type = "q8_0"\nthreads = 2\ncontext = 512\n')
