@@ -38,6 +38,7 @@ def logits_after(engine: LlamaEngine, payload: Payload) -> np.ndarray:
     seq = engine.open()
     engine.forward([Work(seq, random(engine, 200), logits=False)])
     engine.place(seq, payload, 200)
+    assert not engine._shift_pending
     logits = engine.forward([Work(seq, as_tokens([11, 12]))])[seq].copy()
     engine.close(seq)
     return logits
@@ -56,7 +57,10 @@ def test_what_llama_cpp_has_shown_once_is_done_without_it(shape: str, tiny_model
             assert len(one.data) == len(other.data)
             for mine, yours in zip(engine._turner._keys(one), engine._turner._keys(other), strict=True):
                 assert (np.abs(mine - yours) <= np.spacing(np.maximum(np.abs(mine), np.float16(1)))).all()
+        assert not engine.turns_all_cells
         expected = logits_after(engine, shown[2])
+        in_passing = logits_after(engine, payloads[2])  # turned as it is placed
+        assert np.abs(in_passing - expected).max() < 0.02 * expected.std()
         assert np.abs(logits_after(engine, turned[2]) - expected).max() < 0.02 * expected.std()
         for mine, yours in zip(engine._turner._keys(payloads[2]), engine._turner._keys(turned[2]), strict=True):
             assert np.abs(mine - yours).max() > 0.05  # or all this would say nothing
@@ -90,6 +94,27 @@ def test_quantised_keys_are_left_to_llama_cpp(tiny_models: dict[str, Path]) -> N
             calls = engine.num_calls
             engine.move(payloads, AT)
             assert engine.num_calls == calls + 1
+        assert engine.turns_all_cells
+
+
+def test_parts_are_turned_and_what_would_come_to_stand_before_the_beginning_is_left_to_llama_cpp() -> None:
+    """Of a block whose first tokens are not placed."""
+    with opened(ember.weights_path()) as engine:
+        block, tokens = pieces(engine)[1], random(engine, 60)
+        shifted: dict[int, np.ndarray] = {}
+        for learned in (False, True):
+            if learned:
+                engine.move(pieces(engine), AT)
+            for before in (3, 30):
+                seq = engine.open()
+                engine.forward([Work(seq, tokens[:before], logits=False)])
+                engine.place(seq, block, before, start=12, stop=18)
+                assert engine._shift_pending is (not learned or before < 12)
+                logits = engine.forward([Work(seq, as_tokens([11]))])[seq].copy()
+                assert (engine.tokens(seq)[before:-1] == block.tokens[12:18]).all()
+                engine.close(seq)
+                assert np.abs(logits - shifted.setdefault(before, logits)).max() < 0.02 * logits.std()
+        engine.check_integrity()
 
 
 def test_torn_payloads_are_refused() -> None:

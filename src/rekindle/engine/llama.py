@@ -51,7 +51,7 @@ MICRO_BATCH_TOKENS = 512
 class LlamaEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
-    turns_all_cells = True
+    turns_all_cells = True  # until it has shown how they turn, by one `move`; see `turning.py`
     reads_idle_cells = True  # its mask has a column for each, up to the last in use
 
     def __init__(
@@ -182,6 +182,7 @@ class LlamaEngine(BookKeeping):
             self._remove(holding, 0)
             self._table.close(holding)
         self._turner.learn(payloads, moved)
+        self.turns_all_cells = not self._turner.knows
         return moved
 
     def recompute(self, seq: SequenceId, ranges: Sequence[Range]) -> None:
@@ -300,6 +301,8 @@ class LlamaEngine(BookKeeping):
     def _put(self, seq: int, payload: Payload, position: int, start: int, stop: int) -> None:
         """Tokens [start, stop) of a payload into a sequence, from `position` on. What was put before a failure stays."""
         by = position - (payload.position + start)
+        if by and payload.position + by >= 0 and self._turner.can_turn([payload], [payload.position + by]):
+            payload, by = self._turner.turned(payload, payload.position + by), 0
         try:
             for offset, count, data in unpack(payload):
                 first, end = max(start, offset), min(stop, offset + count)
