@@ -1,8 +1,8 @@
 """Turning K in saved states, as llama.cpp would, without its turn over all cells of the cache.
 
 llama.cpp turns keys inside the next decode and goes over every cell, in use or not. To turn the saved bytes touches what is
-meant and nothing else, at the moment when it is placed: of 4,096 tokens of a 270M model 0.19 s of processor time in all, where
-turning them together in a cache of 10,241 cells takes 0.33 to 0.53, at once, while everybody waits.
+meant and nothing else, when it is placed: of 4,096 tokens of a 270M model 0.19 s of processor time in all, where turning
+them together in a cache of 10,241 cells takes 0.33 to 0.53, at once, while everybody waits.
 
 How a model's layers turn is not taken on trust from its metadata, which only gives candidates. The first time llama.cpp
 does the turning itself, and what it made of each layer's keys is compared with what each candidate makes, pair by pair of a
