@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +28,43 @@ def shown(program: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_threads_wait_busily_for_a_short_time_only() -> None:
-    said = shown("import rekindle, os; print('left', os.environ.get('GOMP_SPINCOUNT'))")
+def test_where_threads_can_t_be_watched_they_wait_busily_for_a_short_time_only() -> None:
+    blind = "from pathlib import Path; Path.exists = lambda path: False; "
+    said = shown(blind + "import rekindle, os; print('left', os.environ.get('GOMP_SPINCOUNT'))")
     assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in said
     assert "left None" in said, "programs that are started from here choose for themselves"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not tell how threads wait")
+def test_where_they_can_libgomp_keeps_its_own_setting() -> None:
+    said = shown("import rekindle, llama_cpp")
+    assert "GOMP_SPINCOUNT = '300000'" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads")
+def test_a_team_lasts_as_long_as_the_thread_that_asked_for_it() -> None:
+    program = """
+import os, threading, time
+from rekindle import openmp
+count = lambda: len(os.listdir("/proc/self/task"))
+def ask():
+    openmp.add_team(3)
+    print("during", count())
+print("before", count())
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+end = time.monotonic() + 20
+while count() > 1 and time.monotonic() < end:
+    pass
+print("after", count())
+"""
+    said = shown(program)
+    assert [line for line in said.splitlines() if line.startswith(("before", "during", "after"))] == [
+        "before 1",
+        "during 4",
+        "after 1",
+    ]
 
 
 def test_llama_cpp_meets_in_the_library_that_was_loaded_here() -> None:

@@ -18,6 +18,7 @@ from rekindle.model.hf import HfModel
 from rekindle.model.model import Model, file_state
 from rekindle.model.spec import ModelSpec
 from rekindle.serve.budget import free_bytes, memory_budget
+from rekindle.serve.crowding import Crowding, watch_crowding
 from rekindle.serve.place import store_folder
 from rekindle.settings import Settings
 
@@ -41,10 +42,17 @@ def engine_name(settings: Settings, model: Model) -> str:
     return "toy" if settings.engine == "toy" else "llama.cpp" if model.hf is None else "torch"
 
 
+def open_crowding(settings: Settings, model: Model) -> Crowding | None:
+    """Who watches for other programs on the engine's cores, if that is of use to it."""
+    return watch_crowding(_num_threads(settings), _num_cores()) if engine_name(settings, model) == "llama.cpp" else None
+
+
 def _num_threads(settings: Settings) -> int:
     """As asked, or the cores that this process may use."""
-    if settings.threads is not None:
-        return settings.threads
+    return _num_cores() if settings.threads is None else settings.threads
+
+
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

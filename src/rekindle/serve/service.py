@@ -21,7 +21,7 @@ from rekindle.kv.store import Fetched
 from rekindle.model.model import Model
 from rekindle.reuse.blend import Blend, check_select
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.assembly import check_store_url, engine_name, open_engine, open_store
+from rekindle.serve.assembly import check_store_url, engine_name, open_crowding, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
 from rekindle.serve.blending import Blending, blends, check_blend, offered
 from rekindle.serve.grammar import Grammars
@@ -100,6 +100,10 @@ class Service(Prompting):
                 undo.callback(self.traces.close)
                 self.traces.bind(self.model_name)
                 observers = observers if given else [*observers, self.traces]
+            crowding = open_crowding(settings, model)
+            if crowding is not None:
+                undo.callback(crowding.close)
+                observers = [*observers, crowding]
             self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
             rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
             self._blending = Blending(self._store, self.head, self._scores, rows)

@@ -1,0 +1,110 @@
+"""Whether other programs want the cores that the engine computes on, and what follows for threads that wait.
+
+llama.cpp's threads wait for each other hundreds of times a token. On a machine of our own they had best wait busily; where
+others hold a core for milliseconds that is the worst they can do (`rekindle/openmp.py` has the figures). The system counts
+for each thread how long it could have run and had no core. Of a process whose threads have the machine to themselves these
+times add up to less than a fifth of the time that it computes, its own event loop and a client on the same machine
+included; one other busy program makes it half and more. So
+
+    crowded   from the start, and as soon as in `WINDOW_SECONDS` of steps threads lacked a core for `CROWDED` of it
+    calm      after `CALM_SECONDS` of steps in none of which they did so for more than `CALM` of it
+
+and while it is crowded a thread of ours holds a team of libgomp's threads that do nothing, which makes libgomp's others
+sleep instead of spin.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from rekindle import openmp
+from rekindle.serve.observe import Observer
+from rekindle.serve.scheduler import Step
+
+WINDOW_SECONDS = 0.25
+CALM_SECONDS = 3.0
+CROWDED = 0.4
+CALM = 0.25
+_TASKS = Path("/proc/self/task")
+Waited = Callable[[], dict[str, float]]
+
+
+def waited_seconds() -> dict[str, float]:
+    """For each thread of this process the seconds for which it could have run and had no core (proc_pid_schedstat)."""
+    waited = {}
+    for task in _TASKS.iterdir():
+        try:
+            waited[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+        except (OSError, IndexError):  # it has ended meanwhile
+            continue
+    return waited
+
+
+class Crowding(Observer):
+    """Watches the steps; belongs to the worker's thread, but for `close`."""
+
+    def __init__(self, hold: Callable[[], Callable[[], None]], waited: Waited = waited_seconds) -> None:
+        """`hold` makes threads sleep where they would spin, until what it returns is called."""
+        self._hold = hold
+        self._waited = waited
+        self._release: Callable[[], None] | None = hold()
+        self._before = waited()
+        self._seconds = 0.0  # of steps, in this window
+        self._calm_seconds = 0.0  # of steps, in the calm windows up to now
+
+    @property
+    def crowded(self) -> bool:
+        return self._release is not None
+
+    def stepped(self, step: Step) -> None:
+        self._seconds += step.seconds
+        if self._seconds >= WINDOW_SECONDS:
+            now, before = self._waited(), self._before
+            share = sum(max(0.0, now[task] - before[task]) for task in now.keys() & before.keys()) / self._seconds
+            self._learn(share, self._seconds)
+            self._before, self._seconds = now, 0.0
+
+    def close(self) -> None:
+        """Hold nothing any more; no step may follow."""
+        if self._release is not None:
+            self._release()
+        self._release = None
+
+    def _learn(self, share: float, seconds: float) -> None:
+        self._calm_seconds = self._calm_seconds + seconds if share <= CALM else 0.0
+        if self._release is None and share >= CROWDED:
+            self._release = self._hold()
+        elif self._release is not None and self._calm_seconds >= CALM_SECONDS:
+            self.close()
+
+
+def hold_team(num_threads: int) -> Callable[[], None]:
+    """A thread with a team of so many, itself included, which sleeps until the result is called."""
+    begun, over = threading.Event(), threading.Event()
+
+    def keep() -> None:
+        try:
+            openmp.add_team(num_threads)
+        finally:
+            begun.set()
+        over.wait()
+
+    thread = threading.Thread(target=keep, name="rekindle-crowding", daemon=True)
+    thread.start()
+    begun.wait()
+
+    def release() -> None:
+        over.set()
+        thread.join()
+
+    return release
+
+
+def watch_crowding(threads: int, cores: int) -> Crowding | None:
+    """For an engine with so many threads of llama.cpp's; None where they never wait for each other, or can't be watched."""
+    if threads < 2 or not openmp.can_adapt():
+        return None
+    enough = max(2, cores - threads + 2)  # that with the engine's they are more than the cores
+    return Crowding(lambda: hold_team(enough))
