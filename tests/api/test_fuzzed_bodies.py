@@ -73,9 +73,17 @@ GENERATES = st.fixed_dictionaries(
     optional=SAMPLING | {"use_cache": st.booleans() | ANY, "use_prefix_cache": st.booleans() | ANY},
 )
 
+TEXT_PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["input_text", "output_text", "refusal"]) | TEXTS, "text": TEXTS},
+    optional={"cache": st.just("chunk") | ANY},
+)
+CONTENTS = TEXTS | st.lists(TEXT_PARTS, max_size=3) | ANY
 ITEMS = st.fixed_dictionaries(
-    {"role": ROLES | ANY, "content": TEXTS | st.lists(st.fixed_dictionaries({"type": TEXTS, "text": TEXTS})) | ANY},
+    {"role": ROLES | ANY, "content": CONTENTS},
     optional={"type": st.sampled_from(["message", "function_call", "reasoning"]) | ANY},
+) | st.fixed_dictionaries(
+    {"type": st.sampled_from(["function_call", "function_call_output"])},
+    optional={"call_id": TEXTS | ANY, "name": TEXTS | ANY, "arguments": TEXTS | ANY, "output": CONTENTS},
 )
 RESPONSES = st.fixed_dictionaries(
     {"input": TEXTS | st.lists(ITEMS, max_size=3) | ANY, "max_output_tokens": LENGTHS},
@@ -90,6 +98,7 @@ RESPONSES = st.fixed_dictionaries(
         "metadata": st.dictionaries(TEXTS, TEXTS, max_size=3) | ANY,
         "tools": ANY,
         "conversation": ANY,
+        "documents": DOCUMENTS,
     },
 )
 

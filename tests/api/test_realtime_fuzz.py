@@ -16,6 +16,7 @@ from rekindle.api.realtime_do import Commands
 from rekindle.api.realtime_items import Item, _role
 from rekindle.api.realtime_wire import TYPES, decode
 from rekindle.errors import RekindleError
+from rekindle.model.chunks import plain
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
@@ -72,7 +73,11 @@ class Wild:
             "role": pick.choice(["user", "user", "assistant", "system"]),
             "content": [{"type": "input_text", "text": pick.choice(["Who?", "Where is it?", " ", "a " * 40])}],
         }
+        if pick.random() < 0.3:
+            item["content"].append({"type": "input_text", "text": "Vodris paints. " * 20, "cache": "chunk"})  # type: ignore[attr-defined]
         response = pick.choice([{}, {"conversation": "none"}, {"instructions": "Be brief."}, {"input": [item]}])
+        blend = pick.choice([None, True, False, {"select": "none"}, {"select": "first", "ratio": 0.5}])
+        response |= pick.choice([{}, {"rekindle": {"plan": True, "blend": blend}}])
         ratio = {"type": "retention_ratio", "retention_ratio": 0.5, "token_limits": {"post_instructions": 200}}
         session = pick.choice(
             [{"instructions": "Be kind."}, {"truncation": ratio}, {"truncation": "auto"}, {"seed": 1}]
@@ -138,6 +143,11 @@ def test_nonsense_in_any_number_disturbs_nobody(url: str, http: httpx.Client, se
     last = Realtime(url, f"session=wild-realtime-{count}")
     resumed = last.last("rekindle.session.resumed")
     if resumed["response"] is None:
+        wild.send(
+            "conversation.item.retrieve", item_id="over", event_id="all over"
+        )  # an answer may have ended meanwhile
+        while (event := wild.next())["type"] != "error" or event["error"]["event_id"] != "all over":
+            pass
         assert [item["id"] for item in resumed["items"]] == wild.item_ids(), f"seed {SEED}"
     for client in (quiet, wild, last):
         client.close()
@@ -162,9 +172,10 @@ def test_items_and_turns_agree_whatever_comes(service: Service, seed: int) -> No
 
 
 def said_in(commands: Commands) -> list[dict[str, str]]:
-    """Instructions and items as messages, but for an answer under way."""
+    """Instructions and items as messages, but for an answer under way; marked or not."""
     items = [item for item in commands.conversation.items if item.status != "in_progress"]
-    return messages_of(commands.conversation.instructions, items)
+    messages = messages_of(commands.conversation.instructions, items)
+    return [message | {"content": plain(message["content"])} for message in messages]
 
 
 def known_to(session: Session) -> list[dict[str, str]]:

@@ -331,6 +331,8 @@ class Commands:
         aside = Aside(response, context, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
         aside.ask(self._service, generation, self._sessions.call)
         self._asides[response.id] = aside
+        if is_adopted:
+            self.conversation.beside = response
         response.begin(self.conversation.before(None))
 
     def _may_blend(self, given: wire.ResponseIn) -> bool:
@@ -363,6 +365,8 @@ class Commands:
 
     def _aside_ended(self, aside: Aside) -> str | None:
         self._asides.pop(aside.response.id, None)
+        if aside.is_adopted:
+            self.conversation.beside = None
         if not aside.is_adopted or self._session.is_closed:
             return None
         item, conversation = aside.response.item, self.conversation

@@ -58,6 +58,7 @@ class Conversation:
         self.session = session
         self.settings: RealtimeSettings = settings_of(session)
         self.left_at = time.monotonic()  # when the last client went
+        self.beside: Response | None = None  # under way beside the session, to be part of the conversation
         self._answered = answered
         self._sinks: list[Sink] = []
         self._is_listening = False
@@ -373,11 +374,12 @@ class Conversation:
 
     def shown(self) -> Event:
         """The whole conversation, as it is."""
+        response = self.response or self.beside
         return {
             "context": self.session.active,
             "conversation_id": self.id,
             "items": [item.as_dict for item in self.items],
-            "response": None if self.response is None else self.response.as_dict,
+            "response": None if response is None else response.as_dict,
         }
 
 
