@@ -149,15 +149,15 @@ def test_what_has_grown_is_said() -> None:
 
 def test_a_recount_that_finds_something_is_a_broken_bound() -> None:
     spoilt = """
-from rekindle.lab.soak import server
+from rekindle.cli import soak_server
 from rekindle.engine.toy import ToyEngine
 def spoil(self): assert False, "two cells too many"
 ToyEngine.check_integrity = spoil
-raise SystemExit(server.main())
+raise SystemExit(soak_server.main())
 """
     settings = json.dumps({"engine": "toy", "port": 0, "store": "none"})
     with subprocess.Popen([sys.executable, "-c", spoilt, settings], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline().startswith("http://")
+        assert process.stdout is not None and "listening on" in process.stdout.readline()
         integrity, end = end_of(process)
     assert integrity.problems == ("the recount says: two cells too many",)
     assert end.problems == ("the server ended with code 3",)

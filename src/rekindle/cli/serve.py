@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -33,8 +34,8 @@ SWITCH_SECONDS = 0.0005
 CLOSE_SECONDS = 5.0  # beside writing the store, for closing what a failed worker has left
 
 
-def run_server(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises RekindleError."""
+def run_server(settings: Settings, *, at_end: Callable[[Service], object] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, then do something `at_end`, before the service closes. Raises RekindleError."""
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.disable()  # what is loaded stays: looking through it for garbage takes a tenth of the start
     outside = _Signals()
@@ -68,6 +69,8 @@ def run_server(settings: Settings) -> None:
             # Nobody knows what the failure has left: if closing hangs, the process ends with 1 all the same.
             faulthandler.dump_traceback_later(settings.store_flush_seconds + CLOSE_SECONDS, exit=True)
             raise
+        if at_end is not None:
+            at_end(service)
 
 
 class _Signals:

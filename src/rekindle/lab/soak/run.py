@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,6 @@ from rekindle.lab.load.servers import find_model
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
-from rekindle.lab.soak.server import WRONG
 
 MAX_GROWTH = 0.03
 WARM_UP = 0.25  # share of the time
@@ -47,7 +47,10 @@ SETTINGS = {  # caches that are full soon, and a queue that overflows now and th
     "store_memory": "32MiB",
     "store_disk": "128MiB",
     "policy": "priority",
+    "log_level": "error",
 }
+WRONG = 3  # the server's exit code if its recount found something
+_LISTENS = re.compile(r"listening on (http://\S+)\s")
 _KEPT_ALIVE = 4  # connections that we keep to ask how it is
 _POOLED = 16  # threads that pools start when they are first needed, and keep
 _SAMPLE_SECONDS = 1.0
@@ -157,14 +160,14 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
 @contextmanager
 def _server(settings: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL. Raises ServerError if it does not start."""
-    command = [sys.executable, "-m", "rekindle.lab.soak.server", json.dumps(SETTINGS | settings)]
+    command = [sys.executable, "-m", "rekindle.cli.soak_server", json.dumps(SETTINGS | settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            url = process.stdout.readline().strip()  # ends without a line if the process does
-            if not url:
+            announced = _LISTENS.search(process.stdout.readline())  # ends without a line if the process does
+            if announced is None:
                 raise ServerError(f"the server ended before it listened (exit code {process.wait()})")
-            yield process, url
+            yield process, announced[1]
         finally:
             process.kill()
 
