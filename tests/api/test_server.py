@@ -24,6 +24,28 @@ print("closed", flush=True)
 """
 
 
+FIRST = """
+import http.client, json, sys
+from rekindle.api.server import running
+from rekindle.serve.service import Service
+from rekindle.settings import Settings
+with Service.open(Settings(engine="toy", store="none")) as service, running(service) as url:
+    ready = set(sys.modules)
+    for stream in (False, True):
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 3, "stream": stream}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200 and response.read()
+    print(*sorted(set(sys.modules) - ready))
+"""
+
+
+def test_the_first_requests_wait_for_no_import() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 def test_a_port_in_use_is_told_at_once(service: Service, url: str) -> None:
     port = int(url.rpartition(":")[2])
     with pytest.raises(InvalidRequest, match=f"127.0.0.1:{port}: .*; choose another port"), running(service, port=port):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from types import FrameType
 
+import anyio
 import uvicorn
 
 from rekindle.api.answers import Runner
@@ -75,6 +76,7 @@ class _Server(uvicorn.Server):
         self._load.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        anyio.get_cancelled_exc_class()  # loads what else the first stream would wait for
         await super().startup(sockets)
         self._ready()
 

@@ -14,6 +14,7 @@ from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import default_rng  # here, because numpy loads it late: the first request would wait for it
 
 from rekindle.serve.request import Sampling
 
@@ -28,7 +29,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._random = default_rng(sampling.seed)
         self._counts: Counter[int] = Counter()
         self._biased = bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)
 
