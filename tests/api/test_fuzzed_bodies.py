@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LOADED = HealthCheck.too_slow  # which a busy machine is
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, LOADED])
 NUMBERS = st.integers() | st.integers(-2, 25) | st.floats() | st.sampled_from([1 << 31, 1 << 63, 10**400, -(10**30)])
 TEXTS = st.text(max_size=20) | st.sampled_from(["", "\ud800", "\x00", "\u2028", "<|end|>", "a" * 300])
 ANY = st.recursive(
