@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from rekindle import openmp
-from rekindle.serve.crowding import CALM_SECONDS, WINDOW_SECONDS, Crowding, hold_team, waited_seconds, watch_crowding
+from rekindle.serve.crowding import (
+    CALM_SECONDS,
+    LONGEST_CALM_SECONDS,
+    WINDOW_SECONDS,
+    Crowding,
+    hold_team,
+    waited_seconds,
+    watch_crowding,
+)
 from rekindle.serve.scheduler import Step
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -59,7 +67,7 @@ def test_one_window_without_cores_is_enough_to_make_threads_sleep() -> None:
 def test_a_calm_time_that_is_broken_begins_anew() -> None:
     machine = Machine()
     for _ in range(5):
-        machine.compute(CALM_SECONDS - 2 * WINDOW_SECONDS, 0.0)
+        machine.compute(CALM_SECONDS - 2 * WINDOW_SECONDS, 0.0)  # a window of it may be of both kinds
         machine.compute(2 * WINDOW_SECONDS, 0.35)
     assert machine.crowding.crowded and machine.held == 1
 
@@ -71,6 +79,22 @@ def test_what_lies_between_the_two_limits_changes_nothing() -> None:
     machine.compute(2 * CALM_SECONDS, 0.0)
     machine.compute(2 * CALM_SECONDS, 0.3)
     assert not machine.crowding.crowded
+
+
+def test_who_is_often_disturbed_waits_longer_until_it_is_calm() -> None:
+    machine, needed = Machine(), []
+    for _ in range(6):
+        start = machine.waits["1"] = 0.0
+        while machine.crowding.crowded:
+            machine.compute(WINDOW_SECONDS, 0.0)
+            start += WINDOW_SECONDS
+        needed.append(start)
+        machine.compute(2 * WINDOW_SECONDS, 0.9)
+    assert needed == pytest.approx([1, 2, 4, 8, 16, 16], abs=2 * WINDOW_SECONDS)
+    machine.compute(3 * LONGEST_CALM_SECONDS, 0.0)
+    machine.compute(2 * WINDOW_SECONDS, 0.9)
+    machine.compute(2 * CALM_SECONDS + 2 * WINDOW_SECONDS, 0.0)
+    assert not machine.crowding.crowded, "after a long calm it is forgotten"
 
 
 def test_idle_time_says_nothing_and_threads_come_and_go() -> None:

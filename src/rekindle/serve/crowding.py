@@ -7,7 +7,8 @@ times add up to less than a fifth of the time that it computes, its own event lo
 included; one other busy program makes it half and more. So
 
     crowded   from the start, and as soon as in `WINDOW_SECONDS` of steps threads lacked a core for `CROWDED` of it
-    calm      after `CALM_SECONDS` of steps in none of which they did so for more than `CALM` of it
+    calm      after `CALM_SECONDS` of steps in none of which they did so for more than `CALM` of it; after twice that if
+              it was too soon, and so on up to `LONGEST_CALM_SECONDS`
 
 and while it is crowded a thread of ours holds a team of libgomp's threads that do nothing, which makes libgomp's others
 sleep instead of spin.
@@ -24,7 +25,8 @@ from rekindle.serve.observe import Observer
 from rekindle.serve.scheduler import Step
 
 WINDOW_SECONDS = 0.25
-CALM_SECONDS = 3.0
+CALM_SECONDS = 1.0
+LONGEST_CALM_SECONDS = 16.0
 CROWDED = 0.4
 CALM = 0.25
 _TASKS = Path("/proc/self/task")
@@ -53,6 +55,7 @@ class Crowding(Observer):
         self._before = waited()
         self._seconds = 0.0  # of steps, in this window
         self._calm_seconds = 0.0  # of steps, in the calm windows up to now
+        self._needed = CALM_SECONDS  # of such, until it is calm
 
     @property
     def crowded(self) -> bool:
@@ -67,7 +70,7 @@ class Crowding(Observer):
             self._before, self._seconds = now, 0.0
 
     def close(self) -> None:
-        """Hold nothing any more; no step may follow."""
+        """Hold nothing any more. For other threads when no step may follow."""
         if self._release is not None:
             self._release()
         self._release = None
@@ -76,8 +79,11 @@ class Crowding(Observer):
         self._calm_seconds = self._calm_seconds + seconds if share <= CALM else 0.0
         if self._release is None and share >= CROWDED:
             self._release = self._hold()
-        elif self._release is not None and self._calm_seconds >= CALM_SECONDS:
+            self._needed = min(2 * self._needed, LONGEST_CALM_SECONDS)
+        elif self._calm_seconds >= self._needed:
             self.close()
+        if self._calm_seconds >= 2 * LONGEST_CALM_SECONDS:
+            self._needed = CALM_SECONDS
 
 
 def hold_team(num_threads: int) -> Callable[[], None]:
