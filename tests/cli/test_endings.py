@@ -200,8 +200,7 @@ def test_the_store_is_written_before_the_end(environment: dict[str, str], tmp_pa
 LOADED = ["typer", "pydantic", "rekindle.settings", "fastapi", "numpy", "rekindle.api.server"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("module", LOADED)
+@pytest.mark.parametrize(("module", "number"), list(zip(LOADED, SIGNALS * 3, strict=True)))
 def test_a_signal_while_it_starts(environment: dict[str, str], number: signal.Signals, module: str) -> None:
     """In the middle of its imports: Python tells of each on stderr."""
     command = [sys.executable, "-X", "importtime", "-m", "rekindle", "serve", "--engine", "toy", "--port", "0"]

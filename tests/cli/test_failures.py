@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,27 @@ def corrupt(folder: Path, kind: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry[0])
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "torn"])
-def test_a_model_that_cannot_be_loaded(run: Run, tmp_path: Path, entry: tuple[str, ...], kind: str) -> None:
-    path = corrupt(tmp_path, kind)
-    result = run(*entry, path)
+def check_refusal(result: subprocess.CompletedProcess[str], path: str) -> None:
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("rekindle: ")
     assert path in last
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "torn"])
+def test_a_model_that_cannot_be_loaded(run_here: Run, tmp_path: Path, kind: str) -> None:
+    path = corrupt(tmp_path, kind)
+    for command in (("info",), ("generate", "Hello.", "--model")):
+        check_refusal(run_here(*command, path), path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "torn"])
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry[0])
+def test_a_process_whose_model_cannot_be_loaded(run: Run, tmp_path: Path, entry: tuple[str, ...], kind: str) -> None:
+    """Here llama.cpp's own words would be seen too."""
+    path = corrupt(tmp_path, kind)
+    check_refusal(run(*entry, path), path)
 
 
 @pytest.mark.parametrize("name", ["hf:owner/repo", "hf:owner/repo:model.gguf"])

@@ -17,16 +17,16 @@ ONE, TWO = "sk-cli-1c2d", "sk-cli-9f8e"
 def test_keys_come_from_option_environment_and_file(environment: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# for tests\nalice:{TWO}\n")
-    for key in (ONE, TWO, "sk-third"):
-        options = ["--engine", "toy", "--api-key", ONE, "--api-key", "sk-third", "--api-key-file", str(file)]
-        with served(environment, *options) as (process, line):
-            url = url_in(line)
-            assert httpx.get(f"{url}/v1/models").status_code == 401
+    options = ["--engine", "toy", "--api-key", ONE, "--api-key", "sk-third", "--api-key-file", str(file)]
+    with served(environment, *options) as (process, line):
+        url = url_in(line)
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        for key in (ONE, TWO, "sk-third"):
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert "sk-" not in line + out + err
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "sk-" not in line + out + err
     with served(environment | {"REKINDLE_API_KEYS": f"{ONE},{TWO}"}, "--engine", "toy") as (_, line):
         for key, status in ((ONE, 200), (TWO, 200), ("sk-third", 401)):
             assert httpx.get(f"{url_in(line)}/v1/models", headers={"x-api-key": key}).status_code == status
