@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from tests.api.test_chunks import PASSAGES as SPACED
 from websockets.sync.client import connect
 
 from rekindle.api.server import running
+from rekindle.model.template import ChatTemplate
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
 
@@ -169,6 +171,33 @@ def test_an_agents_tool_outputs_come_again(real: httpx.Client) -> None:
     as_text[2]["output"] = PASSAGES[0]
     plain = good(real.post(PATH, json={"input": as_text} | GREEDY))
     assert plain["usage"]["input_tokens"] == first["usage"]["input_tokens"]
+
+
+SKIPPING = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+CALLING = """{%- for m in messages -%}
+    {{ m.role }}:{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|end|>
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize("template", [SKIPPING, CALLING])
+def test_what_a_template_makes_of_calls(template: str) -> None:
+    """Written as it knows them; what it would leave out without a word is refused."""
+    called = {"type": "function_call", "call_id": "1", "name": "read", "arguments": '{"page": 1}'}
+    items = [user(words("Look it up.")), called, {"type": "function_call_output", "call_id": "1", "output": "Orange."}]
+    with Service.open(Settings(engine="toy", store="none")) as service:
+        service.model = replace(service.model, template=ChatTemplate(template))
+        with running(service) as url, httpx.Client(base_url=url) as http:
+            answer = http.post(PATH, json={"input": items, "max_output_tokens": 1})
+            if template == SKIPPING:
+                assert (
+                    answer.status_code == 400
+                    and "leaves out what functions return" in answer.json()["error"]["message"]
+                )
+                good(http.post(PATH, json={"input": items[:2], "max_output_tokens": 1}))
+            else:
+                call = '{"id": "1", "type": "function", "function": {"name": "read", "arguments": {"page": 1}}}'
+                text = f"user:Look it up.<|end|>assistant:[{call}]<|end|>tool:Orange.<|end|>"
+                assert good(answer)["usage"]["input_tokens"] == len(service.model.tokenizer.encode(text))
 
 
 def test_instructions_and_marked_system_messages_are_one(real: httpx.Client) -> None:

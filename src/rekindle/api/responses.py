@@ -76,6 +76,11 @@ async def turn_of(
         if kept.prompt is not None:  # it may be long ago, and others have been answered since
             service.remember(kept.prompt, before[-1]["content"], kept.answer)
     template, documents = service.model.template, body.looked_up
+    if template is not None and body.has_outputs and template.leaves_out("tool"):
+        raise InvalidRequest(
+            "the model's chat template leaves out what functions return; send it as a message of the user",
+            param="input",
+        )
     conversation = _continued(before, body.messages(writes_calls=template is not None and template.writes_calls))
     messages = body.prompted(conversation)
     num_characters = sum(len(plain(message["content"])) for message in messages) + sum(

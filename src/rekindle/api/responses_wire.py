@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rekindle.api.responses_items import InputItem, Message
+from rekindle.api.responses_items import FunctionOutput, InputItem, Message
 from rekindle.api.wire import Documents, GenerationFields, JsonObject, Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Document, Part, content_of
@@ -146,6 +146,11 @@ class ResponseRequest(GenerationFields):
     @property
     def looked_up(self) -> list[Document]:
         return [each.document for each in self.documents or ()]
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether functions have returned something."""
+        return any(isinstance(item, FunctionOutput) for item in self.input)
 
     def messages(self, *, writes_calls: bool) -> list[Message]:
         """What is new in the conversation, for a template that knows calls of functions, or one that does not."""

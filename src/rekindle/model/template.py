@@ -65,6 +65,19 @@ class ChatTemplate:
         except Exception as error:  # the template is foreign code: whatever it raises, it refused these messages
             raise InvalidRequest(f"the model's chat template refused the messages: {error}", param="messages") from None
 
+    def leaves_out(self, role: str) -> bool:
+        """Whether messages of this role are not in the text: some templates skip what they don't know without a word."""
+        mark = "Qheardq"  # a word that no template writes
+        said = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x"},
+            {"role": role, "content": mark},
+        ]
+        try:
+            return mark not in self.render(said)
+        except InvalidRequest:  # it says so itself
+            return False
+
 
 def _in_one(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message with one text as its content, if it is all text."""
