@@ -161,3 +161,10 @@ raise SystemExit(soak_server.main())
         integrity, end = end_of(process)
     assert integrity.problems == ("the recount says: two cells too many",)
     assert end.problems == ("the server ended with code 3",)
+
+
+def test_a_server_that_ends_by_itself_was_not_recounted() -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], stdout=subprocess.PIPE, text=True) as process:
+        process.wait()
+        integrity, end = end_of(process)
+    assert (integrity.problems, end.problems) == (("nothing was recounted",), ("the server ended with code 1",))

@@ -247,9 +247,10 @@ def end_of(process: subprocess.Popen[str]) -> tuple[Bound, Bound]:
     except subprocess.TimeoutExpired:
         never = f"the server has not ended {_IDLE_SECONDS:.0f} s after SIGTERM"
         return Bound("integrity", ("nothing was recounted",)), Bound("end", (never,))
-    code = process.returncode
-    wrong = (f"the recount says: {said.strip() or 'nothing'}",) if code == WRONG else ()
-    return Bound("integrity", wrong), Bound("end", (f"the server ended with code {code}",) if code else ())
+    if (code := process.returncode) == 0:
+        return Bound("integrity", ()), Bound("end", ())
+    wrong = f"the recount says: {said.strip()}" if code == WRONG else "nothing was recounted"
+    return Bound("integrity", (wrong,)), Bound("end", (f"the server ended with code {code}",))
 
 
 def _leaks(report: SoakReport) -> Iterator[Bound]:
@@ -267,12 +268,15 @@ def print_soak_report(report: SoakReport, console: Console) -> None:
     table.add_row("open files, nobody there", *map(str, report.files))
     table.add_row("threads, nobody there", *map(str, report.threads))
     console.print(table)
-    console.print("requests: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report.requests.items())))
-    console.print("the store's folder " + ", ".join(f"{name} {n} times" for name, n in report.misfortunes.items()))
-    console.print(f"requests swapped out: {report.swaps}; memory grew by {report.growth:.2%}")
-    console.print(", ".join(f"{bound.name}: {'held' if bound.held else 'BROKEN'}" for bound in report.bounds))
-    for problem in report.problems:
-        console.print(f"problem: {problem}", markup=False)
+    lines = [
+        "requests: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report.requests.items())),
+        "the store's folder " + ", ".join(f"{name} {n} times" for name, n in report.misfortunes.items()),
+        f"requests swapped out: {report.swaps}; memory grew by {report.growth:.2%}",
+        ", ".join(f"{bound.name}: {'held' if bound.held else 'BROKEN'}" for bound in report.bounds),
+        *(f"problem: {problem}" for problem in report.problems),
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
     facts = asdict(report) | {
         "growth": round(report.growth, 4),
         "bounds": {bound.name: bound.held for bound in report.bounds},
