@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rekindle.lab.blend import BlendReport, by_select
+from rekindle.lab.blend import SELECTS, Arm, BlendReport, by_select
 from rekindle.lab.blend_speed import SpeedArm, SpeedReport
 from rekindle.lab.image import image
 
@@ -98,34 +98,41 @@ def _speed_table(title: str, arms: Sequence[SpeedArm]) -> Table:
     return table
 
 
+_GREYS = {"full": "black", "prefix": "grey", "none": "silver"}  # what the others are seen beside, in their order
+
+
 def plot_report(report: BlendReport, out: Path) -> None:
-    """Quality against time to first token, a line per choice that was timed.
+    """Quality against time to first token, a line per choice; the more is computed anew, the larger the dot.
 
     Raises InvalidRequest without matplotlib, or if it can't be written.
     """
-    with image(out, 8, 5) as figure:
+    with image(out, 9, 5) as figure:
         axes = figure.add_subplot(
             xlabel="time to first token, of full prefill",
             ylabel="exact match, of full prefill",
             title=f"{report.model}, {report.engine}: {report.questions} questions that cross chunks",
         )
-        for number, (select, arms) in enumerate(by_select(report)):
-            timed = [(arm.ttft_of_full, arm) for _, arm in sorted(arms.items()) if arm.ttft_of_full is not None]
-            if not timed:
-                continue
-            times, quality = [time for time, _ in timed], [arm.exact_match_of_full for _, arm in timed]
-            (line,) = axes.plot(times, quality, marker="o", markersize=4, label=select)
-            ends = [arm.interval for _, arm in timed]
-            axes.vlines(times, *zip(*ends, strict=True), color=line.get_color(), alpha=0.3, linewidth=3)
-            for time, arm in timed if len(timed) > 1 else ():  # each line's ratios at a height of their own
-                axes.annotate(
-                    f"{arm.ratio:.0%}",
-                    (time, arm.exact_match_of_full),
-                    textcoords="offset points",
-                    xytext=(-4, 9 * (number - 2)),
-                    fontsize=7,
-                    color=line.get_color(),
-                )
-        axes.margins(y=0.2)
+        for number, (select, by_ratio) in enumerate(by_select(report)):
+            arms = [arm for _, arm in sorted(by_ratio.items())]
+            times, quality = [arm.ttft_of_full for arm in arms], [arm.exact_match_of_full for arm in arms]
+            color = _GREYS.get(select, f"C{(number - len(_GREYS)) % 10}")
+            axes.plot(times, quality, color=color, linewidth=1)
+            axes.scatter(times, quality, [_dot(arm) for arm in arms], color=color, alpha=0.8, label=select)
+            ends = [arm.interval for arm in arms]
+            axes.vlines(times, *zip(*ends, strict=True), color=color, alpha=0.25, linewidth=3)
+        axes.margins(y=0.1)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", title="bars: 95 % intervals", fontsize=8, title_fontsize=8)
+        ratios = sorted({arm.ratio for arm in report.arms if arm.select in SELECTS})
+        shown = f"dots from {ratios[0]:.0%} to {ratios[-1]:.0%},\n" if len(ratios) > 1 else ""
+        axes.legend(
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            title=f"{shown}bars: 95 % intervals",
+            fontsize=8,
+            title_fontsize=8,
+        )
+
+
+def _dot(arm: Arm) -> float:
+    """Area, in square points."""
+    return 12 + (400 * arm.ratio if arm.select != "full" else 0)
