@@ -154,6 +154,16 @@ def test_times_are_observed_once_for_each_request_and_token() -> None:
     assert counted.metrics.mean_duration_seconds > counted.metrics.mean_ttft_seconds
 
 
+def test_a_gap_of_an_answer_that_was_swapped_out_is_not_beyond_all_buckets() -> None:
+    counted = Counted()
+    answer = counted.stage.submit(ids(8, 30), 3)
+    counted.stage.run(until=lambda: answer.num_tokens == 2)
+    answer.run.clock.last_token -= 20.0
+    counted.stage.run()
+    edges = ("2.0", "10.0", "30.0")
+    assert [counted.value("inter_token_latency_seconds_bucket", le=edge) for edge in edges] == [1, 1, 2]
+
+
 def test_the_end_of_a_turn_is_no_token_of_the_answer() -> None:
     counted = Counted()
     answer = counted.stage.submit(ids(9, 30), 50, ignore_eos=False, sampling=Sampling(logit_bias={END: 100.0}))

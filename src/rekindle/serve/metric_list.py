@@ -12,6 +12,7 @@ PREFIX = "rekindle_"
 
 # Edges for a server without a GPU. ITL: from a tiny model alone to a large one beside a prompt that is being read.
 _ITL_EDGES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2)
+_STALL_EDGES = (5, 10, 30)  # of an answer that was swapped out, or whose machine has other things to do
 # TTFT: from an exact repeat, which computes nothing, to a long prompt behind others.
 _TTFT_EDGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)
 _RESTORE_EDGES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -53,7 +54,13 @@ METRICS = (
         (),
         _TTFT_EDGES,
     ),
-    Metric("inter_token_latency_seconds", "histogram", "Between two tokens of one answer.", (), _ITL_EDGES),
+    Metric(
+        "inter_token_latency_seconds",
+        "histogram",
+        "Between two tokens of one answer.",
+        (),
+        (*_ITL_EDGES, *_STALL_EDGES),
+    ),
     Metric("request_queue_seconds", "histogram", "From submission to admission, fetching excluded.", (), _TTFT_EDGES),
     Metric(
         "request_restore_seconds",
