@@ -85,9 +85,10 @@ def test_an_answer_is_told_in_openais_order(clients: Any) -> None:
 
 def test_what_is_typed_is_read_before_it_is_committed(clients: Any) -> None:
     client = clients()
+    question = "Who paints in orange, and who plays the tuba?"  # which no other test asks: none of it is in the engine
     for text in ("Who paints ", "in orange", " or red?"):
         client.send("input_text_buffer.append", text=text)
-    client.send("input_text_buffer.replace", text=QUESTION)
+    client.send("input_text_buffer.replace", text=question)
     client.send("input_text_buffer.commit", item_id="mine")
     committed, added, _ = client.until("conversation.item.done")
     assert (committed["type"], committed["item_id"], added["item"]["id"]) == (
@@ -95,7 +96,7 @@ def test_what_is_typed_is_read_before_it_is_committed(clients: Any) -> None:
         "mine",
         "mine",
     )
-    assert added["item"]["content"] == [{"type": "input_text", "text": QUESTION}]
+    assert added["item"]["content"] == [{"type": "input_text", "text": question}]
     client.respond()
     kv = client.kv()
     assert kv["tokens"]["computed"] <= 1 and kv["tokens"]["reused"] + kv["tokens"]["computed"] == kv["tokens"]["prompt"]
