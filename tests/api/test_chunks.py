@@ -82,6 +82,25 @@ def test_warmed_passages_are_placed_where_they_stand(real: httpx.Client) -> None
     assert again["computed"] == 0
 
 
+@pytest.mark.parametrize("options", [{"select": "deviation", "layer": 2}, {"select": "query"}])
+def test_choices_that_look_are_reported_or_refused(real: httpx.Client, options: dict[str, Any]) -> None:
+    good(real.post("/cache/warm", json={"chunks": PASSAGES}))
+    answer = real.post(CHAT, json=chat(*PASSAGES[::-1], **blended(ratio=0.15, **options)))
+    if "torch" not in good(real.get("/health"))["engine"]:
+        assert answer.status_code == 400
+        assert "one of none, first, remembered, auto, got" in answer.json()["error"]["message"]
+        return
+    body = good(answer)
+    plan, usage = body["rekindle"]["plan"], body["usage"]
+    looked = plan["looked"]
+    assert looked["token_layers"] == looked["tokens"] * looked["layers"] > 0 and looked["num_layers"] == 4
+    assert looked["layers"] == options.get("layer", 4)
+    assert plan["budget"] == pytest.approx((plan["computed"] + looked["token_layers"] / 4) / plan["total"], abs=1e-4)
+    placed = sum(each["placed"] for each in plan["chunks"])
+    assert usage["prompt_tokens_details"]["blended_tokens"] == placed > 100
+    assert any(looked["reason"] in (each["why"] or "") for each in plan["chunks"])
+
+
 def test_at_ratio_one_the_answer_is_that_of_full_prefill(real: httpx.Client) -> None:
     body = chat(*PASSAGES, logprobs=True, top_logprobs=2, max_tokens=8)
     full = good(real.post(CHAT, json=body))
