@@ -146,6 +146,21 @@ def test_exact_turns_with_chunks_are_found_again(real: httpx.Client) -> None:
     assert "blended_tokens" not in second["usage"]["input_tokens_details"]
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_turn_with_a_new_chunk_finds_what_was_generated(real: httpx.Client, marked: bool) -> None:
+    """In the tokens in which it was generated, which here are not those that a tokenizer would choose."""
+    said = chunk(PASSAGES[0]) if marked else words(PASSAGES[0])
+    wild = {"temperature": 1.5, "seed": 3, "max_output_tokens": 30, "ignore_eos": True}
+    last = good(real.post(PATH, json={"input": [user(said, words("Tell me?"))]} | wild))
+    for passage in PASSAGES[1:]:
+        total = last["usage"]["input_tokens"] + last["usage"]["output_tokens"]
+        body = {"input": [user(chunk(passage), words("And?"))], "previous_response_id": last["id"]} | wild
+        last = good(real.post(PATH, json=body | {"rekindle": {"plan": True}}))
+        assert last["usage"]["input_tokens_details"]["cached_tokens"] == total - 1  # the last one was never read
+    plan = good(real.post(PATH, json=ask(*PASSAGES, **blended())))["rekindle"]["plan"]
+    assert [each["stop"] - each["start"] > 50 for each in plan["chunks"]] == [True] * 3
+
+
 def test_an_agents_tool_outputs_come_again(real: httpx.Client) -> None:
     """The same page, looked up in another conversation."""
 

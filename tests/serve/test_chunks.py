@@ -161,6 +161,30 @@ def test_mistakes_are_told(llm: rekindle.LLM, call: Any, message: str) -> None:
         call(llm)
 
 
+def test_what_is_remembered_with_other_chunks_is_not_taken(llm: rekindle.LLM) -> None:
+    """The same text, marked in another way, has other tokens at the edges of its chunks, and so other chunks."""
+    one, other = TEXTS[0].strip(), TEXTS[1].strip()
+    ways: list[list[Any]] = [
+        [rekindle.Chunk(f"{one}\n{other}"), QUESTION],
+        [rekindle.Chunk(one), other, QUESTION],
+        [one, rekindle.Chunk(other), QUESTION],
+        [rekindle.Chunk(one), rekindle.Chunk(other), QUESTION],
+        [f"{one}\n{other}", QUESTION],
+    ]
+    service = llm.service
+    for said in ways:
+        answer = llm.chat([{"role": "user", "content": said}], max_tokens=8)
+        for again in ways:
+            messages = [
+                {"role": "user", "content": again},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": [CHUNKS[1], "And?"]},
+            ]
+            marked = [part for part in (*again, CHUNKS[1]) if isinstance(part, rekindle.Chunk)]
+            alone = [prompt.tokens[len(service.head) :].tolist() for prompt in service.chunk_prompts(marked)]
+            assert tokens_of(service.chat_prompt(messages)) == alone
+
+
 class Spaced:
     """A vocabulary of characters that, like Llama 2's, writes a space before every text."""
 

@@ -1,8 +1,8 @@
 """Prompts with chunks: the tokens of each part, and how a request says that its chunks may be placed.
 
 A conversation goes on after an answer. As without chunks (`transcripts`), what was said is then found as the tokens it
-was said in: the parts up to the last chunk are tokenised again, which gives the same, and behind them the longest text
-that is remembered with exactly those tokens goes before what the tokenizer would make of it.
+was said in: the longest text that is remembered, with the same chunks in it, keeps its tokens, and what stands behind it is
+tokenised part by part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rekindle.model.chunks import Chunk, Part, text_of
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import SELECTS, Blend, check_select
 from rekindle.reuse.prompt import Prompt, join
-from rekindle.serve.transcripts import Transcripts
+from rekindle.serve.transcripts import Transcript, Transcripts
 from rekindle.tokens import Tokens
 
 _FIELDS = tuple(field.name for field in fields(Blend))
@@ -32,22 +32,58 @@ def marked_prompt(
     text = "".join(map(text_of, parts))
     if not text:
         raise InvalidRequest("the prompt is empty: at least one character is needed", param="prompt")
-    *before, end = [*parts, ""] if isinstance(parts[-1], Chunk) else parts
-    assert isinstance(end, str)
-    encoded = [(tokenizer.encode("", bos=bos), False)]
-    for number, part in enumerate(before):
+    begin, rest = _known(tokenizer, transcripts, parts, text, (salt, bos))
+    if not begin:
+        begin, rest = [(tokenizer.encode("", bos=bos), False)], parts
+    encoded = begin
+    for part in rest:
         if isinstance(part, Chunk):
             encoded.append((tokenizer.encode(part.text), True))
         else:
-            encoded.append((_between(tokenizer, part) if number else tokenizer.encode(part), False))
-    begin = join(encoded)
-    known = transcripts.longest((salt, bos, True), text)
-    if known is not None and len(text) - len(end) <= len(known.text) and _begins(known.tokens, begin.tokens):
-        rest = tokenizer.encode(text[len(known.text) :])
-        if len(rest) and tokenizer.is_special(int(rest[0])):
-            return Prompt(np.concatenate([known.tokens, rest]), text, salt, bos, begin.chunks)
-    tokens = np.concatenate([begin.tokens, _between(tokenizer, end) if before else tokenizer.encode(end)])
-    return Prompt(tokens, text, salt, bos, begin.chunks)
+            encoded.append((_between(tokenizer, part) if len(encoded) > 1 else tokenizer.encode(part), False))
+    return replace(join(encoded), text=text, salt=salt, bos=bos)
+
+
+Encoded = list[tuple[Tokens, bool]]  # tokens, and whether they are a chunk
+
+
+def _known(
+    tokenizer: Tokenizer, transcripts: Transcripts, parts: Sequence[Part], text: str, owner: tuple[bytes, bool]
+) -> tuple[Encoded, Sequence[Part]]:
+    """The longest beginning that is remembered with these chunks in it, and the parts behind it; none, and all parts."""
+    found = [each for marked in (True, False) if (each := transcripts.longest((*owner, marked), text)) is not None]
+    for known in sorted(found, key=lambda each: -len(each.text)):
+        before, rest = _cut(parts, len(known.text))
+        within = [part for part in before if isinstance(part, Chunk)]
+        if not rest or isinstance(rest[0], Chunk) or len(within) != len(known.chunks):
+            continue
+        spans = [known.tokens[span.start : span.stop] for span in known.chunks]
+        if not all(np.array_equal(tokenizer.encode(part.text), span) for part, span in zip(within, spans, strict=True)):
+            continue
+        seam = tokenizer.encode(rest[0])
+        if len(seam) and tokenizer.is_special(int(seam[0])):
+            return [*_in_pieces(known), (seam, False)], rest[1:]
+    return [], parts
+
+
+def _cut(parts: Sequence[Part], length: int) -> tuple[Sequence[Part], Sequence[Part]]:
+    """Parts of the first so many characters and those behind; none behind if that would cut a chunk."""
+    for index, part in enumerate(parts):
+        size = len(text_of(part))
+        if length < size or (length == 0 and isinstance(part, str)):
+            if isinstance(part, Chunk):
+                return parts, []
+            return [*parts[:index], part[:length]], [part[length:], *parts[index + 1 :]]
+        length -= size
+    return parts, []
+
+
+def _in_pieces(known: Transcript) -> Encoded:
+    pieces, start = [], 0
+    for span in known.chunks:
+        pieces += [(known.tokens[start : span.start], False), (known.tokens[span.start : span.stop], True)]
+        start = span.stop
+    return [*pieces, (known.tokens[start:], False)]
 
 
 def _between(tokenizer: Tokenizer, text: str) -> Tokens:
@@ -55,10 +91,6 @@ def _between(tokenizer: Tokenizer, text: str) -> Tokens:
     tokens = tokenizer.encode(text)
     adds_space = len(tokens) > 0 and not text.startswith(" ") and tokenizer.piece(int(tokens[0])) == b" "
     return tokens[1:] if adds_space else tokens
-
-
-def _begins(tokens: Tokens, with_these: Tokens) -> bool:
-    return np.array_equal(tokens[: len(with_these)], with_these)
 
 
 def wished_blend(wish: Wish, default: Blend, offered: Sequence[str] = SELECTS) -> Blend | None:

@@ -168,4 +168,5 @@ class Prompting:
         """
         if prompt.text is not None and text and self.model.tokenizer.decode(ids) == text:
             tokens = np.concatenate([prompt.tokens, as_tokens(ids)])
-            self._transcripts.add((prompt.salt, prompt.bos, bool(prompt.chunks)), f"{prompt.text}{text}", tokens)
+            owner = (prompt.salt, prompt.bos, bool(prompt.chunks))
+            self._transcripts.add(owner, f"{prompt.text}{text}", tokens, prompt.chunks)

@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from rekindle.reuse.prompt import Chunk
 from rekindle.tokens import Tokens
 
 Owner = tuple[bytes, bool, bool]
@@ -25,6 +26,7 @@ class Transcript:
 
     text: str
     tokens: Tokens
+    chunks: tuple[Chunk, ...] = ()  # of the prompt
 
 
 class Transcripts:
@@ -40,9 +42,9 @@ class Transcripts:
         self._prompts: OrderedDict[tuple[Owner, str], Tokens] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, owner: Owner, text: str, tokens: Tokens) -> None:
+    def add(self, owner: Owner, text: str, tokens: Tokens, chunks: tuple[Chunk, ...] = ()) -> None:
         with self._lock:
-            self._entries[owner, text] = Transcript(text, tokens)
+            self._entries[owner, text] = Transcript(text, tokens, chunks)
             self._entries.move_to_end((owner, text))
             while len(self._entries) > self._max:
                 self._entries.popitem(last=False)
