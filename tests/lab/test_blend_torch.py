@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rekindle.engine.protocol import Work
 from rekindle.engine.torch.engine import TorchEngine
-from rekindle.lab.blend_run import ChunkKV, Reading, read_blended, read_fully
+from rekindle.lab.blend_run import ChunkKV, Reading, read_blended, read_fully, read_singly
 from rekindle.lab.blend_tasks import BlendTask, ember_tasks
 from rekindle.lab.torch_models import tiny_model
 from rekindle.model import ember
@@ -66,6 +66,22 @@ def test_deviation_mends_and_its_work_is_what_the_report_says(engine: TorchEngin
         assert engine.num_token_layers - before == plan.looked.token_layers + plan.computed * LAYERS
         assert reading.computed == round(plan.budget * len(prompt)) and reading.seconds > 0
         assert np.abs(logits_after(engine, reading, asked) - expected).max() < share * none
+
+
+def test_single_tokens_are_chosen_by_their_scores(engine: TorchEngine, task: BlendTask) -> None:
+    prompt, kv, asked = task.prompt, warmed(engine, task.prompt), task.asked[0].tokens
+    expected = logits_after(engine, read_fully(engine, prompt), asked)
+    none = np.abs(logits_after(engine, read_blended(engine, prompt, kv, Blend("none", 0.0)), asked) - expected).max()
+    marks = len(prompt) - sum(map(len, task.chunks))
+    for layer, ratio in ((2, 0.15), (1, 1 - 1e-9)):
+        before = engine.num_token_layers
+        reading = read_singly(engine, prompt, kv, Blend("deviation", ratio, layer, "K"))
+        assert (engine.tokens(reading.seq) == prompt.tokens).all()
+        chosen = round(ratio * (len(prompt) - marks))
+        work = layer * prompt.chunks[-1].stop + (2 * marks + chosen) * LAYERS  # what is in no chunk is computed twice
+        assert engine.num_token_layers - before == work
+        difference = np.abs(logits_after(engine, reading, asked) - expected).max()
+        assert difference < (1e-3 if ratio > 0.9 else 0.5 * none)
 
 
 def test_the_question_is_looked_at_and_not_read(engine: TorchEngine, task: BlendTask) -> None:

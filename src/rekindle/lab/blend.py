@@ -4,8 +4,8 @@
 has of the order in which the chunks were met before. `none` places every chunk and mends nothing. The others compute a
 share (`ratio`) of the placed tokens anew: `first` (EPIC's rule), `remembered` (what differed most in the earlier order),
 `auto` (what blending does if nothing is said), and on the torch engine those that look first: `query`, and `deviation`
-at each layer, so that "deviation K2" judges K at layer 2 (from 0). All arms answer the same questions, greedily, on one
-engine.
+at each layer, so that "deviation K2" judges K at layer 2 (from 0). Those choose ranges, as the server does; "cacheblend K2"
+chooses single tokens, as CacheBlend does. All arms answer the same questions, greedily, on one engine.
 
 **Figures.** Exact match and F1 of the whole answer (normalised as for SQuAD), exact match beside full prefill's with a
 bootstrap interval over documents, mean KL of the first answer token from full prefill's, TTFT as the sum of all readings
@@ -42,6 +42,7 @@ from rekindle.lab.blend_run import (
     read_after,
     read_blended,
     read_fully,
+    read_singly,
 )
 from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
 from rekindle.lab.distributions import divergence
@@ -50,7 +51,7 @@ from rekindle.model.model import Model
 from rekindle.model.source import BUILTIN
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import Blend
-from rekindle.reuse.blend_select import Select
+from rekindle.reuse.blend_select import LOOKING, Select
 from rekindle.serve.assembly import engine_name
 from rekindle.serve.prompting import Prompting
 from rekindle.serve.service import Service
@@ -58,6 +59,7 @@ from rekindle.settings import Settings
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3)
 SELECTS: tuple[Select, ...] = ("first", "remembered", "auto")
+SINGLY = "cacheblend"  # arms that choose single tokens
 GATE_BUDGET = 0.2  # ratio, of the arms that may pass the gate
 CELLS = 16_384
 _SEQUENCES = 4  # of one document in the engine at a time, at most
@@ -105,7 +107,8 @@ class BlendReport:
     @property
     def best(self) -> Arm:
         """Of the arms that compute at most GATE_BUDGET of what they place."""
-        cheap = [arm for arm in self.arms if arm.select not in ("full", "prefix") and arm.ratio <= GATE_BUDGET]
+        served = [arm for arm in self.arms if arm.select.split()[0] in (*SELECTS, "none", *LOOKING)]
+        cheap = [arm for arm in served if arm.ratio <= GATE_BUDGET]
         return max(cheap, key=lambda arm: (arm.exact_match_of_full, -arm.budget))
 
 
@@ -211,6 +214,8 @@ class _Study:
                 reading = read_fully(engine, prompt)
             elif select == "prefix":
                 reading = read_after(engine, prompt, met)
+            elif select.startswith(SINGLY):
+                reading = read_singly(engine, prompt, kv, _blend(select.replace(SINGLY, "deviation"), ratio))
             else:
                 reading = read_blended(engine, prompt, kv, _blend(select, ratio), question=task.asked[0].tokens)
             self._count(engine, tally, task, reading, expected)
@@ -261,7 +266,9 @@ def _looking(engine: Engine) -> list[str]:
     """Arms that look before they choose, if this engine can."""
     if not engine.spec.can_look:
         return []
-    return ["query", *(f"deviation {part}{layer}" for layer in range(1, engine.spec.num_layers) for part in "KV")]
+    layers = range(1, engine.spec.num_layers)
+    deviation = [f"deviation {part}{layer}" for layer in layers for part in "KV"]
+    return ["query", *deviation, *(f"{SINGLY} K{layer}" for layer in layers)]
 
 
 def _blend(select: str, ratio: float) -> Blend:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from rekindle.engine.protocol import Engine, Payload, SequenceId, Work
 from rekindle.lab.blend_tasks import Asked, BlendTask
 from rekindle.reuse.blend import Blend, Memory, OnItsOwn, make_blend_plan
+from rekindle.reuse.blend_select import Floats
 from rekindle.reuse.plan import Compute, Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.looking import begin_look, look_plan
@@ -117,9 +118,35 @@ def read_blended(
     return replace(reading, seconds=reading.seconds + prepared)
 
 
-def _read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, question: Tokens) -> Reading:
-    """As a server does, all at once. What was computed is given in tokens that go through all layers, as many as its
-    token-layers make.
+def read_singly(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend) -> Reading:
+    """CacheBlend's own rule, for "deviation": the highest scores are recomputed token by token, and what is in no chunk
+    with them, after all chunks were placed. A server goes by ranges, which on some engines are a call each.
+    """
+
+    def choose(seq: SequenceId, scores: Floats) -> None:
+        is_chunk = np.zeros(len(prompt), dtype=bool)
+        for chunk in prompt.chunks:
+            is_chunk[chunk.start : chunk.stop] = True
+        chunked = np.flatnonzero(is_chunk)
+        best = chunked[np.argsort(-scores[chunked], kind="stable")[: round(blend.ratio * len(chunked))]]
+        chosen = ~is_chunk
+        chosen[best] = True
+        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).tolist()
+        engine.recompute(seq, list(zip(edges[::2], edges[1::2], strict=True)))
+
+    return _read_looked(engine, prompt, kv, blend, as_tokens([]), choose)
+
+
+def _read_looked(
+    engine: Engine,
+    prompt: Prompt,
+    kv: ChunkKV,
+    blend: Blend,
+    question: Tokens,
+    choose: Callable[[SequenceId, Floats], None] | None = None,
+) -> Reading:
+    """As a server does, all at once; with `choose`, all chunks are placed first. What was computed is given in tokens that
+    go through all layers, as many as its token-layers make.
     """
     began, computed, calls = time.perf_counter(), engine.num_token_layers, engine.num_calls
     asked = prompt if blend.select != "query" else replace(prompt, tokens=np.concatenate([prompt.tokens, question]))
@@ -133,7 +160,7 @@ def _read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, ques
     seq, looking = engine.open(), begin_look(engine, asked, exact, known, blend, parts)
     while not looking.done:
         looking.go_on(seq, len(asked), engine.num_free_cells)
-    plan, due = looking.chosen(SHORT_REST)
+    plan, due = looking.chosen(SHORT_REST, None if choose is None else Blend("none"))
     while (position := engine.length(seq)) < len(prompt):
         if due and due[0].position == position:
             part = due.popleft()
@@ -141,6 +168,8 @@ def _read_looked(engine: Engine, prompt: Prompt, kv: ChunkKV, blend: Blend, ques
         else:
             stop = min(due[0].position if due else len(prompt), len(prompt))
             engine.forward([Work(seq, prompt.tokens[position:stop], logits=stop == len(prompt))])
+    if choose is not None:
+        choose(seq, looking.scores)
     work = (engine.num_token_layers - computed) / engine.spec.num_layers
     return Reading(seq, time.perf_counter() - began, round(work), engine.num_calls - calls, plan)
 

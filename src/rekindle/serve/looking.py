@@ -26,6 +26,7 @@ import numpy as np
 from rekindle.engine.protocol import Engine, SequenceId, Work
 from rekindle.errors import ContextFull
 from rekindle.reuse.blend import Blend, OnItsOwn, make_blend_plan, with_scores
+from rekindle.reuse.blend_select import Floats
 from rekindle.reuse.plan import Looked, Place, Plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.run import Part
@@ -93,11 +94,18 @@ class Looking(ABC):
         """The sequence is as it was before. Raises EngineError."""
         self._engine.truncate(seq, self._exact.ready)
 
-    def chosen(self, slow_from: int) -> tuple[Plan, deque[Part]]:
-        """The plan, and what it places."""
+    @property
+    def scores(self) -> Floats:
+        """[tokens of the prompt] what was seen, as far as it has looked."""
+        return self._scores
+
+    def chosen(self, slow_from: int, blend: Blend | None = None) -> tuple[Plan, deque[Part]]:
+        """The plan, by another `blend` if there is one, and what it places."""
         known = with_scores(self._prompt, self._known, self._scores)
         looked = Looked(self._reason, self._num_tokens, self._layers, self._num_layers)
-        plan = make_blend_plan(self._prompt, self._exact, known, self._blend, slow_from=slow_from, looked=looked)
+        plan = make_blend_plan(
+            self._prompt, self._exact, known, blend or self._blend, slow_from=slow_from, looked=looked
+        )
         return plan, deque(_pieces(plan, self._seen))
 
     def _next(self, stop: int) -> Tokens:
