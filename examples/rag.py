@@ -5,9 +5,9 @@
 
 Every text file of the folder is a passage, or several if it is long. All are computed once, each on its own (`llm.warm`).
 A question then chooses the passages that share its rarest words, each with the one behind it, and puts them in the order of
-their names. The prompt is a list of `rekindle.Chunk`s with the question behind them, and it is answered in two ways: blended,
-where each chunk's KV is placed where the chunk now stands and a few of its tokens are computed anew, and then exactly, where
-only the beginning that an earlier prompt had is reused.
+their names. The prompt is a list of `rekindle.Chunk`s with the question behind them, and it is answered in two ways:
+blended, where each chunk's KV is placed where the chunk now stands and a few of its tokens are computed anew, and then
+exactly, where only the beginning that an earlier prompt had is reused.
 
 The limit: what is blended still computes its question and `--ratio` of its passages' tokens.
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.api.steps import Steps
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -270,18 +271,20 @@ def test_a_socket_that_is_none_is_refused_in_words(locked: str, url: str) -> Non
 
 def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients: Any) -> None:
     settings = Settings(engine="toy", store=str(tmp_path), api_key=("first", "second"), max_per_key=1)
-    long = ASKED | {"max_tokens": 3000}
     with Service.open(settings) as service, running(service) as url:
+        steps = Steps(service)  # no answer goes on
         one, two, other = (
             clients(f"/ws?session={name}", url=url, additional_headers={"x-api-key": key})
             for name, key in (("one", "first"), ("two", "first"), ("other", "second"))
         )
-        one.send(long)
-        one.until("token")
+        one.send(ASKED)
+        one.until("user_input")
         two.send(ASKED)
         assert two.until("error")[-1]["error"]["code"] == "overloaded"
-        assert other.ask()[-1]["turn"] == 1
-        one.send({"type": "interrupt"})
+        other.send(ASKED)
+        other.until("user_input")
+        steps.let_all()
+        assert other.until("end")[-1]["turn"] == 1
         one.until("end")
         two.send({"type": "message"})  # what was said is waiting
         assert two.until("end")[-1]["turn"] == 1
