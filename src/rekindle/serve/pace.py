@@ -21,9 +21,8 @@ Small chunks cost more in all, and many prompts are short. Two exceptions read t
 - Where more prompts are being read than answers are being given, more wait for the prompts than are stalled by them: the
   added time is then allowed that many times over, and what takes a step or two at the limit is read at the limit, to its
   end. So requests that come together begin to answer together.
-- One step in `BURST_STEPS` may take `BURST_SECONDS`: of a stream's gaps less than one in a hundred is of that kind. What
-  comes beside answers and can be read in so long is read at once, and of a long prompt a part in every `PART_STEPS`. For
-  many rows cost so much less each than few: where a second row is dear, a fifth of a long prompt is read in such steps.
+- What comes beside answers and can be read in one step of at most `BURST_SECONDS` is read in one step, if the last such
+  step was `BURST_STEPS` steps ago. So of a stream's gaps less than one in a hundred is of that kind.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
 so long that whoever comes or goes meanwhile would have to wait for it, or would leave a short rest.
@@ -46,7 +45,6 @@ LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answe
 LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
 BURST_SECONDS = 0.25
 BURST_STEPS = 128
-PART_STEPS = 192  # the same for parts of long prompts, which are read for many such steps: others may be late too
 _ROWS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _GROWTH = 5  # times the prompt tokens of the step before
 _BESIDE = 1.25  # what reading beside answers takes, of what reading as much alone takes
@@ -89,7 +87,7 @@ class Pace:
         self._rows = 0  # of the last step that was to be bearable
         self._steps = 0
         self._since_probe = 0
-        self._since_burst = PART_STEPS
+        self._since_burst = BURST_STEPS
         self._to_end = 0  # unread tokens of what is read at the limit to its end
         self._probing = False  # the step under way reads nothing, only to measure that
         self._fresh = True  # the last step had nothing to read
@@ -109,12 +107,11 @@ class Pace:
             most = self._limit if hurried else max(self._limit, self._lone())
             return most if math.isinf(num_unread) else first_part(int(num_unread), most)
         if math.isinf(self._slowdown) or is_soon_read:
-            self._since_burst = 0
             return self._limit
         alone = self._decode_alone(num_decoding)
-        if alone is not None and (burst := self._burst(num_unread)):
+        if alone is not None and self._may_burst(num_unread):
             self._since_burst = 0
-            return burst
+            return self._limit
         if alone is None or self._since_probe >= PROBE_STEPS:
             self._since_probe = 0
             self._probing = True
@@ -149,17 +146,10 @@ class Pace:
         self._to_end = int(num_unread) if soon else 0
         return soon
 
-    def _burst(self, num_unread: float) -> int:
-        """Prompt tokens of a step that may take `BURST_SECONDS`; 0 if it is too early for one, or nothing to be gained."""
+    def _may_burst(self, num_unread: float) -> bool:
         speed = self.prefill.seconds_per_token
-        if speed is None:
-            return 0
-        most = min(self._limit, int(BURST_SECONDS / (_BESIDE * speed)))
-        if num_unread <= most:
-            may = self._fresh and self._since_burst >= BURST_STEPS
-        else:
-            may = most >= _MANY_ROWS and self._since_burst >= PART_STEPS
-        return most if may else 0
+        is_short = speed is not None and num_unread <= min(self._limit, BURST_SECONDS / (_BESIDE * speed))
+        return is_short and self._fresh and self._since_burst >= BURST_STEPS
 
     def _decode_alone(self, num_decoding: int) -> float | None:
         """Seconds of a step that decodes so many, or the most below that which were measured; they take no longer."""
