@@ -123,5 +123,10 @@ def counted(number: int, what: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: "; did you mean 'x'?" or "; known: a, b, c"."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    return similar(name, names) or f"; known: {', '.join(names)}"
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """The same where the known ones are listed anyway: "; did you mean 'x'?" or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rekindle.engine.llama import LlamaEngine
-from rekindle.engine.protocol import Payload, Work
+from rekindle.engine.protocol import Work
 from rekindle.kv.store import Store
 from rekindle.lab.machine import usable_cores
 from rekindle.lab.store_arms import BLOCK_TOKENS, Arm, Comparison, compare
 from rekindle.model.gguf import GgufModel
 from rekindle.model.source import locate
+from rekindle.serve.run import payload_of
 from rekindle.tokens import as_tokens
 
 _SPARE_CELLS = 256
@@ -59,7 +60,7 @@ def _measure(engine: LlamaEngine, name: str, num_blocks: int, rounds: int) -> Co
 
     def restore() -> None:
         blocks = store.match(tokens).blocks
-        engine.place_all(current[0], [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks])
+        engine.place_all(current[0], [payload_of(block, fingerprint) for block in blocks])
 
     pieces = _pieces(source, num_blocks, 2 * engine.spec.num_layers)
     rows = _rows(target, num_blocks, 2 * engine.spec.num_layers)

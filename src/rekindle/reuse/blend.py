@@ -26,14 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from numbers import Real
 from typing import get_args
 
 import numpy as np
 
 from rekindle.engine.protocol import KV, Range
-from rekindle.errors import InvalidRequest, counted
+from rekindle.errors import InvalidRequest, counted, similar
 from rekindle.reuse.blend_rows import fit_rows
 from rekindle.reuse.blend_select import LOOKING, REMEMBERED, Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Looked, Place, Plan, Step
@@ -85,8 +84,7 @@ class Blend:
 def check_select(select: object, offered: Sequence[str], param: str = "blend.select") -> None:
     """Raises InvalidRequest for a selection that is not among those offered."""
     if select not in offered:
-        close = get_close_matches(str(select), offered, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = similar(str(select), offered)
         if select in LOOKING:
             hint = ", which looks into the model's layers before it chooses: this engine can't, the torch engine can"
         raise InvalidRequest(f"blend.select must be one of {', '.join(offered)}, got {select!r}{hint}", param=param)

@@ -20,7 +20,7 @@ from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, in_words, prepare
 from rekindle.serve.room import Room
-from rekindle.serve.run import Part, Run
+from rekindle.serve.run import Part, Run, payload_of
 from rekindle.serve.sampling import Vector
 from rekindle.serve.state import State, shares
 from rekindle.tokens import common_length
@@ -283,7 +283,7 @@ class Admission:
         fingerprint = self._engine.spec.fingerprint
         blocks = [block for block in match.blocks if step.start <= block.position < step.stop]
         assert blocks[0].position == self._engine.length(seq)
-        payloads = [Payload(b.tokens, b.position, b.payload, fingerprint) for b in blocks]
+        payloads = [payload_of(block, fingerprint) for block in blocks]
         try:
             self._engine.place_all(seq, payloads, until=until)
         except EngineError:

@@ -38,7 +38,7 @@ from rekindle.serve.batch import by_urgency
 from rekindle.serve.looking import begin_look, look_plan
 from rekindle.serve.request import Generation
 from rekindle.serve.rows import Rows
-from rekindle.serve.run import Part, Run
+from rekindle.serve.run import Part, Run, payload_of
 from rekindle.serve.scores import Scores
 from rekindle.serve.state import State
 from rekindle.tokens import SHORT_REST, Tokens
@@ -235,7 +235,7 @@ def _parts(fingerprint: bytes, plan: Plan, found: Found) -> Iterator[Part]:
                 start = max(0, step.source - block.position)
                 stop = min(len(block.tokens), source_stop - block.position)
                 if start < stop:
-                    payload = Payload(block.tokens, block.position, block.payload, fingerprint)
+                    payload = payload_of(block, fingerprint)
                     yield Part(step.chunk, payload, start, stop, block.position + start + by)
 
 
@@ -246,7 +246,7 @@ def _headless(engine: Engine, found: Found, part: Part) -> Payload:
     if position >= own.head:
         return part.payload
     blocks = [block for block in found.blocks[part.chunk] if block.position <= position]
-    payloads = [Payload(b.tokens, b.position, b.payload, engine.spec.fingerprint) for b in blocks]
+    payloads = [payload_of(block, engine.spec.fingerprint) for block in blocks]
     return cut(engine, payloads, own.head)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.kv.block import Block
 from rekindle.kv.store import Fetched
 from rekindle.reuse.plan import Plan
 from rekindle.serve.grammar import Grammar
@@ -50,6 +51,11 @@ class Clock:
     def fetched(self, now: float) -> None:
         """The fetch has ended; the one who waited for it may say so before the one who fetched."""
         self.fetch_ended = min(now, self.fetch_ended or now)
+
+
+def payload_of(block: Block, fingerprint: bytes) -> Payload:
+    """What the store has kept, for the engine whose fingerprint this is."""
+    return Payload(block.tokens, block.position, block.payload, fingerprint)
 
 
 @dataclass(frozen=True, eq=False)

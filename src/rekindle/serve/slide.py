@@ -18,6 +18,7 @@ from rekindle.engine.protocol import Engine, Payload, SequenceId
 from rekindle.errors import EngineError
 from rekindle.kv.store import Store
 from rekindle.serve.request import Cut, Origin
+from rekindle.serve.run import payload_of
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _stored(engine: Engine, store: Store, origin: Origin) -> list[_Part]:
     for block in match.blocks:
         start, stop = max(origin.start, block.position), min(origin.stop, block.position + len(block.tokens))
         if start < stop:
-            payload = Payload(block.tokens, block.position, block.payload, engine.spec.fingerprint)
+            payload = payload_of(block, engine.spec.fingerprint)
             parts.append(_Part(payload, start - block.position, stop - block.position, True))
     return parts
 

@@ -26,7 +26,7 @@ from rekindle.reuse.prompt import Prompt
 from rekindle.serve.blending import Blending, blends, cut, whole_blocks
 from rekindle.serve.request import Done, Event, Failed, Generation
 from rekindle.serve.residents import Resident
-from rekindle.serve.run import Clock, Run
+from rekindle.serve.run import Clock, Run, payload_of
 from rekindle.serve.state import State
 from rekindle.tokens import common_length
 
@@ -142,7 +142,7 @@ class Studies:
         if sum(len(block.tokens) for block in blocks) < len(own):
             return None
         fingerprint = self._state.engine.spec.fingerprint
-        return [Payload(block.tokens, block.position, block.payload, fingerprint) for block in blocks]
+        return [payload_of(block, fingerprint) for block in blocks]
 
     def _recompute(self, meeting: Meeting) -> bool:
         """Compute some more of a chunk in place; False if that is done, or can't be."""
