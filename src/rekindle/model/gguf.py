@@ -163,7 +163,7 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
     except FileNotFoundError:
-        expected = "expected builtin, the path of a .gguf file, or hf:owner/repo[:file]"
+        expected = "expected builtin, the path of a .gguf file or of a folder of safetensors, or hf:owner/repo[:file]"
         raise ModelError(f"there is no model file at {path}; {expected}") from None
     except OSError as error:
         raise ModelError(f"cannot read the model file {path}: {error.strerror}") from None
