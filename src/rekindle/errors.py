@@ -80,6 +80,7 @@ class CorruptBlock(StoreError):
 class TierUnavailable(StoreError):
     """A tier cannot be reached at present."""
 
+    status = 503
     code = "tier_unavailable"
 
 

@@ -85,8 +85,9 @@ def test_messages_and_tokens_are_pinned_too(clean: httpx.Client, prompt: dict[st
 
 
 def test_a_request_pins_its_prompt_and_says_so(clean: httpx.Client) -> None:
-    body = {"messages": [*MESSAGES, QUESTION], "max_tokens": 4, "rekindle": {"pin": "10m"}}
+    body = {"messages": [*MESSAGES, QUESTION], "max_tokens": 4, "temperature": 0, "rekindle": {"pin": "10m"}}
     answer = good(clean.post("/v1/chat/completions", json=body))
+    assert answer["usage"]["completion_tokens"] == 4  # of one token no KV is kept, so that its answer has no pin
     pin = answer["rekindle"]["pin"]
     assert pin["tokens"] == answer["usage"]["prompt_tokens"] and 599 < pin["expires_in_seconds"] <= 600
     assert {each["id"] for each in good(clean.get("/cache/pins"))["pins"]} > {pin["id"]}  # and its answer's
@@ -218,6 +219,24 @@ def test_clearing_leaves_other_models_unless_asked(disk: tuple[httpx.Client, Ser
     assert cached(http, STORY)[0] == 0
     good(http.post("/cache/clear", json={"scope": "all"}))
     assert num_files() == 0
+
+
+def test_a_tier_that_can_not_be_cleared_is_no_success(disk: tuple[httpx.Client, Service], tmp_path: Path) -> None:
+    """What was to be forgotten could be found again."""
+    http, _ = disk
+    good(http.post("/cache/warm", json={"prompt": STORY}))
+    stored = tmp_path / "v1"
+    stored.rename(tmp_path / "aside")
+    stored.write_text("no folder")
+    answer = http.post("/cache/clear")
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "tier_unavailable"
+    assert "not everything is cleared; the disk tier keeps what it has" in answer.json()["error"]["message"]
+    stats = good(http.get("/cache/stats"))
+    assert stats["blocks"] == 0, "what could be cleared is"
+    stored.unlink()
+    (tmp_path / "aside").rename(stored)
+    good(http.post("/cache/clear"))
+    assert not list(stored.rglob("*.safetensors"))
 
 
 # Mistakes.

@@ -100,3 +100,16 @@ def test_uses_that_were_under_way_when_it_opened_do_not_prolong_it() -> None:
         raise TierUnavailable("it is down")
     bench.clock.now += 1.1
     bench.use(fails=False)
+
+
+def test_what_is_asked_for_explicitly_is_tried_at_once() -> None:
+    bench = Bench()
+    bench.fail(3)
+    bench.breaker.try_now()
+    bench.fail(2)
+    assert bench.num_tried == 4, "one try, and then the back-off holds again"
+    bench.breaker.try_now()
+    bench.use(fails=False)
+    bench.breaker.try_now()
+    bench.fail(3)
+    assert bench.num_tried == 8, "a closed breaker stays closed"

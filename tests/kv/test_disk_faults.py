@@ -120,6 +120,27 @@ def test_a_file_of_another_version_is_set_aside_and_another_versions_folder_left
     assert later.read_bytes() == b"from the future"
 
 
+def test_clearing_is_tried_however_often_writing_has_failed(bench: Bench) -> None:
+    """What is asked for by a person is not answered from memory of an outage that may be over."""
+    bench.tier.put(CHAIN)
+    aside = bench.folder.with_name("aside")
+    bench.folder.rename(aside)
+    bench.folder.write_text("no folder")
+    for clear in (bench.tier.clear, bench.tier.clear_model):
+        for _ in range(3):
+            with pytest.raises(TierUnavailable):
+                bench.tier.put(CHAIN)
+        bench.folder.unlink()
+        aside.rename(bench.folder)
+        with pytest.raises(TierUnavailable, match="not asked again"):
+            bench.tier.put(CHAIN)
+        clear()
+        assert bench.tier.stats().blocks == 0 and bench.tier.stats().state == "ok"
+        bench.tier.put(CHAIN)
+        bench.folder.rename(aside)
+        bench.folder.write_text("no folder")
+
+
 def test_a_damaged_tail_is_not_found(bench: Bench) -> None:
     tail = CHAIN[3]
     for like in (None, tail.tokens):

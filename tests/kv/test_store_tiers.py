@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.kv.doubles import DictTier
 
+from rekindle.errors import TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.speed import Speed
 from rekindle.kv.store import Store
@@ -157,8 +158,23 @@ def test_a_failing_tier_is_a_miss_and_is_logged_once(bench: Bench, caplog: pytes
     assert store.fetch(PROMPT).tokens == {"network": 14}
     bench.tiers[1].failing = True
     assert store.fetch(PROMPT + 1).tokens == {}
-    store.clear()
+    with pytest.raises(TierUnavailable, match=r"(?s)not everything is cleared; the disk tier .* the network tier"):
+        store.clear()
+    assert store.stats().blocks == 0
     bench.tiers[0].failing = bench.tiers[1].failing = False
+
+
+def test_a_tier_that_cannot_be_cleared_keeps_no_other_from_it(bench: Bench) -> None:
+    bench.put(PROMPT)
+    assert bench.store.behind.flush(10)
+    bench.tiers[0].failing = True
+    with pytest.raises(TierUnavailable, match="the disk tier keeps what it has") as told:
+        bench.store.clear()
+    assert "network" not in str(told.value)
+    assert bench.tiers[0].blocks and not bench.tiers[1].blocks
+    bench.tiers[0].failing = False
+    bench.store.clear()
+    assert not bench.tiers[0].blocks
 
 
 def test_a_full_queue_drops_and_counts_and_does_not_wait() -> None:

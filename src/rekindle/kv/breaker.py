@@ -54,7 +54,7 @@ class Breaker:
             raise
         except BaseException:
             if trying:
-                self._try_again_now()
+                self.try_now()
             raise
         self._succeeded()
 
@@ -86,6 +86,8 @@ class Breaker:
             self._backoff = self._first_backoff
             self._next_try = None
 
-    def _try_again_now(self) -> None:
+    def try_now(self) -> None:
+        """Let the next use be the one try, however long the back-off: somebody has asked for just this."""
         with self._lock:
-            self._next_try = self._clock()
+            if self._next_try is not None:
+                self._next_try = self._clock()

@@ -303,12 +303,14 @@ class DiskTier:
 
     def clear(self) -> None:
         """All blocks of all models, and what was set aside."""
+        self._writes.try_now()
         with self._writing, self._writes.attempt(), self._faults("written"):
             self._folder.clear()
             self._walk()
 
     def clear_model(self) -> None:
         """What a file is of says its beginning, so this reads a little of every file."""
+        self._writes.try_now()
         with self._writing, self._writes.attempt(), self._faults("written"):
             for file in self._folder.walk():
                 with suppress(FileNotFoundError):

@@ -227,6 +227,7 @@ class NetworkTier:
 
     def clear(self) -> None:
         """All that is ours in this database, of all models, and nothing else."""
+        self._try_now()
         with self._writes.attempt():
             for names in self._names():
                 batch = self._link.batch()
@@ -236,6 +237,7 @@ class NetworkTier:
 
     def clear_model(self) -> None:
         """What a block is of says its beginning, so this reads a little of every block."""
+        self._try_now()
         for names in self._names():
             batch = self._link.batch()
             for name in names:
@@ -245,6 +247,11 @@ class NetworkTier:
             ours = [front for front in fronts if front is not None and front.fingerprint == self._fingerprint]
             if ours:
                 self.remove([Place(key=front.key, parent=front.parent, tail=front.tail) for front in ours])
+
+    def _try_now(self) -> None:
+        """Somebody has asked for what comes: no back-off holds it up."""
+        self._link.breaker.try_now()
+        self._writes.try_now()
 
     # Counting.
 

@@ -21,7 +21,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -429,16 +428,24 @@ class Store:
         self.behind.remove([place_of(block) for block in match.blocks[index:]])
 
     def clear(self, *, every_model: bool = False) -> None:
-        """Forget everything of this model, or of every model, in every tier. May wait for a slow one."""
+        """Forget everything of this model, or of every model, in every tier. May wait for a slow one.
+
+        Raises TierUnavailable, with all others cleared, if there is one that can't be: what it has may be found again.
+        """
         self.clear_memory()
         self.behind.clear()
         self.behind.flush(CLEAR_SECONDS)
+        failed: list[str] = []
         for tier in self.tiers:
-            with suppress(TierUnavailable):
+            try:
                 if every_model:
                     tier.clear()
                 else:
                     tier.clear_model()
+            except TierUnavailable as error:
+                failed.append(f"the {tier.name} tier keeps what it has: {error}")
+        if failed:
+            raise TierUnavailable("not everything is cleared; " + "; ".join(failed))
 
     def close(self, timeout_seconds: float = 10.0) -> bool:
         """Write what is queued and close the slower tiers; False if some of it was given up."""

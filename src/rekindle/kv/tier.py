@@ -78,10 +78,10 @@ class Tier(Protocol):
         """Forget these, if they are there."""
 
     def clear(self) -> None:
-        """Forget everything, of all models."""
+        """Forget everything, of all models. It is tried even if the tier was out of reach a moment ago."""
 
     def clear_model(self) -> None:
-        """Forget everything of the model that this tier was opened for."""
+        """Forget everything of the model that this tier was opened for; tried like `clear`."""
 
     def stats(self) -> TierStats: ...
 

@@ -309,7 +309,7 @@ class Service(Prompting):
     def clear_cache(self, *, every_model: bool = False) -> None:
         """Forget all residents and everything stored of this model, or of every model. Running requests go on.
 
-        Pins stay: what is stored of their prompts later is kept again.
+        Pins stay: what is stored of their prompts later is kept again. Raises TierUnavailable if a tier keeps what it has.
         """
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)

@@ -232,7 +232,9 @@ def still_busy(url: str) -> list[str]:
 def left_over(url: str) -> list[str]:
     """What a server still holds once its cache is cleared, in words."""
     httpx.post(f"{url}/cache/verify", json={"repair": True}, timeout=_IDLE_SECONDS)  # what misfortune has spoilt
-    httpx.post(f"{url}/cache/clear", json={}, timeout=_IDLE_SECONDS)
+    cleared = httpx.post(f"{url}/cache/clear", json={}, timeout=_IDLE_SECONDS)
+    if cleared.status_code != 200:
+        return [f"/cache/clear says {cleared.text}"]
     held = ("rekindle_cells_used", "rekindle_sequences_used", "rekindle_residents", "rekindle_tier_blocks")
     problems = [f"{name} is {metric(url, name):.0f} after clearing" for name in held if metric(url, name)]
     health = httpx.get(f"{url}/health", timeout=_IDLE_SECONDS)
