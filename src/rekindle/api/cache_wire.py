@@ -6,9 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rekindle.api.chat_wire import Documents, Message
 from rekindle.api.wire import (
-    Documents,
-    Message,
     Ours,
     Span,
     Str,

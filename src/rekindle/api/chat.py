@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rekindle.api.answers import Answer, Runner
+from rekindle.api.chat_wire import ChatRequest
 from rekindle.api.door import arrived
 from rekindle.api.keys import caller_of
 from rekindle.api.logprobs import chat_logprobs
 from rekindle.api.openai import Choice, answer, built, check_model
-from rekindle.api.wire import ChatRequest
 from rekindle.serve.request import Done, Generation, Piece
 from rekindle.serve.service import Service
 

@@ -18,9 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError, model_validator
 
+from rekindle.api.chat_wire import TextIn
 from rekindle.api.connection import type_of
 from rekindle.api.refusals import invalid_message
-from rekindle.api.wire import Ours, RekindleOptions, Span, Str, TextIn, Wire, expect
+from rekindle.api.wire import Ours, RekindleOptions, Span, Str, Wire, expect
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Part, plain
 from rekindle.serve.marked import Wish

@@ -75,19 +75,18 @@ async def turn_of(
         before = kept.conversation
         if kept.prompt is not None:  # it may be long ago, and others have been answered since
             service.remember(kept.prompt, before[-1]["content"], kept.answer)
-    template, documents = service.model.template, body.looked_up
-    if template is not None and body.has_outputs and template.leaves_out("tool"):
-        raise InvalidRequest(
-            "the model's chat template leaves out what functions return; send it as a message of the user",
-            param="input",
-        )
-    conversation = _continued(before, body.messages(writes_calls=template is not None and template.writes_calls))
+    documents = body.looked_up
+    conversation = _continued(before, body.messages())
     messages = body.prompted(conversation)
     num_characters = sum(len(plain(message["content"])) for message in messages) + sum(
         len(each.text) for each in documents
     )
     make = service.chat_prompt if generate else service.opening_prompt
-    prompt, tokenize_ms = await built(num_characters, lambda: make(messages, documents=documents, salt=salt))
+    try:
+        prompt, tokenize_ms = await built(num_characters, lambda: make(messages, documents=documents, salt=salt))
+    except InvalidRequest as error:
+        error.param = "input" if error.param == "messages" else error.param  # as it is called here
+        raise
     wish = body.blend_wish
     if not generate and wish is None:
         wish = (

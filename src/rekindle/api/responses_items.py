@@ -3,20 +3,19 @@
 A part of a message or of a function's output is marked as a chunk by `"cache": "chunk"`. Outputs are where that pays: an
 agent looks the same page up again and again, behind another conversation each time.
 
-This server has no functions, so it makes no calls, but it reads those that a conversation has: as the model's chat template
-writes `tool_calls` and messages of the role `tool`, or, where it knows no calls, as JSON that the assistant has said.
+This server has no functions, so it makes no calls, but it reads those that a conversation has, as chat completions do: see
+`model/calls.py`.
 """
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from rekindle.api.wire import Str, TextIn, Wire
+from rekindle.api.chat_wire import TextIn
+from rekindle.api.wire import Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import content_of
 
@@ -66,7 +65,7 @@ class InputMessage(Wire):
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
 
-    def for_template(self, *, writes_calls: bool) -> Message:
+    def for_template(self) -> Message:
         """As chat templates know it; with chunks, the parts as they are."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": content_of([part.part for part in self.content])}
@@ -86,16 +85,14 @@ class FunctionCall(Wire):
     name: Str
     arguments: Str
 
-    def for_template(self, *, writes_calls: bool) -> Message:
-        """As chat templates know it, or as words."""
-        arguments: Any = self.arguments
-        with suppress(ValueError, RecursionError):  # whatever the model wrote is what it asked for
-            arguments = json.loads(self.arguments)
-        called = {"name": self.name, "arguments": arguments}
-        if not writes_calls:
-            return {"role": "assistant", "content": json.dumps(called, ensure_ascii=False)}
-        call = {"id": self.call_id, "type": "function", "function": called}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    def for_template(self) -> Message:
+        """As chat templates know it."""
+        called = {"name": self.name, "arguments": self.arguments}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": self.call_id, "type": "function", "function": called}],
+        }
 
     def as_item(self, item_id: str) -> dict[str, Any]:
         """As it is listed."""
@@ -116,7 +113,7 @@ class FunctionOutput(Wire):
             raise PydanticCustomError("invalid_value", "expected a string or at least one text part")
         return parts
 
-    def for_template(self, *, writes_calls: bool) -> Message:
+    def for_template(self) -> Message:
         """As chat templates know it; with chunks, the parts as they are."""
         return {
             "role": "tool",

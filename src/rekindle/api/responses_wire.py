@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rekindle.api.responses_items import FunctionOutput, InputItem, Message
-from rekindle.api.wire import Documents, GenerationFields, JsonObject, Str, Wire
+from rekindle.api.chat_wire import NO_CALLS, Documents
+from rekindle.api.responses_items import InputItem, Message
+from rekindle.api.wire import GenerationFields, JsonObject, Str, Wire
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Document, Part, content_of
 from rekindle.serve.request import MAX_TOP_LOGPROBS
@@ -111,7 +112,7 @@ class ResponseRequest(GenerationFields):
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         if self.tools and self.tool_choice != "none":
-            raise InvalidRequest("tools are not supported by this server", param="tools")
+            raise InvalidRequest(f"tools {NO_CALLS}", param="tools")
         for name, instead in (
             ("background", "ask with stream, or keep the connection open"),
             ("conversation", "use previous_response_id"),
@@ -147,14 +148,9 @@ class ResponseRequest(GenerationFields):
     def looked_up(self) -> list[Document]:
         return [each.document for each in self.documents or ()]
 
-    @property
-    def has_outputs(self) -> bool:
-        """Whether functions have returned something."""
-        return any(isinstance(item, FunctionOutput) for item in self.input)
-
-    def messages(self, *, writes_calls: bool) -> list[Message]:
-        """What is new in the conversation, for a template that knows calls of functions, or one that does not."""
-        return [item.for_template(writes_calls=writes_calls) for item in self.input]
+    def messages(self) -> list[Message]:
+        """What is new in the conversation."""
+        return [item.for_template() for item in self.input]
 
     def prompted(self, conversation: list[Message]) -> list[Message]:
         """A whole conversation as the template gets it: one system message goes first, whoever gave its parts."""

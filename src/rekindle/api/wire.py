@@ -25,8 +25,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rekindle.errors import InvalidRequest, nearest
-from rekindle.model import chunks
-from rekindle.model.chunks import Chunk, Document
 from rekindle.reuse.blend import SELECTS
 from rekindle.serve.durations import EXPECTED, seconds_of
 from rekindle.serve.marked import Wish
@@ -34,7 +32,6 @@ from rekindle.serve.request import MAX_TOP_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
-MAX_DOCUMENTS = 1024
 NOT_TEXT = "not_text"
 _MAX_ID = (1 << 31) - 1
 _SEEDS = (1 << 63) - 1  # a mask: any integer makes a seed that is not negative
@@ -284,92 +281,6 @@ class OpenAIFields(GenerationFields):
     @property
     def constraint(self) -> dict[str, Any] | None:
         return None if self.response_format is None else self.response_format.constraint
-
-
-class TextIn(Wire):
-    """Base of parts of messages; only text is understood. A chunk may be reused wherever it stands."""
-
-    text: Str
-    cache: Literal["chunk"] | None = None
-
-    @property
-    def words(self) -> str:
-        """What it says."""
-        return self.text
-
-    @property
-    def part(self) -> chunks.Part:
-        return self.words if self.cache is None else Chunk(self.words)
-
-
-class Part(TextIn):
-    """One part of a message's content."""
-
-    type: Literal["text"]
-
-
-Content = Annotated[
-    Str | Annotated[list[Part], Field(fail_fast=True)] | None,
-    expect(
-        'a string or an array of text parts, {"type": "text", "text": …}, with "cache": "chunk" where one is a chunk'
-    ),
-]
-
-
-class Message(Wire):
-    """One message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content = None
-    name: Str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know it; with chunks, the parts as they are."""
-        content: Any = self.content or ""
-        if isinstance(content, list):
-            content = chunks.content_of([part.part for part in content])
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-    @property
-    def num_characters(self) -> int:
-        """About what there is to tokenise."""
-        texts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
-        return sum(map(len, texts))
-
-
-class DocumentIn(Wire):
-    """A text that was looked up for the question; a chunk."""
-
-    title: Str | None = None
-    text: Text
-
-    @property
-    def document(self) -> Document:
-        return Document(self.text, self.title or "")
-
-
-Documents = Annotated[list[DocumentIn], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
-
-
-class ChatRequest(OpenAIFields):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    documents: Documents | None = Field(None, description="each a chunk; put where the chat template says")
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequest("tools are not supported by this server", param="tools")
-        return self
 
 
 class CompletionRequest(OpenAIFields):

@@ -21,6 +21,7 @@ does not, title and text are put before the last message of the user, as its fir
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -206,8 +207,13 @@ def _with_documents(messages: Messages, documents: Sequence[Document]) -> Messag
 
 def _texts(messages: Messages, documents: Sequence[Document]) -> list[str]:
     own = [text_of(part) for message in messages for part in message["content"]]
-    others = [str(value) for message in messages for name, value in message.items() if name != "content"]
+    others = [_spelt(value) for message in messages for name, value in message.items() if name != "content"]
     return [*own, *others, *(text for each in documents for text in (each.title, each.text))]
+
+
+def _spelt(value: Any) -> str:
+    """What is in any other field of a message, each character as it is."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _alone(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -18,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rekindle.errors import InvalidRequest, ModelError
+from rekindle.model.calls import SPOKEN, Calling, leaves_out
 from rekindle.model.chunks import plain
 
 
@@ -44,39 +46,46 @@ class ChatTemplate:
         try:
             parsed = environment.parse(source)
             self._template: Template = environment.from_string(parsed)
-            self.writes_calls = "tool_calls" in source
             self.takes_documents = "documents" in find_undeclared_variables(parsed)
         except Exception as error:  # TemplateError, or what its compiler stumbles over, such as endless nesting
             raise ModelError(f"the model's chat template is not valid: {error}") from None
         self._special = {"bos_token": bos, "eos_token": eos}
+        self._left_out: dict[str, bool] = {}  # by role, of those that have come up
 
     def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         """The text of a conversation, ready for the assistant's next words. Raises InvalidRequest.
 
         Content in parts of text, see `plain`, is put together first: most templates would leave it out without a word.
-        Parts of another type are left to the template.
+        Parts of another type are left to the template. Calls of functions are given as it knows them, see `calls`.
         """
         if not messages:
             raise InvalidRequest("messages is empty: at least one message is needed", param="messages")
-        messages = [_in_one(message) for message in messages]
+        return self._rendered([self._known(_in_one(message)) for message in messages], **arguments)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         given = {"add_generation_prompt": True, "tools": None, "documents": None} | arguments
         try:
             return self._template.render(messages=messages, **self._special, **given)
         except Exception as error:  # the template is foreign code: whatever it raises, it refused these messages
             raise InvalidRequest(f"the model's chat template refused the messages: {error}", param="messages") from None
 
-    def leaves_out(self, role: str) -> bool:
-        """Whether messages of this role are not in the text: some templates skip what they don't know without a word."""
-        mark = "Qheardq"  # a word that no template writes
-        said = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "x"},
-            {"role": role, "content": mark},
-        ]
-        try:
-            return mark not in self.render(said)
-        except InvalidRequest:  # it says so itself
-            return False
+    def _known(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message as the template knows it. Raises InvalidRequest if it would leave it out."""
+        role = message.get("role")
+        if isinstance(role, str) and role not in SPOKEN:
+            if role not in self._left_out:
+                self._left_out[role] = leaves_out(self._rendered, role)
+            if self._left_out[role]:
+                raise InvalidRequest(
+                    f"the model's chat template leaves out messages of the role {role!r}; "
+                    "send what they say as a message of the user",
+                    param="messages",
+                )
+        return self._calling.written(message) if message.get("tool_calls") else message
+
+    @cached_property
+    def _calling(self) -> Calling:
+        return Calling.of(self._rendered)
 
 
 def _in_one(message: Mapping[str, Any]) -> Mapping[str, Any]:
