@@ -15,7 +15,11 @@ from rekindle.errors import ContextFull, EngineError, Overloaded, RekindleError
 from rekindle.serve.request import Event, Failed, Generation, Piece, Sink
 from rekindle.serve.service import Service, Ticket
 
-BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello, who is there?"}], "max_tokens": 12}
+BODY: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Hello, who is there?"}],
+    "max_tokens": 12,
+    "temperature": 0,  # an answer of fewer pieces than shall be seen would never fail
+}
 SECRET = "/home/somebody/model.gguf"
 CHAT = "/v1/chat/completions"
 
