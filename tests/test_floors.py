@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ TRAINING = "rekindle.model.ember.train"  # a program of its own, which no other 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+@lru_cache(maxsize=1)  # a module's questions come one after the other
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def name_of(path: Path) -> str:
     """`…/kv/keys.py` is rekindle.kv.keys, `…/kv/__init__.py` is rekindle.kv."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -56,7 +62,7 @@ def floor_of(module: str) -> int:
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full dotted name of everything that a module imports."""
     module = name_of(path)
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -72,7 +78,7 @@ def takes_only_locks(path: Path, name: str) -> bool:
     """Whether a module imports `threading` for locks alone: to be used by threads is not to start one."""
     uses = [
         node.attr
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "threading"
     ]
     return name in LOCKS or (name == "threading" and bool(uses) and {f"threading.{use}" for use in uses} <= LOCKS)
@@ -105,13 +111,9 @@ def complaints(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_down_only(path: Path) -> None:
-    assert not complaints(path), "\n".join(complaints(path))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_it_is_for(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+def test_imports_go_down_only_and_every_module_says_what_it_is_for(path: Path) -> None:
+    assert not (found := complaints(path)), "\n".join(found)
+    docstring = ast.get_docstring(tree_of(path))
     assert docstring and len(docstring) > 20
 
 
