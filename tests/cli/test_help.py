@@ -98,8 +98,8 @@ def test_a_command_loads_only_what_it_needs(command: str, spared: set[str], envi
     assert not loaded & spared
 
 
-def test_an_unknown_command_is_refused(run: Run) -> None:
-    result = run("sreve")
+def test_an_unknown_command_is_refused(run_here: Run) -> None:
+    result = run_here("sreve")
     assert result.returncode == 2
     assert "sreve" in result.stderr
     assert "Traceback" not in result.stderr

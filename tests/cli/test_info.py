@@ -72,11 +72,11 @@ def test_a_copy_has_the_fingerprint_and_another_model_has_another(tmp_path: Path
     assert read_info(made(tmp_path, "tiny-llama")).fingerprint != original.fingerprint
 
 
-def test_json_holds_what_the_table_shows(run: Run) -> None:
-    result = run("info", "builtin", "--json")
+def test_json_holds_what_the_table_shows(run_here: Run) -> None:
+    result = run_here("info", "builtin", "--json")
     facts = json.loads(result.stdout)
     assert facts["reuse"]["kinds"] == list(read_info("builtin").reuse.kinds)
-    assert facts["fingerprint"] in run("info", "builtin").stdout
+    assert facts["fingerprint"] in run_here("info", "builtin").stdout
 
 
 def test_no_file_is_an_error() -> None:

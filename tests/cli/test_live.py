@@ -238,9 +238,9 @@ def test_a_url_may_name_the_socket(url: str) -> None:
             assert line.open()["data"] == "session named"
 
 
-def test_without_a_server_it_says_so(run: Run) -> None:
+def test_without_a_server_it_says_so(run_here: Run) -> None:
     for command in (["live"], ["live", "in"], ["live", "out"]):
-        result = run(*command, "--port", "9", "--max-retries", "0", stdin="Hello.\n")
+        result = run_here(*command, "--port", "9", "--max-retries", "0", stdin="Hello.\n")
         assert result.returncode == 1
         assert result.stderr.startswith("rekindle: cannot talk to ws://127.0.0.1:9: ")
         assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
@@ -292,13 +292,13 @@ def test_what_was_said_while_the_line_was_broken_is_told(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://here", "http://", "http://here:many"])
-def test_an_address_that_is_none(url: str, run: Run) -> None:
-    result = run("live", "--url", url)
+def test_an_address_that_is_none(url: str, run_here: Run) -> None:
+    result = run_here("live", "--url", url)
     assert result.returncode == 2 and "expected a URL such as" in result.stderr
 
 
-def test_options_before_in_or_out_are_refused_instead_of_forgotten(run: Run) -> None:
-    result = run("live", "--session", "x", "in", stdin="Hello.\n")
+def test_options_before_in_or_out_are_refused_instead_of_forgotten(run_here: Run) -> None:
+    result = run_here("live", "--session", "x", "in", stdin="Hello.\n")
     assert result.returncode == 2
     assert "--session goes behind 'in': rekindle live in --session" in result.stderr
 

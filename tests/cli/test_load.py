@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import Run
 
-def test_the_last_line_is_json_and_a_plot_is_written(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+
+def test_the_last_line_is_json_and_a_plot_is_written(run: Run, tmp_path: Path) -> None:
     plot = tmp_path / "p.png"
     sizes = ["--clients", "2", "--turns", "2", "--system-tokens", "50", "--answer-tokens", "4"]
     done = run("lab", "load", *sizes, "--threads", "1", "--plot", str(plot))
@@ -36,8 +38,8 @@ def test_the_last_line_is_json_and_a_plot_is_written(run, tmp_path: Path) -> Non
         (["x", "-w", "trace"], 2, "--trace FILE"),
     ],
 )
-def test_what_has_no_meaning_is_one_line(run, arguments: list[str], code: int, reason: str) -> None:  # type: ignore[no-untyped-def]
-    done = run("lab", "load", *arguments)
+def test_what_has_no_meaning_is_one_line(run_here: Run, arguments: list[str], code: int, reason: str) -> None:
+    done = run_here("lab", "load", *arguments)
     assert done.returncode == code
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
 

@@ -59,7 +59,7 @@ def test_a_server_says_what_computes(environment: dict[str, str]) -> None:
         (("--engine", "torc"), "setting engine"),
     ],
 )
-def test_refusals_are_one_line(run: Run, arguments: tuple[str, ...], reason: str) -> None:
-    done = run("generate", *arguments, "x")
+def test_refusals_are_one_line(run_here: Run, arguments: tuple[str, ...], reason: str) -> None:
+    done = run_here("generate", *arguments, "x")
     assert done.returncode != 0 and done.stdout == ""
     assert reason in done.stderr and len(done.stderr.splitlines()) == 1
