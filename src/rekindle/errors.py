@@ -6,8 +6,11 @@ is the HTTP status that the refusal has at the edge, `code` its stable name ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
 
 
 class RekindleError(Exception):
@@ -114,6 +117,19 @@ class UnknownSequence(EngineError):
 
 class ForeignPayload(EngineError):
     """A payload was not made by this engine with this model and these settings, or is torn."""
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False, param: str = ""
+) -> None:
+    """Raises InvalidRequest unless the value is a number from `low` to `high`; True and False are none, nor is NaN."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        least, most = ("" if math.isinf(limit) else f"{limit:,}" for limit in (low, high))
+        limits = f" between {least} and {most}" if least and most else f" of at least {least}" if least else ""
+        got = str(value)[:40] if isinstance(value, Real) else repr(value)[:40]
+        raise InvalidRequest(f"{name} must be {what}{limits}, got {got}", param=param or name)
 
 
 def counted(number: int, what: str) -> str:

@@ -26,13 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import get_args
 
 import numpy as np
 
 from rekindle.engine.protocol import KV, Range
-from rekindle.errors import InvalidRequest, counted, similar
+from rekindle.errors import InvalidRequest, check_number, counted, similar
 from rekindle.reuse.blend_rows import fit_rows
 from rekindle.reuse.blend_select import LOOKING, REMEMBERED, Choice, Floats, Select, Span, choose
 from rekindle.reuse.plan import ChunkPlan, Compute, Looked, Place, Plan, Step
@@ -58,13 +57,9 @@ class Blend:
         check_select(self.select, SELECTS)
         if self.judge not in ("K", "V"):
             raise InvalidRequest(f"blend.judge must be K or V, got {self.judge!r}", param="blend.judge")
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 1):
-            raise InvalidRequest(
-                f"blend.layer must be a layer from 1 on, got {self.layer!r}; before it nothing can differ yet",
-                param="blend.layer",
-            )
-        if not isinstance(self.ratio, Real) or not 0 <= self.ratio <= 1:  # also false for NaN
-            raise InvalidRequest(f"blend.ratio must be between 0 and 1, got {self.ratio!r}", param="blend.ratio")
+        if self.layer is not None:
+            check_number("blend.layer", self.layer, 1, whole=True)  # before that one nothing can differ yet
+        check_number("blend.ratio", self.ratio, 0, 1)
 
     @property
     def looks(self) -> bool:

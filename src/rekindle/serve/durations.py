@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 
 from rekindle.errors import InvalidRequest
 
@@ -16,12 +17,17 @@ _WRITTEN = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smhdw]?)")
 def seconds_of(value: str | float, *, param: str = "ttl") -> float:
     """The seconds of a span; more than 0. Raises InvalidRequest."""
     try:
-        seconds = _read(value) if isinstance(value, str) else float(value)
+        seconds = _read(value) if isinstance(value, str) else _number(value)
     except OverflowError:  # a whole number of hundreds of digits
         seconds = math.inf
     if seconds is None or not math.isfinite(seconds) or seconds <= 0:
         raise InvalidRequest(f"{param}: expected {EXPECTED}; got {str(value)[:40]!r}", param=param)
     return seconds
+
+
+def _number(value: object) -> float | None:
+    """True is no number of seconds."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def _read(text: str) -> float | None:

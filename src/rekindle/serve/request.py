@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rekindle.errors import InvalidRequest, RekindleError
+from rekindle.errors import InvalidRequest, RekindleError, check_number
 from rekindle.kv.pins import Pin
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Plan
@@ -40,23 +40,22 @@ class Sampling:
     top_logprobs: int | None = None  # None: no logprobs; k: the sampled token's and those of the k most probable
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("top_k", self.top_k, 0, 1 << 31)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_number("temperature", self.temperature, 0, 100)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("top_k", self.top_k, 0, 1 << 31, whole=True)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 64) - 1)
-        for token, bias in self.logit_bias.items():
-            _check(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            check_number("seed", self.seed, 0, (1 << 64) - 1, whole=True)
         if self.top_logprobs is not None:
-            _check("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also false for NaN
-        raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name.partition("[")[0])
+            check_number("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS, whole=True)
+        if not isinstance(self.logit_bias, Mapping):
+            got = type(self.logit_bias).__name__
+            raise InvalidRequest(f"logit_bias must be a mapping of token ids to numbers, got {got}", param="logit_bias")
+        for token, bias in self.logit_bias.items():
+            check_number("a token id of logit_bias", token, 0, whole=True, param="logit_bias")
+            check_number(f"logit_bias[{token}]", bias, -100, 100, param="logit_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +127,13 @@ class Generation:
     def __post_init__(self) -> None:
         if len(self.prompt) == 0:
             raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
-        if any(not text for text in self.stop):
-            raise InvalidRequest("a stop string must not be empty", param="stop")
+        if self.max_tokens is not None:
+            check_number("max_tokens", self.max_tokens, 1, whole=True)
+        check_number("priority", self.priority, whole=True)
+        if self.pin_seconds is not None:
+            check_number("pin_seconds", self.pin_seconds, 0)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InvalidRequest("a stop string must not be empty, nor anything but text", param="stop")
         if self.blend is not None and (not self.answers or self.pin_seconds is not None):
             raise InvalidRequest(
                 "what is blended is not kept, so it can't be pinned or warmed, nor fed; pin or warm its chunks instead",

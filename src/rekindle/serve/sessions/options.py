@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, check_number
 from rekindle.serve.request import Sampling
 
 WindowPolicy = Literal["slide", "rebuild", "refuse"]
@@ -26,11 +26,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.policy is not None and self.policy not in POLICIES:
             raise InvalidRequest(f"policy: expected slide, rebuild or refuse, got {self.policy!r}", param="policy")
-        if self.retention is not None and not 0 < self.retention <= MAX_RETENTION:
-            raise InvalidRequest(
-                f"retention: expected more than 0 and at most {MAX_RETENTION}, got {self.retention}", param="retention"
-            )
+        if self.retention is not None:
+            check_number("retention", self.retention, 0, MAX_RETENTION)
+            if not self.retention:
+                raise InvalidRequest("retention must be more than 0, got 0", param="retention")
         for name in ("window", "answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequest(f"{name}: expected at least 1, got {value}", param=name)
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, whole=True)
