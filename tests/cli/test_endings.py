@@ -267,7 +267,8 @@ def test_a_worker_that_fails_ends_the_server_after_all_were_answered(environment
 
 def test_a_failure_after_which_nothing_can_be_closed_ends_the_server_too(environment: dict[str, str]) -> None:
     hang = "from rekindle.kv.store import Store; Store.close = lambda self, seconds: threading.Event().wait()"
-    fault = f"{hang}; raise ZeroDivisionError"
+    soon = "from rekindle.cli import serve; serve.CLOSE_SECONDS = 0.5"
+    fault = f"{hang}; {soon}; raise ZeroDivisionError"
     with stepped(environment, "--store-flush-seconds", "0", fault=fault) as server:
         server.let(1)
         assert httpx.post(server.url + CHAT, json=SHORT, timeout=60).status_code == 500

@@ -28,10 +28,10 @@ class Bench:
         self.now = 0.0
         self.store = self.fresh()
 
-    def fresh(self, *, writing: bool = True) -> Store:
+    def fresh(self, *, writing: bool = True, max_bytes: int = 1 << 20) -> Store:
         self.store = Store(
             b"f" * 16,
-            max_bytes=1 << 20,
+            max_bytes=max_bytes,
             block_tokens=SIZE,
             tiers=self.tiers,
             max_behind_bytes=self.max_behind_bytes,
@@ -304,7 +304,6 @@ def test_a_chain_longer_than_memory_is_useful_from_its_head(bench: Bench) -> Non
     prompt = as_tokens(range(400))
     bench.put(prompt)
     assert bench.store.close()
-    bench.store = Store(b"f" * 16, max_bytes=5000, block_tokens=SIZE, tiers=bench.tiers)
-    bench.store.fetch(prompt)
+    bench.fresh(max_bytes=5000).fetch(prompt)
     assert 20 <= bench.store.match(prompt).length < 400
     bench.store.check_integrity()
