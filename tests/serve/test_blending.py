@@ -26,7 +26,7 @@ from tests.serve.blending import (
 from tests.serve.conftest import Answer, Stage, ids
 
 from rekindle.engine.protocol import Payload
-from rekindle.errors import BadRange, InvalidRequest
+from rekindle.errors import BadRange, ContextFull, InvalidRequest
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt, join
@@ -247,10 +247,47 @@ def test_torn_blocks_of_a_chunk_are_computed_and_found_by_nobody_again() -> None
     answer = stage.ask(prompt, blend=Blend("none", 0))
     assert list(answer.done.tokens) == fresh(prompt)
     assert stage.store.match(own.tokens).length == 0
-    for seed, placed in ((81, 0), (82, 100)):
-        answer = stage.ask(prompt_of([ids(seed, 30), A]), 1, blend=Blend("none", 0))
-        assert chunks_of(answer)[1:] == [(placed, 0)]
-        study(stage)
+    study(stage)
+    answer = stage.ask(prompt_of([ids(81, 30), A, B]), 1, blend=Blend("none", 0))
+    assert chunks_of(answer)[1:] == [(100, 0), (64, 0)], (
+        "both were learned of anew, from the request that failed with them"
+    )
+
+
+@pytest.mark.parametrize("select", ["none", "auto"])
+@pytest.mark.parametrize("torn", [0, 2])
+def test_a_chunk_that_is_refused_when_its_turn_comes_is_forgotten_and_learned_anew(select: str, torn: int) -> None:
+    """Admission has put the exact beginning back by then, and does not look at what is placed later."""
+    stage = learned(A, B)
+    stage.engine.turns_all_cells = False
+    own, other = stage.blending.own_prompts(prompt_of([A, B]))
+    block = stage.store.match(own.tokens).blocks[torn]
+    object.__setattr__(block, "payload", block.payload.cast("Q"))  # as many bytes, but not as the engine wants them
+    prompt, blend = prompt_of([D, A, B]), Blend(select, 0)  # type: ignore[arg-type]
+    answer = stage.ask(prompt, blend=blend)
+    assert answer.done.plan.blended == 164 and answer.done.usage.blended_tokens == 16 * torn - bool(torn)
+    assert stage.store.match(own.tokens).length == 16 * torn, "what comes before it is good"
+    assert stage.store.match(other.tokens).length == len(other)
+    study(stage)
+    answer = stage.ask(prompt_of([ids(81, 30), A, B]), 1, blend=blend)
+    assert chunks_of(answer)[1:] == [(100, 0), (64, 0)]
+    stage.scheduler.check_integrity()
+
+
+def test_a_chunk_that_finds_no_room_when_its_turn_comes_stays_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = learned(A)
+    own = stage.blending.own_prompts(prompt_of([A]))[0]
+    answer = stage.submit(prompt_of([D, A]), 1, blend=Blend("none", 0))
+    stage.run(until=lambda: bool(answer.run.parts))
+
+    def fail(*_: object, **__: object) -> None:
+        raise ContextFull("full on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "place", fail)
+        stage.run()
+    assert answer.done.usage.blended_tokens == 0
+    assert stage.store.match(own.tokens).length == len(own)
 
 
 def test_chunks_come_from_slower_tiers_before_the_request_starts() -> None:

@@ -202,6 +202,29 @@ def test_a_look_that_fails_is_read_exactly(select: str, error: EngineError, monk
     done = stage.ask(prompt, blend=Blend(select, 0.1)).done  # type: ignore[arg-type]
     assert done.plan.looked is None and not done.plan.blended
     assert list(done.tokens) == fresh(prompt)
+    is_refused = select == "deviation" and not isinstance(error, ContextFull)
+    assert stored(stage, A) == (0 if is_refused else 101), "what the engine refuses is forgotten"
+    assert stored(stage, B) == 65
+
+
+def stored(stage: Stage, chunk: list[int]) -> int:
+    """Tokens that the store's memory has of a chunk on its own, the head included."""
+    return stage.store.match(as_tokens([*HEAD, *chunk])).length
+
+
+def test_what_is_refused_in_a_look_is_learned_anew() -> None:
+    stage = looking_stage(A, B)
+    block = stage.store.match(as_tokens([*HEAD, *A])).blocks[2]
+    object.__setattr__(block, "payload", block.payload.cast("Q"))  # as many bytes, but not as the engine wants them
+    prompt = prompt_of([D, A, B])
+    stage.engine.turns_all_cells = False
+    done = stage.ask(prompt, blend=Blend("query", 0.1)).done
+    assert not done.plan.blended and list(done.tokens) == fresh(prompt)
+    assert stored(stage, A) == 32
+    while stage.scheduler.use_idle_time():
+        stage.run()
+    assert stored(stage, A) == 101
+    assert stage.ask(prompt_of([C, A, B]), 1, blend=Blend("query", 0.1)).done.plan.blended > 100
 
 
 class Diary(Observer):

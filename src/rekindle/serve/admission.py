@@ -135,8 +135,8 @@ class Admission:
             restored = self._restore(run, plan, match, found, victims)
         except EngineError as error:
             run.context.run(_log.warning, "stored KV cannot be used and is computed again: %s", error)
-            plan, logits = make_plan(run.generation.prompt, [], Stored()), None
-            exact = plan
+            exact, logits = make_plan(run.generation.prompt, [], Stored()), None
+            plan = self._blending.nothing_placed(run, exact)
             restored = self._restore(run, plan, Match((), 0, None), Found(), victims)
         if not restored:
             return Outcome.NO_ROOM

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rekindle.engine.protocol import Engine, Payload
-from rekindle.errors import EngineError, InvalidRequest, counted
+from rekindle.errors import ContextFull, EngineError, InvalidRequest, counted
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
 from rekindle.kv.speed import Speed
@@ -147,6 +147,10 @@ class Blending:
             return look_plan(prompt, exact, found.known)
         return make_blend_plan(prompt, exact, found.known, blend, slow_from=self._slow_from)
 
+    def nothing_placed(self, run: Run, exact: Plan) -> Plan:
+        """The exact plan, that tells of each chunk that it is computed: so there is something to learn from the run."""
+        return self.plan(run, exact, Found([None] * len(run.generation.prompt.chunks)))
+
     def begin_look(self, run: Run, engine: Engine, exact: Plan, plan: Plan, found: Found) -> None:
         """Have a run look first, if it has to: its parts are all that could be placed."""
         blend, prompt = run.generation.blend, run.generation.prompt
@@ -156,7 +160,7 @@ class Blending:
 
     def look_on(self, run: Run, count: int, cells: int) -> bool:
         """One slice of a look, see `Looking.go_on`; True if that was the last, and the run has its plan. One that fails
-        is read exactly. Raises EngineError if even its sequence can't be cut.
+        is read exactly, and what the engine refused is forgotten. Raises EngineError if even its sequence can't be cut.
         """
         looking = run.looking
         assert looking is not None and run.seq is not None
@@ -164,8 +168,12 @@ class Blending:
             looking.go_on(run.seq, count, cells)
         except EngineError as error:
             run.context.run(_log.warning, "what to compute of chunks cannot be seen, and all is: %s", error)
+            if looking.trying is not None:
+                forget(self._store, run, looking.trying, error)
             looking.give_up(run.seq)
+            assert run.plan is not None
             run.looking = None
+            run.start(self.nothing_placed(run, run.plan))
             return True
         if looking.done:
             plan, run.parts = looking.chosen(self._slow_from)
@@ -231,12 +239,13 @@ def _parts(fingerprint: bytes, plan: Plan, found: Found) -> Iterator[Part]:
     for step in plan.steps:
         if isinstance(step, Place) and step.chunk is not None and step.source is not None:
             by, source_stop = step.start - step.source, step.source + step.stop - step.start
-            for block in found.blocks[step.chunk]:
+            for index, block in enumerate(found.blocks[step.chunk]):
                 start = max(0, step.source - block.position)
                 stop = min(len(block.tokens), source_stop - block.position)
                 if start < stop:
                     payload = payload_of(block, fingerprint)
-                    yield Part(step.chunk, payload, start, stop, block.position + start + by)
+                    position = block.position + start + by
+                    yield Part(step.chunk, payload, start, stop, position, found.matches[step.chunk], index)
 
 
 def _headless(engine: Engine, found: Found, part: Part) -> Payload:
@@ -274,6 +283,7 @@ def place_due(state: State) -> None:
                 _place(state.engine, run)
             except EngineError as error:
                 run.context.run(_log.warning, "a chunk's KV cannot be placed and is computed instead: %s", error)
+                forget(state.store, run, run.parts[0], error)
                 _give_up(run, len(run.parts))
         if run.due and not num_decoding:
             _give_up(run, 1)
@@ -286,6 +296,13 @@ def _place(engine: Engine, run: Run) -> None:
     engine.place(run.seq, part.payload, run.read, start=part.start, stop=part.stop)
     run.parts.popleft()
     run.read += len(part)
+
+
+def forget(store: Store, run: Run, part: Part, error: EngineError) -> None:
+    """Nobody is to find again what the engine has refused; what it had no room for is good."""
+    if not isinstance(error, ContextFull):
+        store.discard(part.match, part.index)
+        run.refused.add(part.chunk)
 
 
 def _give_up(run: Run, count: int) -> None:

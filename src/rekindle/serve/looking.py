@@ -50,6 +50,7 @@ class Looking(ABC):
         self._exact, self._known, self._parts = exact, known, tuple(parts)
         self._num_layers = engine.spec.num_layers
         self._num_tokens = 0  # computed to look, restarts included
+        self.trying: Part | None = None  # what the engine is just being given, or has refused
         self.restart()
 
     def restart(self) -> None:
@@ -152,11 +153,12 @@ class Deviation(Looking):
         self._num_tokens += stop - self.position
         self.position = stop
         while self._left and self._left[0].position + len(self._left[0]) <= stop:
-            part = self._left.popleft()
+            part = self.trying = self._left.popleft()
             mended, scores = self._engine.refreshed(
                 seq, part.payload, part.position, self._layers, self._blend.judge, start=part.start, stop=part.stop
             )
             self._scores[part.position : part.position + len(part)] = scores
+            self.trying = None
             self._seen.append(replace(part, payload=mended, start=0, stop=len(part)))
 
 
@@ -195,7 +197,9 @@ class Query(Looking):
             part = self._left[0]
             if self._engine.num_free_cells - free < len(part.payload):
                 return
+            self.trying = part
             self._engine.place(seq, part.payload, self.position, start=part.start, stop=part.stop)
+            self.trying = None
             self.position += len(part)
             self._seen.append(self._left.popleft())
         count = min(count, self._engine.num_free_cells - free)

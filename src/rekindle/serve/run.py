@@ -19,7 +19,7 @@ import numpy as np
 
 from rekindle.engine.protocol import Payload, SequenceId
 from rekindle.kv.block import Block
-from rekindle.kv.store import Fetched
+from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Plan
 from rekindle.serve.grammar import Grammar
 from rekindle.serve.request import Done, Event, FinishReason, Generation, Piece, Sink, Timings, TokenInfo, Usage
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 Bytes = Callable[[int], bytes]
+_NOT_STORED = Match((), 0, None)
 
 
 @dataclass
@@ -67,6 +68,8 @@ class Part:
     start: int
     stop: int
     position: int  # of its first token in the prompt
+    match: Match = _NOT_STORED  # what was found of the chunk, if it is from the store
+    index: int = 0  # of the payload's block in it
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -95,6 +98,7 @@ class Run:
     plan: Plan | None = None
     read: int = 0  # prompt tokens in the engine
     parts: deque[Part] = field(default_factory=deque)  # of chunks, still to be placed
+    refused: set[int] = field(default_factory=set)  # chunks that were to be placed, and that the engine did not take
     looking: Looking | None = None  # before its plan is made, at what to compute of its chunks
     pending: int | None = None  # sampled, its KV not computed yet
     generated: list[int] = field(default_factory=list)

@@ -85,9 +85,10 @@ class Studies:
         for told, own in zip(run.plan.chunks, self._blending.own_prompts(prompt), strict=False):
             length, key = told.stop - told.start, self._blending.key(own)
             is_fit = max(1, self._state.min_tokens) <= length and len(own) < self._max_length
-            if not is_fit or key in queued or (told.placed and not remembers):
+            placed = told.placed and told.index not in run.refused
+            if not is_fit or key in queued or (placed and not remembers):
                 continue
-            if self._blending.scores.get(key) is None or (not told.placed and self._stored(own) is None):
+            if self._blending.scores.get(key) is None or (not placed and self._stored(own) is None):
                 queued.add(key)
                 yield Meeting(key, own, told.start, None, 0 if told.placed else length)
 
