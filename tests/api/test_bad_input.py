@@ -176,9 +176,11 @@ def test_a_misspelt_name_is_a_mistake_in_what_is_ours_alone(http: httpx.Client, 
     asked = {"messages": [{"role": "user", "content": "Hello"}], "input": "Hello", "max_tokens": 2}
     asked |= {} if path.startswith(RESPONSES) else {"prompt": "Hello"}
     assert http.post(path, json=asked | {"temprature": 1}).status_code == 200
-    for ours, hint in (({"plann": True}, "'plan'"), ({"blend": {"ratoi": 0.1}}, "'ratio'")):
+    for ours, param, hint in (({"plann": True}, "plann", "plan"), ({"blend": {"ratoi": 0.1}}, "blend.ratoi", "ratio")):
         answer = http.post(path, json=asked | {"rekindle": ours})
-        assert answer.status_code == 400 and f"did you mean {hint}?" in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["message"].endswith(f"unknown; did you mean '{hint}'?")
+        assert (error["param"], error["code"]) == (f"rekindle.{param}", "unknown_field")
 
 
 def test_refusals_never_repeat_the_prompt(http: httpx.Client) -> None:

@@ -264,10 +264,16 @@ BAD: list[tuple[str, str, dict[str, Any], str, str | None]] = [
     ("no prompts", "/cache/warm", {"prompts": []}, "at least one element", "prompts"),
     ("too many prompts", "/cache/warm", {"prompts": ["a"] * 1025}, "1024", "prompts"),
     ("a prompt of numbers", "/cache/warm", {"prompts": [1.5]}, 'text, token ids or {"messages": […]}', "prompts[0]"),
-    ("an odd prompt", "/cache/warm", {"prompts": [{"massages": []}]}, "did you mean 'messages'?", "massages"),
+    (
+        "an odd prompt",
+        "/cache/warm",
+        {"prompts": [{"massages": []}]},
+        "did you mean 'messages'?",
+        "prompts[0].massages",
+    ),
     ("a warm prompt too long", "/cache/warm", {"prompts": ["a " * 5000]}, "the context holds 1024", "prompt"),
     ("an unknown scope", "/cache/clear", {"scope": "mine"}, "'model' or 'all'", "scope"),
-    ("an unknown wish", "/generate", {"prompt": "a", "rekindle": {"pni": 1}}, "did you mean 'pin'?", "pni"),
+    ("an unknown wish", "/generate", {"prompt": "a", "rekindle": {"pni": 1}}, "did you mean 'pin'?", "rekindle.pni"),
     ("a pin of nonsense", "/generate", {"prompt": "a", "rekindle": {"pin": "soon"}}, "a time such as", "rekindle.pin"),
     (
         "a pin of what is not kept",

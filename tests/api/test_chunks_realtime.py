@@ -181,7 +181,7 @@ def test_a_server_may_blend_whatever_is_marked() -> None:
     [
         ({"rekindle": {"blend": {"select": "frist"}}}, "rekindle.blend.select", "did you mean 'first'"),
         ({"rekindle": {"blend": {"ratio": 2}}}, "response.rekindle.blend.ratio", "at most 1"),
-        ({"rekindle": {"blnd": True}}, "blnd", "did you mean 'blend'"),
+        ({"rekindle": {"blnd": True}}, "response.rekindle.blnd", "did you mean 'blend'"),
         ({"rekindle": {"pin": "1m"}}, "response.rekindle.pin", "rekindle.session.pin"),
         ({"documents": [{"text": "x"}]}, "response.documents", '"cache": "chunk"'),
     ],

@@ -354,7 +354,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "expected 'chunk'",
     ),
     "documents that are none": ({"input": "x", "documents": [{"title": "x"}]}, "documents[0].text", "required"),
-    "a misspelt ratio": ({"input": "x", "rekindle": {"blend": {"ration": 1}}}, "ration", "did you mean 'ratio'"),
+    "a misspelt ratio": (
+        {"input": "x", "rekindle": {"blend": {"ration": 1}}},
+        "rekindle.blend.ration",
+        "did you mean 'ratio'",
+    ),
     "blending what is pinned": (
         {
             "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "cache": "chunk"}]}],
@@ -373,7 +377,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "long labels": ({"input": "x", "metadata": {"a": "b" * 600}}, "metadata", "512 characters"),
     "too long": ({"input": "word " * 3000}, "prompt", "context"),
     "another model": ({"input": "x", "model": "gpt"}, "model", "there is no model"),
-    "unknown option": ({"input": "x", "rekindle": {"plans": True}}, "plans", "did you mean"),
+    "unknown option": ({"input": "x", "rekindle": {"plans": True}}, "rekindle.plans", "did you mean"),
 }
 
 

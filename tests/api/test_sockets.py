@@ -158,6 +158,24 @@ def test_what_makes_no_sense_is_answered_with_an_error(clients: Any, sent: Any, 
     assert client.ask()[-1]["turn"] == 1
 
 
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ({"type": "partial"}, "data", "missing_field"),
+        ({"type": "message", "data": 5}, "data", "invalid_type"),
+        ({"type": "message", "data": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"data": "a"}, "type", "missing_field"),
+    ],
+)
+def test_mistakes_have_the_codes_that_they_have_over_http(
+    clients: Any, message: dict[str, Any], param: str, code: str
+) -> None:
+    client = clients("/ws?session=codes")
+    client.send(message)
+    (error,) = client.until("error")
+    assert (error["error"]["param"], error["error"]["code"]) == (param, code)
+
+
 def test_a_socket_that_is_asked_for_as_a_page_says_what_it_is(http: httpx.Client) -> None:
     for path in ("/ws", "/ws/input", "/v1/realtime"):
         answer = http.get(path)

@@ -15,7 +15,8 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from rekindle.api.load import Load
-from rekindle.errors import InvalidRequest, Stopping, nearest
+from rekindle.api.refusals import InvalidInput
+from rekindle.errors import Stopping, nearest
 
 MAX_MESSAGE_CHARACTERS = 1 << 18
 SEND_SECONDS = 30.0  # for one message to go out
@@ -38,13 +39,13 @@ async def accept(socket: WebSocket, protocol: str) -> None:
 def parse(text: str | None) -> Message:
     """A message from its text, None if it is binary. Raises InvalidRequest."""
     if text is None:
-        raise InvalidRequest("expected a text message, got a binary one")
+        raise InvalidInput("expected a text message, got a binary one", code="invalid_json")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidRequest("expected a message in JSON, got something else") from None
+        raise InvalidInput("expected a message in JSON, got something else", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise InvalidRequest("expected a JSON object with a type, got another value", param="type")
+        raise InvalidInput("expected a JSON object with a type, got another value", param="type", code="invalid_type")
     return value
 
 
@@ -56,7 +57,8 @@ def type_of(message: Message, known: Collection[str]) -> str:
     got = (
         f"type {given[:_SHOWN]!r}{nearest(given, known)}" if isinstance(given, str) else f"no type{nearest('', known)}"
     )
-    raise InvalidRequest(f"expected a message of a known type, got {got}", param="type")
+    code = "missing_field" if given is None else "invalid_value"
+    raise InvalidInput(f"expected a message of a known type, got {got}", param="type", code=code)
 
 
 class Connection:
@@ -133,7 +135,8 @@ class Connection:
     def check(self, text: str | None) -> Message:
         """A message of limited length, unless the server drains. Raises InvalidRequest, Stopping."""
         if text is not None and len(text) > MAX_MESSAGE_CHARACTERS:
-            raise InvalidRequest(f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}")
+            told = f"expected at most {MAX_MESSAGE_CHARACTERS} characters, got {len(text)}"
+            raise InvalidInput(told, code="body_too_large")
         self._load.check_open()
         return parse(text)
 

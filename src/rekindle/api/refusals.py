@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _WORD = re.compile(r"[\w.-]{1,24}")  # a choice that is misspelt, and nobody's text
 _INTERNAL = "the server failed to answer; its log says why"
+UNKNOWN_FIELD, NAME = (
+    "unknown_field",
+    "name",
+)  # a kind of mistake in a body, and what has the field's name in its context
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _JSON_TYPES = {
     dict: "an object",
@@ -64,6 +68,14 @@ _EXPECTED = {  # pydantic's kinds of wrong types, in JSON's words
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
 }
+
+
+class InvalidInput(InvalidRequest):
+    """What came is not what was expected; its code says in which way, the same over HTTP and on sockets."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str) -> None:
+        super().__init__(message, param=param)
+        self.code = code
 
 
 class Json(Response):
@@ -169,19 +181,25 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
     if not location and isinstance(first["input"], bytes):
         given = request.headers.get("content-type", "none")
         return respond(415, f"expected the content type application/json, got {given}", code="wrong_content_type")
-    status = 400 if request.url.path.startswith("/v1/") else 422
-    if not location:
+    status = 400 if request.url.path.startswith("/v1/") or first["type"] == UNKNOWN_FIELD else 422
+    if not location and first["type"] != UNKNOWN_FIELD:
         given = "nothing" if first["type"] == "missing" else _json_type(first["input"])
         return respond(status, f"expected a JSON object as body, got {given}", code="invalid_type")
-    param = _dotted(location)
-    return respond(status, f"{param}: {_reason(first)}", param=param, code=_code(first["type"]))
+    wrong = _invalid(first, location)
+    return respond(status, str(wrong), param=wrong.param, code=wrong.code)
 
 
-def invalid_message(error: ValidationError, *, skip: int = 0) -> InvalidRequest:
+def invalid_message(error: ValidationError, *, skip: int = 0) -> InvalidInput:
     """What is wrong with a socket's message; the first `skip` parts of the place name no field."""
     first = error.errors(include_url=False)[0]
-    param = _dotted(first["loc"][skip:])
-    return InvalidRequest(f"{param}: {_reason(first)}", param=param)
+    return _invalid(first, first["loc"][skip:])
+
+
+def _invalid(error: Mapping[str, Any], location: Sequence[str | int]) -> InvalidInput:
+    """What is wrong with a field, on whatever way it came."""
+    kind = error["type"]
+    param = _dotted([*location, error["ctx"][NAME]] if kind == UNKNOWN_FIELD else location)
+    return InvalidInput(f"{param}: {_reason(error)}", param=param, code=_code(kind))
 
 
 def _reason(error: Mapping[str, Any]) -> str:
@@ -211,6 +229,8 @@ def _got(error: Mapping[str, Any]) -> str:
 def _code(kind: str) -> str:
     if kind == "missing":
         return "missing_field"
+    if kind == UNKNOWN_FIELD:
+        return UNKNOWN_FIELD
     return "invalid_type" if kind.endswith("_type") or kind == "int_from_float" else "invalid_value"
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from rekindle.api.refusals import NAME, UNKNOWN_FIELD
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.reuse.blend import SELECTS
 from rekindle.serve.durations import EXPECTED, seconds_of
@@ -51,8 +52,9 @@ def expect(what: str) -> WrapValidator:
             return handler(value)
         except ValidationError as error:
             for each in error.errors(include_url=False, include_input=False):
-                if each["type"] == NOT_TEXT:
-                    raise PydanticCustomError(NOT_TEXT, "{reason}", {"reason": each["msg"]}) from None
+                if each["type"] in (NOT_TEXT, UNKNOWN_FIELD):
+                    told = each.get("ctx", {}) | {"reason": each["msg"]}
+                    raise PydanticCustomError(each["type"], "{reason}", told) from None
             raise PydanticCustomError("invalid_value", "expected {what}", {"what": what}) from None
 
     return WrapValidator(check)
@@ -152,7 +154,8 @@ class Ours(Wire):
     def _has_no_unknown(cls, value: Any) -> Any:
         for name in value if isinstance(value, dict) else ():
             if name not in cls.model_fields:
-                raise InvalidRequest(f"unknown field {name[:40]!r}{nearest(name, cls.model_fields)}", param=name[:40])
+                told = {NAME: name[:40], "hint": nearest(name, cls.model_fields)}
+                raise PydanticCustomError(UNKNOWN_FIELD, "this field is unknown{hint}", told)
         return value
 
 
