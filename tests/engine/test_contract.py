@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.engine.conftest import Bench
 
-from rekindle.engine.protocol import Payload, SequenceId, Work
+from rekindle.engine.protocol import Payload, Placed, SequenceId, Work
 from rekindle.errors import BadRange, ContextFull, EngineError, ForeignPayload, UnknownSequence
 from rekindle.tokens import as_tokens
 
@@ -490,6 +491,71 @@ def test_a_refusal_changes_nothing(
     assert (bench.engine.tokens(seq) == tokens).all()
     assert bench.engine.num_free_cells == free
     bench.engine.check_integrity()
+    assert bench.close(next_logits(bench, seq), before)
+
+
+def pieces_between(bench: Bench, seq: SequenceId) -> tuple[Placed, ...]:
+    """For a sequence of 60 tokens: two that are neighbours and moved alike, one whose neighbour is moved by less, all from
+    a text on its own.
+    """
+    alone = bench.read(bench.random(25, 70))
+    one, other = bench.engine.export(alone, 0, 40), bench.engine.export(alone, 40, 70)
+    bench.engine.close(alone)
+    return Placed(one, 5, 40, 65), Placed(other, 0, 20, 100), Placed(other, 4, 30, 120), Placed(one, 1, 12, 163)
+
+
+def test_kv_placed_between_tokens_is_as_placed_in_turn(bench: Bench) -> None:
+    engine, tokens, asked = bench.engine, bench.random(21, 60), bench.random(24, 40)
+    seq, turn = bench.read(tokens), bench.read(tokens)
+    pieces = pieces_between(bench, seq)
+    work = Work(seq, asked, placed=pieces)
+    if not engine.places_between:
+        with pytest.raises(EngineError, match="at a sequence's end only"):
+            engine.forward([work])
+        assert (engine.tokens(seq) == tokens).all()
+        return
+    calls, computed, free = engine.num_calls, engine.num_computed, engine.num_free_cells
+    logits = engine.forward([Work(bench.read(bench.random(2, 30)), bench.random(3, 1), logits=False), work])
+    assert list(logits) == [seq]
+    assert (engine.num_calls - calls, engine.num_computed - computed) == (2, 31 + len(asked))
+    assert free - engine.num_free_cells == 31 + work.num_cells
+    after, done = logits[seq].copy(), 0
+    for piece in pieces:
+        if count := piece.position - engine.length(turn):
+            engine.forward([Work(turn, asked[done : done + count], logits=False)])
+        done += count
+        engine.place(turn, piece.payload, piece.position, start=piece.start, stop=piece.stop)
+    assert 0 < done < len(asked)
+    assert bench.close(engine.forward([Work(turn, asked[done:])])[turn], after)
+    assert (engine.tokens(turn) == engine.tokens(seq)).all()
+    assert bench.close(next_logits(bench, seq), next_logits(bench, turn))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda p: replace(p, position=59), id="before the end"),
+        pytest.param(lambda p: replace(p, position=74), id="no token behind it"),
+        pytest.param(lambda p: replace(p, start=9, stop=8), id="part backwards"),
+        pytest.param(lambda p: replace(p, stop=len(p.payload) + 1), id="part beyond"),
+        pytest.param(lambda p: replace(p, payload=replace(p.payload, fingerprint=b"x" * 16)), id="of another model"),
+        pytest.param(lambda p: replace(p, payload=replace(p.payload, data=p.payload.data[:-5])), id="cut short"),
+        pytest.param(lambda p: replace(p, payload=replace(p.payload, lacks=3)), id="lacking"),
+        pytest.param(lambda p: replace(p, payload=replace(p.payload, tokens=p.payload.tokens[:-1])), id="of fewer"),
+    ],
+)
+def test_a_refusal_to_place_between_changes_nothing(bench: Bench, spoil: Callable[[Placed], Placed]) -> None:
+    engine, tokens = bench.engine, bench.random(21, 60)
+    seq, other = bench.read(tokens), bench.read(tokens[:20])
+    before, free = next_logits(bench, seq), engine.num_free_cells
+    piece = spoil(pieces_between(bench, seq)[0])
+    with pytest.raises(EngineError):
+        engine.forward([Work(other, tokens[20:25]), Work(seq, bench.random(24, 14), placed=(piece,))])
+    with pytest.raises(EngineError):  # and one that does not fit in
+        piece = pieces_between(bench, seq)[0]
+        engine.forward([Work(seq, bench.random(24, free - 30), placed=(piece,))])
+    assert (engine.tokens(seq) == tokens).all() and engine.length(other) == 20
+    assert engine.num_free_cells == free
     assert bench.close(next_logits(bench, seq), before)
 
 

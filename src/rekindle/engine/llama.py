@@ -91,7 +91,7 @@ class LlamaEngine(BookKeeping):
     # The seven verbs.
 
     def forward(self, work: Sequence[Work]) -> Logits:
-        check_work(self._table, work, self.spec.vocab_size)
+        check_work(self._table, work, self.spec)
         spans = [Span(item.seq, self.length(item.seq), item.tokens, item.logits) for item in work]
         try:
             logits = self._compute(spans)

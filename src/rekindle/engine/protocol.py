@@ -28,15 +28,6 @@ Logits = dict[SequenceId, npt.NDArray[np.float32]]  # [vocab_size] each, valid u
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """Tokens to append to one sequence."""
-
-    seq: SequenceId
-    tokens: Tokens  # [count], at least one
-    logits: bool = True  # whether the logits after the last of them are wanted
-
-
-@dataclass(frozen=True, eq=False)
 class Payload:
     """The KV of a token range, in the engine's own format."""
 
@@ -50,11 +41,45 @@ class Payload:
         return len(self.tokens)
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Tokens [start, stop) of a payload, for the places from `position` on."""
+
+    payload: Payload
+    start: int
+    stop: int
+    position: int  # of its first token in the sequence
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def by(self) -> int:
+        """How far it is moved."""
+        return self.position - self.payload.position - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Tokens to append to one sequence."""
+
+    seq: SequenceId
+    tokens: Tokens  # [count] to be computed, at least one
+    logits: bool = True  # whether the logits after the last of them are wanted
+    placed: tuple[Placed, ...] = ()  # stored KV between them, in order; a token follows. Only if `places_between`
+
+    @property
+    def num_cells(self) -> int:
+        """Cells that it takes."""
+        return len(self.tokens) + sum(map(len, self.placed))
+
+
 class Engine(Protocol):
     """Computes KV and logits. Errors are `EngineError`s: ContextFull, BadRange, UnknownSequence, ForeignPayload."""
 
     spec: ModelSpec
     turns_all_cells: bool  # turning keys goes over all cells, however few are meant: so better turn many by one `move`
+    places_between: bool  # whether a `Work` may have KV placed between its tokens
     reads_idle_cells: bool  # whether computing takes longer for cells in use that none of the sequences computed sees
 
     # The seven verbs.
@@ -62,9 +87,12 @@ class Engine(Protocol):
     def forward(self, work: Sequence[Work]) -> Logits:
         """Append tokens to one or more sequences, as one batch; at most one `Work` per sequence.
 
+        Where a work has stored KV `placed` between its tokens, those follow the sequence's end in the places that it leaves
+        free, and the outcome is that of `forward` and `place` in turn: a token sees all that stands before it.
+
         Returns logits for each sequence whose work asked for them; they may lie in the engine's own memory, so copy what
-        is to be kept beyond the next verb. Raises ContextFull, UnknownSequence, BadRange (no
-        tokens, or a sequence twice), EngineError for a token outside the vocabulary.
+        is to be kept beyond the next verb. Raises ContextFull, UnknownSequence, BadRange (no tokens, or a sequence twice),
+        EngineError for a token outside the vocabulary, and for `placed` what `place` does.
         """
 
     def fork(self, seq: SequenceId, length: int) -> SequenceId:

@@ -197,6 +197,7 @@ class BookKeeping:
 
     reads_idle_cells = False
     turns_all_cells = False
+    places_between = False
     num_computed: int
     num_probed = 0  # tokens of probes, once for each layer
     spec: ModelSpec

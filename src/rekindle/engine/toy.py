@@ -23,6 +23,7 @@ from rekindle.engine.verify import (
     check_probed,
     check_same,
     check_work,
+    joined,
 )
 from rekindle.errors import ForeignPayload
 from rekindle.model.spec import ModelSpec
@@ -42,6 +43,7 @@ class ToyEngine(BookKeeping):
     """See the module's docstring; the meaning of each method is in `Engine`."""
 
     turns_all_cells = True
+    places_between = True
 
     def __init__(self, spec: ModelSpec, num_cells: int, max_sequences: int = 64) -> None:
         self.spec = spec
@@ -52,13 +54,21 @@ class ToyEngine(BookKeeping):
         self.num_computed = 0
 
     def forward(self, work: Sequence[Work]) -> Logits:
-        check_work(self._table, work, self.spec.vocab_size)
+        check_work(self._table, work, self.spec, places_between=True)
+        for piece in (piece for item in work for piece in item.placed):
+            _check_size(piece.payload)
         self.num_calls += 1
         logits: Logits = {}
         for item in work:
             start = self._table.length(item.seq)
-            self._table.append(item.seq, item.tokens)
-            self._compute(item.seq, start, start + len(item.tokens))
+            tokens, ranges = joined(item, start)
+            cells = self._table.append(item.seq, tokens)
+            for piece in item.placed:
+                states = np.frombuffer(piece.payload.data, dtype=np.uint64)
+                first = piece.position - start
+                self._states[cells[first : first + len(piece)]] = states[piece.start : piece.stop]
+            for begin, end in ranges:
+                self._compute(item.seq, begin, end)
             if item.logits:
                 last = self._states[self._table.cells(item.seq)[-1]]
                 noise = _hash(self._vocabulary ^ last) >> np.uint64(40)  # 24 random bits
@@ -90,10 +100,7 @@ class ToyEngine(BookKeeping):
         until: int = 0,
     ) -> None:
         start, stop = check_payload(self._table, seq, payload, position, (start, stop), self.spec)
-        if len(payload.data) != 8 * len(payload):
-            raise ForeignPayload(
-                f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}"
-            )
+        _check_size(payload)
         states = np.frombuffer(payload.data, dtype=np.uint64)
         self._states[self._table.append(seq, payload.tokens[start:stop])] = states[start:stop]
 
@@ -119,7 +126,7 @@ class ToyEngine(BookKeeping):
     def probe(self, seq: SequenceId, tokens: Tokens, layer: int) -> None:
         """Its only state is taken for what all layers but the first keep."""
         check_layer(layer, self._looking())
-        check_work(self._table, [Work(seq, tokens)], self.spec.vocab_size)
+        check_work(self._table, [Work(seq, tokens)], self.spec)
         self.num_calls += 1
         start = self._table.length(seq)
         self._table.append(seq, tokens)
@@ -184,3 +191,9 @@ class ToyEngine(BookKeeping):
             token = np.array([row.tokens[index]], dtype=np.uint64) * _MIX[1]
             self._states[cells[index]] = _hash(token ^ seen ^ _MIX[2])[0]
         self.num_computed += stop - start
+
+
+def _check_size(payload: Payload) -> None:
+    """Raises ForeignPayload."""
+    if len(payload.data) != 8 * len(payload):
+        raise ForeignPayload(f"{8 * len(payload)} bytes expected for {len(payload)} tokens, got {len(payload.data)}")

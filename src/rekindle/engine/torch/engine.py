@@ -3,7 +3,7 @@
 All verbs but two are book-keeping and copies: `fork` shares cells by counting references, `export` and `place` copy between
 cells and bytes, `drop` and `place` turn keys. `forward` and `recompute` run the model on spans of tokens. To the model a
 recomputed range is a span like any other, whose sequence happens to end there: its cells are written anew layer by layer,
-and its queries see all that lies before. So ranges far apart are one call.
+and its queries see all that lies before. So ranges far apart are one call, as are tokens between which stored KV is placed.
 
 A span of tokens is the unit of exactness: a key is seen if its position is not after the query's, whatever the order in
 which cells were filled.
@@ -27,10 +27,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rekindle.engine.protocol import Logits, Payload, Range, SequenceId, Work
+from rekindle.engine.protocol import Logits, Payload, Placed, Range, SequenceId, Work
 from rekindle.engine.torch.attention import Batch, Span
 from rekindle.engine.torch.borrow import Borrowed
-from rekindle.engine.torch.cells import Cells, CellTable
+from rekindle.engine.torch.cells import Cells, CellTable, Keys
 from rekindle.engine.torch.groups import make_groups
 from rekindle.engine.torch.identity import identify, weights_digest
 from rekindle.engine.torch.insight import Insight
@@ -40,7 +40,7 @@ from rekindle.engine.torch.payload import PayloadLayout
 from rekindle.engine.torch.pool import Pool
 from rekindle.engine.torch.selfcheck import check_against_model
 from rekindle.engine.torch.survey import survey
-from rekindle.engine.verify import check_fingerprint, check_layer, check_moves, check_payload, check_work
+from rekindle.engine.verify import check_fingerprint, check_layer, check_moves, check_payload, check_work, joined
 from rekindle.errors import BadRange, ContextFull, ModelError
 from rekindle.model.spec import ModelSpec
 from rekindle.tokens import Tokens
@@ -51,6 +51,8 @@ MakeBatch = Callable[[Pool, dict[nn.Module, int], Sequence[Span]], Batch]
 
 class TorchEngine(Insight):
     """See the module's docstring; the meaning of each method is in `Engine`."""
+
+    places_between = True
 
     def __init__(
         self,
@@ -107,7 +109,9 @@ class TorchEngine(Insight):
     # The seven verbs.
 
     def forward(self, work: Sequence[Work]) -> Logits:
-        check_work(self._table, work, self.spec.vocab_size)
+        check_work(self._table, work, self.spec, places_between=True)
+        for piece in (piece for item in work for piece in item.placed):
+            self.layout.check(memoryview(piece.payload.data), len(piece.payload), 0)
         places = [self._placed(item) for item in work]
         if not work:
             return {}
@@ -262,28 +266,46 @@ class TorchEngine(Insight):
 
     def _checked(self, work: Work) -> tuple[Work, int]:
         """One sequence's tokens and where they go."""
-        check_work(self._table, [work], self.spec.vocab_size)
+        check_work(self._table, [work], self.spec)
         return self._placed(work)
 
     def _placed(self, work: Work) -> tuple[Work, int]:
         length = self.length(work.seq)
-        self._check_length(length + len(work.tokens))
+        self._check_length(length + work.num_cells)
         self._table.check_reach(work.seq, length)
         return work, length
 
     def _append(self, work: Sequence[tuple[Work, int]], *, blind: bool = False, batch: MakeBatch = Batch) -> list[Any]:
-        """Take cells for tokens that stand at the given positions and compute them. A failure takes them back."""
-        spans = []
-        for item, start in work:
-            self._table.append(item.seq, item.tokens)
-            keys = self._table.keys(item.seq, start if blind else 0)
-            spans.append(Span(item.tokens, start, keys, item.logits))
+        """Take cells for work at the given positions and do it. A failure takes them back."""
         try:
-            return self._compute(spans, batch)
+            return self._compute([span for item, start in work for span in self._spans(item, start, blind)], batch)
         except BaseException:
             for item, start in work:
                 self._table.truncate(item.seq, start)
             raise
+
+    def _spans(self, work: Work, start: int, blind: bool) -> Iterator[Span]:
+        """What is to be computed of a work; what is placed is."""
+        tokens, ranges = joined(work, start)
+        self._table.append(work.seq, tokens)
+        keys = self._table.keys(work.seq, start if blind else 0)
+        self._put(work.placed, keys)
+        for begin, end in ranges:
+            seen = keys if end == start + len(tokens) else tuple(each.between(each.first, end) for each in keys)
+            yield Span(tokens[begin - start : end - start], begin, seen, work.logits and end == start + len(tokens))
+
+    def _put(self, pieces: Sequence[Placed], keys: Sequence[Keys]) -> None:
+        """Stored KV to the cells of its places; neighbours that are moved alike are turned together."""
+        moved: list[tuple[int, int, int]] = []  # start, stop, by
+        for piece in pieces:
+            start, stop = piece.position, piece.position + len(piece)
+            cells = [each.between(start, stop).cells for each in keys]
+            self._pool.load(memoryview(piece.payload.data), cells, len(piece.payload), stop=piece.stop)
+            if moved and moved[-1][1:] == (start, piece.by):
+                start = moved.pop()[0]
+            moved.append((start, stop, piece.by))
+        for start, stop, by in moved:
+            self._turn([each.between(start, stop).cells for each in keys], by)
 
     @torch.inference_mode()
     def _compute(self, spans: Sequence[Span], batch: MakeBatch = Batch) -> list[Any]:
