@@ -232,9 +232,15 @@ def test_a_signal_while_the_model_is_loaded(environment: dict[str, str], number:
 # When it fails.
 
 
+def staying(seconds: float) -> str:
+    """How long a server whose worker has failed says why."""
+    return f"import rekindle.api.server as server; server.FAILURE_SECONDS = {seconds}"
+
+
 def test_a_worker_that_fails_ends_the_server_after_all_were_answered(environment: dict[str, str]) -> None:
+    """Here: as soon as a signal says so, so that a busy machine has the time to ask."""
     secret = "correct horse battery staple"
-    fault = f"raise ZeroDivisionError({secret!r} + '/home/somebody/model.gguf')"
+    fault = f"{staying(60)}; raise ZeroDivisionError({secret!r} + '/home/somebody/model.gguf')"
     got: list[httpx.Response] = []
     with stepped(environment, fault=fault) as server, httpx.Client(base_url=server.url, timeout=60) as client:
 
@@ -250,6 +256,7 @@ def test_a_worker_that_fails_ends_the_server_after_all_were_answered(environment
         for thread in asking:
             thread.join(60)
         health, ready, late = client.get("/health"), client.get("/ready"), client.post(CHAT, json=SHORT)
+        server.process.send_signal(signal.SIGTERM)
         code, err = server.ends()
     assert [answer.status_code for answer in got] == [500, 500]
     assert (health.status_code, health.json()["status"], health.json()["reason"]) == (
@@ -268,10 +275,11 @@ def test_a_worker_that_fails_ends_the_server_after_all_were_answered(environment
 def test_a_failure_after_which_nothing_can_be_closed_ends_the_server_too(environment: dict[str, str]) -> None:
     hang = "from rekindle.kv.store import Store; Store.close = lambda self, seconds: threading.Event().wait()"
     soon = "from rekindle.cli import serve; serve.CLOSE_SECONDS = 0.5"
-    fault = f"{hang}; {soon}; raise ZeroDivisionError"
+    fault = f"{hang}; {soon}; {staying(60)}; raise ZeroDivisionError"
     with stepped(environment, "--store-flush-seconds", "0", fault=fault) as server:
         server.let(1)
         assert httpx.post(server.url + CHAT, json=SHORT, timeout=60).status_code == 500
+        server.process.send_signal(signal.SIGTERM)
         code, err = server.ends()
     assert code == 1
     assert "<lambda>" in err  # it tells where it hangs
