@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rekindle.engine.protocol import Engine, SequenceId
@@ -42,6 +42,11 @@ _log = logging.getLogger(__name__)
 MAX_ASIDE = 4  # sequences whose chunks are still to be compared with themselves on their own
 PIECE_BLOCKS = 4  # store blocks that are saved at once in idle time: a few milliseconds, so that who comes hardly waits
 MAX_MARKS = 4  # logits kept per resident; each is as large as the vocabulary
+
+
+def patient() -> bool:
+    """Nobody is in a hurry."""
+    return False
 
 
 @dataclass(eq=False)
@@ -207,26 +212,32 @@ class Residents:
         for resident in [each for each in self._all if each.seq == seq]:
             self._save_or_log(resident)
 
-    def save_one(self) -> bool:
+    def save_one(self, hurried: Callable[[], bool] = patient) -> bool:
         """Save a piece of one resident that is not in the store yet; it stays. False if there is none."""
         unsaved = next((each for each in self._all if not each.saved and not each.passing), None)
         if unsaved is not None:
-            self.save_piece(unsaved)
+            self.save_piece(unsaved, hurried)
         return unsaved is not None
 
-    def save_piece(self, resident: Resident) -> None:
-        """Save some blocks more of it; it stays, and it is saved when nothing is left."""
+    def save_piece(self, resident: Resident, hurried: Callable[[], bool] = patient) -> None:
+        """Save some blocks more of it, fewer if it is `hurried` meanwhile; it stays, and at last it is saved."""
         tokens, salt = resident.tokens, resident.salt
         missing = [start for start in self._store.missing(tokens, salt) if start >= resident.looked_to]
-        if len(missing) <= PIECE_BLOCKS:
-            self._save_or_log(resident)
-            return
-        resident.looked_to = missing[PIECE_BLOCKS]
+        blocks: dict[int, memoryview] = {}
         try:
-            self._store.put(tokens, self._export(resident, missing[:PIECE_BLOCKS]), salt=salt)
+            for start in missing[:PIECE_BLOCKS]:
+                blocks |= self._export(resident, [start])
+                resident.looked_to = start + self._store.block_tokens
+                if hurried():
+                    break
         except EngineError as error:
             _log.warning("a resident sequence could not be saved: %s", error)
             resident.saved = True
+            return
+        if blocks:
+            self._store.put(tokens, blocks, salt=salt)
+        if not missing or (resident.looked_to > missing[-1] and not hurried()):
+            self._save_or_log(resident)  # its tails
 
     def idle(self) -> list[Resident]:
         """Those that nobody holds, and that anybody may go on with."""

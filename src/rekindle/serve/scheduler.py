@@ -35,7 +35,7 @@ from rekindle.serve.pace import Pace
 from rekindle.serve.policies import Policy
 from rekindle.serve.rent import EXPECTED_ANSWER, Rent
 from rekindle.serve.request import Failed, FinishReason
-from rekindle.serve.residents import Residents
+from rekindle.serve.residents import Residents, patient
 from rekindle.serve.room import Room
 from rekindle.serve.run import Run
 from rekindle.serve.sampling import Vector
@@ -158,9 +158,9 @@ class Scheduler:
         finished += self._look(batch)
         return Step(admitted, batch.num_tokens + batch.num_looking, finished + ended, batch.num_decoding)
 
-    def use_idle_time(self) -> bool:
-        """Do one thing more that nobody waits for; False if there is none."""
-        return self.residents.save_one() or self._studies.go_on()
+    def use_idle_time(self, hurried: Callable[[], bool] = patient) -> bool:
+        """Do one thing more that nobody waits for, or a part of it if somebody comes; False if there is none."""
+        return self.residents.save_one(hurried) or self._studies.go_on()
 
     def when_studied(self, tell: Callable[[], object]) -> None:
         """Call this once when chunks that were met are computed on their own; at once if there are none."""

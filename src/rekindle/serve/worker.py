@@ -1,7 +1,8 @@
 """The one thread: it owns the scheduler and the engine, and steps as long as there is work.
 
-Everything reaches it as a command in its inbox, so no lock guards the engine. When nothing is to be computed it saves
-residents to the store and studies chunks that were met, one at a time, and then waits for the next command.
+Everything reaches it as a command in its inbox, so no lock guards the engine. When nothing is to be computed, and nobody
+has gone on at once (`lull.py`), it saves residents to the store and studies chunks that were met, one at a time, and then
+waits for the next command.
 
 An error that is not one request's ends the thread: the engine's state is unknown then. That is an alarm, never a hang:
 whoever waits is told, whoever comes later is refused, and `failure` says why.
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rekindle.errors import EngineError, Overloaded, Stopping, counted
+from rekindle.serve.lull import Lull
 from rekindle.serve.request import request_id
 from rekindle.serve.run import Run
 from rekindle.serve.scheduler import Scheduler
@@ -41,8 +43,9 @@ class Snapshot(NamedTuple):
 class Worker:
     """Runs a scheduler in a thread. All methods may be called from any thread."""
 
-    def __init__(self, scheduler: Scheduler, *, max_queue: int) -> None:
+    def __init__(self, scheduler: Scheduler, *, max_queue: int, lull: Lull | None = None) -> None:
         self._scheduler = scheduler
+        self._lull = lull or Lull()
         self._max_queue = max_queue
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -121,7 +124,7 @@ class Worker:
                 if not self._stopping:
                     step = self._scheduler.step()
                     self._publish()
-                    if step.idle and not self._scheduler.use_idle_time():
+                    if step.idle and not self._use_pause():
                         self._inbox_wait()
         except BaseException as error:  # of whatever kind: a thread that is gone answers nobody
             under_way = (*self._scheduler.waiting, *self._scheduler.running)
@@ -137,12 +140,29 @@ class Worker:
         """For those who wait; the failure itself may hold what is not for them."""
         return EngineError(f"the worker failed ({type(self.failure).__name__}); see the server's log")
 
-    def _inbox_wait(self) -> None:
-        if not self._scheduler.running:
-            self._busy_since = None
-            command = self._inbox.get()
+    def _use_pause(self) -> bool:
+        """Whether somebody came, or something was done that nobody waits for; if not, all that is left is to wait."""
+        left = self._lull.seconds_left(time.monotonic())
+        if left and self._inbox_wait(left):
+            return True
+        is_used = self._scheduler.use_idle_time(hurried=lambda: not self._inbox.empty())
+        if not is_used:
+            self._lull.used_up()
+        return is_used
+
+    def _inbox_wait(self, timeout_seconds: float | None = None) -> bool:
+        """Obey the next command, unless there is work already; False if none came."""
+        if self._scheduler.running:
+            return False
+        self._busy_since = None
+        try:
+            command = self._inbox.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return False
+        finally:
             self._busy_since = time.monotonic()
-            command()
+        command()
+        return True
 
     def _obey(self) -> None:
         while not self._inbox.empty():  # nobody else takes from it
@@ -180,6 +200,8 @@ class Worker:
 
     def _publish(self) -> None:
         scheduler, counts = self._scheduler, self._scheduler.counts
+        if counts.generated_tokens > self._snapshot.generated_tokens:
+            self._lull.answered(time.monotonic())
         self._snapshot = Snapshot(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
