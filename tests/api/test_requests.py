@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.api.steps import Steps, post
 
+from rekindle.api import requests
 from rekindle.api.server import running
 from rekindle.errors import EngineError
 from rekindle.serve.metrics import Metrics
@@ -130,6 +132,25 @@ def test_the_line_of_a_stream_that_its_client_leaves(http: httpx.Client, lines: 
     line = lines.of("left")
     assert (line["status"], line["finish_reason"]) == (200, "cancelled")
     assert 0 < line["completion_tokens"] < 900
+
+
+@pytest.mark.parametrize("patience", [0.0, 10.0], ids=["before the step ends", "after it"])
+def test_the_line_of_whoever_leaves_in_the_first_step(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """However long that step takes: the prompt's tokens are known, and nobody else has ended the request."""
+    monkeypatch.setattr(requests, "WAIT_SECONDS", patience)
+    with Service.open(Settings(engine="toy", store="none")) as service, running(service) as url:
+        steps = Steps(service)
+        connection = post(url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 9}, x_request_id="soon-gone")
+        steps.wait_until_begun(1)
+        connection.close()
+        steps.wait(lambda: steps.generations[0].cancelled)
+        line = lines.of("soon-gone") if not patience else None
+        steps.let_all()
+        line = line or lines.of("soon-gone")
+        assert line["prompt_tokens"] == len(service.model.tokenizer.encode(PROMPT, bos=True))
+        assert (line["finish_reason"], line["completion_tokens"]) == ("cancelled", 1 if patience else 0)
 
 
 def test_the_line_of_a_refusal(http: httpx.Client, lines: Lines) -> None:

@@ -56,7 +56,7 @@ class Runner:
                 if answers.closed:  # the client has gone while a schema was compiled
                     return
                 answers.tickets[index] = self.service.submit(generation, answers.sink(index))
-                exchange.submitted += 1
+                exchange.submitted.append(len(generation.prompt))
             if answers.closed:
                 answers.cancel()
 
