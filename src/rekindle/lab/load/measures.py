@@ -7,16 +7,18 @@ burst   many requests at once with one beginning that nobody has seen. That begi
         in tokens, the expectation is the beginning once and every request's own rest.
 repeat  a prompt again, to the letter. Nothing has to be computed if the last logits are kept: the first token need not
         take longer than any other token of the answer.
-stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone.
+stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone, before and after:
+        a percentile of 99 of fewer than some hundreds is the greatest of them, and says little.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 from rekindle.lab.load.client import Answer, ServerError
 from rekindle.lab.load.drive import Load
@@ -27,7 +29,7 @@ from rekindle.lab.load.workloads import Sizes, cells_for, system, user
 _SHORT_PROMPT = 64  # tokens
 _STREAMS = 8
 _READS = 3  # long prompts of which the speed is taken together
-_ALONE = 64  # gaps of a stream before it gets company
+_ALONE = 256  # gaps of a stream before it gets company, and as many after
 STALL_FACTOR = 3.0  # ITL p99 beside a long prompt, of that alone
 
 
@@ -116,55 +118,91 @@ async def repeat(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
 
 async def stall(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
     """Gaps of a stream while a long prompt is read."""
-    alone, beside, read = await _gaps_beside(load, sizes, texts)
-    p99 = 1e3 * percentile(alone, 99)
+    gaps = await _gaps_beside(load, sizes, texts)
+    p99 = 1e3 * percentile(gaps.alone, 99)
     return [
+        Figure(name="alone_itl_p50_ms", value=1e3 * percentile(gaps.alone, 50)),
         Figure(name="alone_itl_p99_ms", value=p99),
+        Figure(name="beside_itl_p50_ms", value=1e3 * percentile(gaps.beside, 50)),
         Figure(
             name="beside_itl_p99_ms",
-            value=1e3 * percentile(beside, 99),
+            value=1e3 * percentile(gaps.beside, 99),
             expected=STALL_FACTOR * p99,
             why=f"{STALL_FACTOR:g} times its ITL p99 alone",
         ),
-        Figure(name="beside_itl_max_ms", value=1e3 * max(beside)),
-        Figure(name="beside_to_alone", value=1e3 * percentile(beside, 99) / p99, expected=STALL_FACTOR),
-        Figure(name="tokens_while_reading", value=len(beside)),
-        Figure(name="read_seconds", value=read),
+        Figure(name="beside_itl_max_ms", value=1e3 * max(gaps.beside)),
+        Figure(name="beside_to_alone", value=1e3 * percentile(gaps.beside, 99) / p99, expected=STALL_FACTOR),
+        Figure(name="tokens_while_reading", value=len(gaps.beside)),
+        Figure(name="read_seconds", value=gaps.read_seconds),
+        Figure(
+            name="share_covered",
+            value=gaps.covered,
+            expected=1.0,
+            why="the stream goes on until the prompt is read; with more --answer-tokens it goes on for longer",
+        ),
     ]
 
 
-async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> tuple[list[float], list[float], float]:
-    """Gaps of a stream alone, its gaps while a prompt is read, and how long the reading took, in seconds."""
-    arrivals: list[float] = []
-    settled = asyncio.Event()
+@dataclass(frozen=True, kw_only=True)
+class _Gaps:
+    """Between the tokens of a stream, in seconds."""
 
-    def heard(now: float) -> None:
-        arrivals.append(now)
-        if len(arrivals) > _ALONE:
-            settled.set()
+    alone: list[float]  # before the long prompt came, and after it was read
+    beside: list[float]  # while it was read
+    read_seconds: float
+    covered: float  # the part of the reading for which the stream went on
 
+
+@dataclass
+class _Listener:
+    """Notes when the tokens of a stream come."""
+
+    arrivals: list[float] = field(default_factory=list)
+    _wanted: int = 0
+    _reached: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def heard(self, now: float) -> None:
+        self.arrivals.append(now)
+        if len(self.arrivals) >= self._wanted:
+            self._reached.set()
+
+    async def more(self, count: int, stream: asyncio.Future[Answer]) -> bool:
+        """Wait for so many more; False if the stream ends before."""
+        self._wanted = len(self.arrivals) + count
+        self._reached.clear()
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(self._reached.wait())
+        either: set[asyncio.Future[Any]] = {stream, waiting}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        return self._reached.is_set()
+
+
+async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> _Gaps:
+    """Gaps of a stream that is alone, gets company by a prompt that is read, and is alone again."""
+    listener = _Listener()
     prompt = [user(texts.text("stream", _SHORT_PROMPT))]
-    stream = asyncio.ensure_future(load.target.ask(prompt, sizes.answer_tokens, heard=heard))
-    waiting = asyncio.ensure_future(settled.wait())
+    stream = asyncio.ensure_future(load.target.ask(prompt, sizes.answer_tokens, heard=listener.heard))
     try:
-        await asyncio.wait({stream, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if not settled.is_set():
-            raise ServerError(
-                f"a stream ended after {len(arrivals)} pieces of text: {(await stream).error or 'too short'}"
-            )
+        if not await listener.more(_ALONE + 1, stream):
+            said, why = len(listener.arrivals), (await stream).error
+            raise ServerError(f"a stream ended after {said} pieces of text: {why or 'too short'}")
         reader = _whole(await load.ask([user(texts.text("long", sizes.system_tokens))], 1))
         is_over = stream.done()  # it had said all that it was to say
+        await listener.more(_ALONE, stream)
     finally:
-        waiting.cancel()
         stream.cancel()  # hangs up
-        await asyncio.gather(stream, waiting, return_exceptions=True)
-    done = reader.arrivals[0]
-    gaps = list(pairwise(arrivals))
-    alone = [after - before for before, after in gaps if after <= reader.due]
-    beside = [after - before for before, after in gaps if after > reader.due and before < done]
-    if not beside or (arrivals[-1] < done and not is_over):
-        beside.append(done - max(arrivals[-1], reader.due))  # silent until the prompt was read
-    return alone, beside, done - reader.due
+        await asyncio.gather(stream, return_exceptions=True)
+    begun, done, last = reader.due, reader.arrivals[0], listener.arrivals[-1]
+    gaps = list(pairwise(listener.arrivals))
+    beside = [after - before for before, after in gaps if after > begun and before < done]
+    if not beside or (last < done and not is_over):
+        beside.append(done - max(last, begun))  # silent until the prompt was read
+    return _Gaps(
+        alone=[after - before for before, after in gaps if after <= begun or before >= done],
+        beside=beside,
+        read_seconds=done - begun,
+        covered=1.0 if not is_over else max(0.0, last - begun) / (done - begun),
+    )
 
 
 def _whole(answer: Answer) -> Answer:
@@ -220,7 +258,7 @@ MEASURES: dict[str, Measure] = {
         Measure(
             name="stall",
             run=stall,
-            defaults=Sizes(clients=1, system_tokens=4_000, answer_tokens=1_024),
+            defaults=Sizes(clients=1, system_tokens=4_000, answer_tokens=4_608),  # enough for one token a step
             cells=lambda sizes: cells_for(sizes.system_tokens + sizes.answer_tokens + 2 * _SHORT_PROMPT),
             parallel=lambda sizes: 2,
             requests=lambda sizes: 1,
