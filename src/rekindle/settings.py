@@ -43,7 +43,7 @@ class Settings(BaseModel):
         "auto", description="type of the torch engine's numbers, KV too; auto: the weights', but no float16 on a CPU"
     )
     context: int | None = Field(None, ge=64, description="KV cells, shared by all sequences; default: by the model")
-    threads: int | None = Field(None, ge=1, description="compute threads; default: the machine's cores")
+    threads: int | None = Field(None, ge=1, description="compute threads; default: the cores that it may use")
     gpu_layers: int = Field(0, ge=-1, description="layers that llama.cpp offloads to a GPU, -1 for all")
     kv_type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="type of llama.cpp's K and V cells")
     max_running: int = Field(16, ge=1, le=64, description="sequences that decode at the same time")

@@ -86,9 +86,9 @@ class _Signals:
 
 def describe(service: Service) -> str:
     """Model, engine, cells, threads, KV type and the store's memory, in one line."""
-    from rekindle.lab.machine import usable_cores
+    from rekindle.serve.assembly import num_threads
 
-    threads = service.settings.threads or usable_cores()
+    threads = num_threads(service.settings)
     memory = ByteSize(service.stats().max_bytes).human_readable()
     share = " (a quarter of what was free)" if service.settings.store_memory is None else ""
     return (

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from rekindle.serve.cores import usable_cores as usable_cores
+
 _BUFFER_BYTES = 512 << 20  # many times any cache that one process gets
 _ROUNDS = 5
 
@@ -36,11 +38,6 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         llama_cpp=version("llama-cpp-python"),
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_bandwidth(threads: int) -> float:

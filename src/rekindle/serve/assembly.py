@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from rekindle.engine.llama import LlamaEngine
@@ -18,6 +17,7 @@ from rekindle.model.hf import HfModel
 from rekindle.model.model import Model, file_state
 from rekindle.model.spec import ModelSpec
 from rekindle.serve.budget import free_bytes, memory_budget
+from rekindle.serve.cores import reachable_cores, usable_cores
 from rekindle.serve.crowding import Crowding, watch_crowding
 from rekindle.serve.place import store_folder
 from rekindle.settings import Settings
@@ -44,16 +44,13 @@ def engine_name(settings: Settings, model: Model) -> str:
 
 def open_crowding(settings: Settings, model: Model) -> Crowding | None:
     """Who watches for other programs on the engine's cores, if that is of use to it."""
-    return watch_crowding(_num_threads(settings), _num_cores()) if engine_name(settings, model) == "llama.cpp" else None
+    is_llama = engine_name(settings, model) == "llama.cpp"
+    return watch_crowding(num_threads(settings), reachable_cores()) if is_llama else None
 
 
-def _num_threads(settings: Settings) -> int:
+def num_threads(settings: Settings) -> int:
     """As asked, or the cores that this process may use."""
-    return _num_cores() if settings.threads is None else settings.threads
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() if settings.threads is None else settings.threads
 
 
 def _num_cells(settings: Settings, model: Model) -> int:
@@ -75,7 +72,7 @@ def _llama_engine(settings: Settings, model: Model, gguf: GgufModel) -> Engine:
     return LlamaEngine(
         gguf,
         num_cells=_num_cells(settings, model),
-        threads=_num_threads(settings),
+        threads=num_threads(settings),
         kv_type=settings.kv_type,
         max_sequences=_num_sequences(settings),
     )
@@ -93,7 +90,7 @@ def _torch_engine(settings: Settings, model: Model, folder: HfModel) -> Engine:
     from rekindle.model.hf_load import load_weights
 
     files = FileStates(folder.loaded_files)
-    loaded = load_weights(folder, device=settings.device, dtype=settings.dtype, threads=_num_threads(settings))
+    loaded = load_weights(folder, device=settings.device, dtype=settings.dtype, threads=num_threads(settings))
     from rekindle.engine.torch.engine import TorchEngine  # here, because importing torch takes seconds
     from rekindle.engine.torch.identity import file_weights_digest
 

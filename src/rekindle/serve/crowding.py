@@ -4,7 +4,9 @@ llama.cpp's threads wait for each other hundreds of times a token. On a machine 
 others hold a core for milliseconds that is the worst they can do (`rekindle/openmp.py` has the figures). The system counts
 for each thread how long it could have run and had no core. Of a process whose threads have the machine to themselves these
 times add up to less than a fifth of the time that it computes, its own event loop and a client on the same machine
-included; one other busy program makes it half and more. So
+included; one other busy program makes it half and more. Standing still because the container's quota is used up counts as
+well (a busy process with a quota of 0.3 cores ran 0.90 of 3 seconds and waited 2.09; the group's own count of throttled
+time said 0.30). So
 
     crowded   from the start, and as soon as in `WINDOW_SECONDS` of steps threads lacked a core for `CROWDED` of it
     calm      after `CALM_SECONDS` of steps in none of which they did so for more than `CALM` of it; after twice that if
@@ -109,7 +111,10 @@ def hold_team(num_threads: int) -> Callable[[], None]:
 
 
 def watch_crowding(threads: int, cores: int) -> Crowding | None:
-    """For an engine with so many threads of llama.cpp's; None where they never wait for each other, or can't be watched."""
+    """For an engine with so many threads of llama.cpp's; None where they never wait for each other, or can't be watched.
+
+    `cores` are those that libgomp counts: all that they may run on, whatever the quota.
+    """
     if threads < 2 or not openmp.can_adapt():
         return None
     enough = max(2, cores - threads + 2)  # that with the engine's they are more than the cores
