@@ -17,11 +17,11 @@ from .conftest import Run
 STORY = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. " * 3
 
 
-def test_what_torch_has_stored_is_listed_as_text(run: Run, tmp_path: Path) -> None:
+def test_what_torch_has_stored_is_listed_as_text(run_here: Run, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    told = run("generate", "--engine", "torch", "--store", store, "--raw", "--max-tokens", "2", STORY)
+    told = run_here("generate", "--engine", "torch", "--store", store, "--raw", "--max-tokens", "2", STORY)
     assert told.returncode == 0, told.stderr
-    (listed,) = json.loads(run("cache", "ls", "--store", store, "--json").stdout)["prompts"]
+    (listed,) = json.loads(run_here("cache", "ls", "--store", store, "--json").stdout)["prompts"]
     assert listed["model"] == "ember"
     assert listed["text"].startswith("Vodris paints in orange.")
 

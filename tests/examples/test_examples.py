@@ -1,11 +1,18 @@
-"""The examples run, on the real model, and what they show adds up."""
+"""The examples run, on the real model, and what they show adds up.
+
+Each runs as a process of its own at least once. Where that is not the point they run in this one, which has imported
+PyTorch and transformers already: that takes longer than most of what they do.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +39,21 @@ def run(name: str, *options: str, env: dict[str, str] | None = None) -> subproce
         env=os.environ | one_thread | (env or {}),
         check=False,
     )
+
+
+def run_here(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process."""
+    path, out, err = EXAMPLES / f"{name}.py", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [str(path), *options])
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+    code = end.value.code
+    if isinstance(code, str):  # what the interpreter does with it
+        code, _ = 1, err.write(code)
+    return subprocess.CompletedProcess([name, *options], code or 0, out.getvalue(), err.getvalue())
 
 
 def report_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -83,7 +105,7 @@ def test_rag_about_a_folder(tmp_path: Path) -> None:
         ([str(tmp_path / "none"), "--question", "Who?"], "there is no folder"),
         (["--model", "none.gguf"], "there is no model file"),
     ):
-        refused = run("rag", *options)
+        refused = run_here("rag", *options)
         assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
@@ -103,7 +125,7 @@ def test_rag_about_a_folder_of_anything(tmp_path: Path) -> None:
     assert "no passage shares a word with this question: Xyzzy?" in result.stderr
     (answer,) = report["answers"]
     assert 300 < answer["exact"]["prompt"] < 3000 and answer["blended"]["computed"] < answer["exact"]["computed"]
-    refused = run("rag", *options[:-3], "--passages", "40")
+    refused = run_here("rag", *options[:-3], "--passages", "40")
     assert refused.returncode == 1 and "put fewer before a question: --passages" in refused.stderr
 
 
@@ -145,7 +167,7 @@ def test_multilayer() -> None:
 @pytest.mark.slow
 def test_a_cache_that_is_too_small_costs_time_but_no_answer() -> None:
     options = ("--rounds", "2", "--continuations", "2", "--tokens", "60", "--max-tokens", "3", "--max-size-gb", "1e-6")
-    report = report_of(run("multilayer", *options))
+    report = report_of(run_here("multilayer", *options))
     assert report["requests"] == {"asked": 4, "found": 0, "continued": 0}
     assert report["equal_answers"] >= 3
 
@@ -185,7 +207,7 @@ def test_transformers_cache_with_another_model(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ember.hf_path())
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    report = report_of(run("transformers_cache", *CACHE, "--model", str(tmp_path), "--dtype", "bfloat16"))
+    report = report_of(run_here("transformers_cache", *CACHE, "--model", str(tmp_path), "--dtype", "bfloat16"))
     assert report["dtype"] == "torch.bfloat16"
     assert [each["kind"] for each in report["requests"]] == ["cold", "hit", "hit with suffix"]
     assert report["requests"][1]["equal"]
@@ -249,7 +271,7 @@ def test_what_is_not_there_is_told_without_a_traceback(tmp_path: Path) -> None:
             else []
         ),
     ):
-        result = run(name, *options)
+        result = run_here(name, *options)
         assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
 
 
