@@ -178,7 +178,7 @@ CACHE = ("--tokens", "300", "--max-new-tokens", "4")
 @needs_torch
 @pytest.mark.slow
 def test_transformers_cache_in_two_processes(tmp_path: Path) -> None:
-    one, two = (run("transformers_cache", *CACHE, "--kv", str(tmp_path)) for _ in range(2))
+    one, two = (each("transformers_cache", *CACHE, "--kv", str(tmp_path)) for each in (run, run_here))
     first, second = report_of(one)["requests"], report_of(two)["requests"]
     assert [each["kind"] for each in first] == ["cold", "hit", "hit with suffix"]
     assert [each["kind"] for each in second] == ["hit", "hit", "hit"]  # of what the first process has kept

@@ -171,6 +171,5 @@ def service(request: pytest.FixtureRequest) -> Iterator[Service]:
 
 def test_any_history_is_exact(service: Service) -> None:
     Histories.service = service
-    is_toy = service.health()["engine"] == "toy"
-    how = settings(max_examples=40 if is_toy else 100, stateful_step_count=20)
+    how = settings(max_examples=40, stateful_step_count=20)
     run_state_machine_as_test(Histories, settings=how)  # type: ignore[no-untyped-call]
