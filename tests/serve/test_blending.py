@@ -30,6 +30,7 @@ from rekindle.errors import BadRange, ContextFull, InvalidRequest
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt, join
+from rekindle.serve import pace
 from rekindle.serve.blending import check_blend
 from rekindle.serve.metrics import sources_of
 from rekindle.serve.request import Generation
@@ -210,8 +211,66 @@ def test_swapped_requests_go_on_where_they_were() -> None:
         assert list(answer.done.tokens) == toy_answer(prompt, answer.done.plan, 60)
 
 
+@pytest.mark.parametrize("budget", [7, 40, 200, 512])
+@pytest.mark.parametrize("select", ["none", "first", "remembered"])
+def test_what_is_placed_at_once_is_what_is_placed_in_turn(
+    select: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of any size, which end before, between and behind parts of chunks."""
+    monkeypatch.setattr(pace, "LONE_TOKENS", (budget, budget))
+    stage, in_turn = learned(A, B, C, D, prefill_budget=budget), learned(A, B, C, D, prefill_budget=budget)
+    in_turn.engine.places_between = False
+    prompt = prompt_of([D, ids(9, 30), B, C, A, B])
+    blend = Blend(select, 0.0 if select == "none" else 0.2)  # type: ignore[arg-type]
+    answers, calls = [], []
+    for each in (stage, in_turn):
+        before = each.engine.num_calls
+        answers.append(each.ask(prompt, 5, blend=blend))
+        calls.append(each.engine.num_calls - before)
+    one, other = (answer.done for answer in answers)
+    assert list(one.tokens) == list(other.tokens) == toy_answer(prompt, one.plan, 5) != fresh(prompt)
+    assert one.usage == other.usage and one.plan.chunks == other.plan.chunks
+    assert calls[0] < calls[1]
+    assert calls[0] == 4 + -(-one.plan.computed // budget)
+
+
+def test_nothing_is_placed_between_while_somebody_is_answered() -> None:
+    """Who is would have to wait for all of it; so a step places what is due and computes up to what comes next."""
+    stage = learned(A, B, C)
+    other = stage.submit(Prompt(as_tokens(ids(91, 20))), 200)
+    stage.run(until=lambda: bool(other.run.generated))
+    answer = stage.submit(prompt_of([C, A, B]), 1, blend=Blend("none", 0))
+    left = []
+    while not answer.events:
+        stage.scheduler.step()
+        left.append(sum(map(len, answer.run.parts)))
+    assert left == [len(A) + len(B), len(B), 0]
+    stage.run()
+    assert list(answer.done.tokens) == toy_answer(prompt_of([C, A, B]), answer.done.plan, 1)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_whose_chunk_is_refused_does_not_hold_up_others(bad: int) -> None:
+    """Two are read in one call; the engine refuses a block of one of them, which then goes part by part."""
+    stage = learned(A, B, C)
+    stage.engine.turns_all_cells = False  # or else it would be seen at admission
+    good, torn = prompt_of([C, B]), prompt_of([D, A])
+    own = stage.blending.own_prompts(prompt_of([A]))[0]
+    for block in stage.store.match(own.tokens).blocks[:1]:
+        object.__setattr__(block, "payload", block.payload.cast("Q"))
+    prompts = [torn, good] if bad == 0 else [good, torn]
+    answers = [stage.submit(prompt, 3, blend=Blend("none", 0)) for prompt in prompts]
+    stage.run()
+    broken, whole = answers if bad == 0 else answers[::-1]
+    assert list(broken.done.tokens) == fresh(torn, 3) and broken.done.usage.blended_tokens == 0
+    assert whole.done.usage.blended_tokens == len(B)
+    assert list(whole.done.tokens) == toy_answer(good, whole.done.plan, 3)
+    assert stage.store.match(own.tokens).length == 0
+
+
 def test_a_swap_in_the_midst_of_placing() -> None:
     stage = learned(A, B, D)
+    stage.engine.places_between = False
     prompt = prompt_of([ids(9, 30), D, A, B])
     answer = stage.submit(prompt, 5, blend=Blend("first", 0.15))
     stage.run(until=lambda: 0 < len(answer.run.parts) < 20 and answer.run.read > 200)
@@ -223,6 +282,7 @@ def test_a_swap_in_the_midst_of_placing() -> None:
 
 def test_what_cannot_be_placed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = learned(A, B)
+    stage.engine.places_between = False
     prompt = prompt_of([D, A, B])
     answer = stage.submit(prompt, 5, blend=Blend("none", 0))
     stage.run(until=lambda: bool(answer.run.parts))
@@ -276,6 +336,7 @@ def test_a_chunk_that_is_refused_when_its_turn_comes_is_forgotten_and_learned_an
 
 def test_a_chunk_that_finds_no_room_when_its_turn_comes_stays_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = learned(A)
+    stage.engine.places_between = False
     own = stage.blending.own_prompts(prompt_of([A]))[0]
     answer = stage.submit(prompt_of([D, A]), 1, blend=Blend("none", 0))
     stage.run(until=lambda: bool(answer.run.parts))

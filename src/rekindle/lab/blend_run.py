@@ -152,7 +152,7 @@ def _read_looked(
     asked = prompt if blend.select != "query" else replace(prompt, tokens=np.concatenate([prompt.tokens, question]))
     exact, known = make_plan(asked, [], Stored()), kv.known(asked)
     parts = [
-        Part(step.chunk, kv.payload(asked, step.chunk), first, first + step.stop - step.start, step.start)
+        Part(kv.payload(asked, step.chunk), first, first + step.stop - step.start, step.start, step.chunk)
         for step in look_plan(asked, exact, known).steps
         if isinstance(step, Place) and step.chunk is not None
         for first in [step.start - asked.chunks[step.chunk].start]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 
 from rekindle.engine.protocol import Work
+from rekindle.errors import EngineError
 from rekindle.serve.pace import Pace
 from rekindle.serve.policies import Rank
 from rekindle.serve.run import Run
 from rekindle.serve.state import State
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -20,6 +24,7 @@ class Batch:
     num_decoding: int = 0  # answers that go on
     num_prefill: int = 0  # prompt tokens
     num_tokens: int = 0  # rows of all work together
+    num_placed: int = 0  # tokens whose KV is placed between those
     look: Run | None = None  # who looks on before it reads …
     num_looking: int = 0  # … with as much work as so many prompt tokens
     look_cells: int = 0  # and at most so many cells
@@ -52,7 +57,7 @@ def make_batch(state: State, pace: Pace) -> Batch:
     unread = sum(run.unread for run in reading)
     budget = pace.chunk(batch.num_decoding, len(reading), unread, hurried=hurried) if reading else 0
     for run in reading:
-        room = state.engine.num_free_cells - batch.num_tokens - batch.look_cells
+        room = state.engine.num_free_cells - batch.num_tokens - batch.num_placed - batch.look_cells
         if budget <= 0:
             break
         if run.looking is not None:  # where nobody else gets on, it is to find out that it can't
@@ -61,7 +66,7 @@ def make_batch(state: State, pace: Pace) -> Batch:
                 batch.num_looking = min(budget, run.looking.cost)
                 budget -= batch.num_looking
         elif room > 0 and (run.generation.use_kv_cache or len(run.prompt) <= room):
-            budget -= _add(batch, state, run, min(budget, room))
+            budget -= _add(batch, state, run, min(budget, room), room)
     return batch
 
 
@@ -74,18 +79,37 @@ def by_urgency(state: State) -> list[Run]:
     return sorted(ranks, key=lambda run: ranks[run])
 
 
-def _add(batch: Batch, state: State, run: Run, count: int) -> int:
-    """Returns how many tokens."""
+def place_in_turn(batch: Batch, error: EngineError) -> bool:
+    """After an error: have each request do no more than what comes before the next part of a chunk, now and from now on.
+
+    So one whose KV can't be placed is told apart from the others. False if they did no more than that.
+    """
+    mixed = [index for index, work in enumerate(batch.work) if work.placed]
+    for index in mixed:
+        run, work = batch.runs[index], batch.work[index]
+        run.context.run(_log.warning, "chunks' KV is placed part by part, as all at once has failed: %s", error)
+        run.in_turn = True
+        tokens = work.tokens[: work.placed[0].position - run.read]
+        batch.work[index] = replace(work, tokens=tokens, logits=False, placed=())
+        batch.num_tokens -= len(work.tokens) - len(tokens)
+        batch.num_prefill -= len(work.tokens) - len(tokens)
+    batch.num_placed = 0
+    return bool(mixed)
+
+
+def _add(batch: Batch, state: State, run: Run, count: int, room: int = 0) -> int:
+    """Returns how many tokens. There is `room` for so many cells."""
     assert run.seq is not None
     if not run.generation.use_kv_cache:
         state.engine.truncate(run.seq, 0)
-    tokens, is_reading = run.work(count), run.reading
-    complete = not is_reading or run.read + len(tokens) >= len(run.prompt)
+    at_once = state.engine.places_between and not batch.num_decoding and not run.in_turn
+    work = run.work(count, room if at_once else 0)
     batch.runs.append(run)
-    batch.work.append(Work(run.seq, tokens, logits=complete))
-    batch.num_tokens += len(tokens)
-    if is_reading:
-        batch.num_prefill += len(tokens)
+    batch.work.append(work)
+    batch.num_tokens += len(work.tokens)
+    batch.num_placed += work.num_cells - len(work.tokens)
+    if run.reading:
+        batch.num_prefill += len(work.tokens)
     else:
         batch.num_decoding += 1
-    return len(tokens)
+    return len(work.tokens)

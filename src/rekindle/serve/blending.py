@@ -7,7 +7,9 @@ in three parts:
     admission    the exact beginning, as for every prompt; then, if the engine does that faster than to turn each as it is
                  placed, all blocks of which something will be placed are turned to where they will stand, by one `move`
     each step    a part of a block goes into the sequence as soon as the prompt has been read up to it; what is computed
-                 in a step ends where the next part begins
+                 in a step ends where the next part begins. An engine that can place KV between tokens that it computes
+                 does both in one call, of as many tokens as a step may have, while nobody is being answered: who is
+                 would have to wait for all that is placed
     the end      the sequence is cut back to its exact part before anybody else may see it
 
 Blocks lie in the process' memory, not in the engine, until they are placed: a request that is swapped out keeps
@@ -245,7 +247,7 @@ def _parts(fingerprint: bytes, plan: Plan, found: Found) -> Iterator[Part]:
                 if start < stop:
                     payload = payload_of(block, fingerprint)
                     position = block.position + start + by
-                    yield Part(step.chunk, payload, start, stop, position, found.matches[step.chunk], index)
+                    yield Part(payload, start, stop, position, step.chunk, found.matches[step.chunk], index)
 
 
 def _headless(engine: Engine, found: Found, part: Part) -> Payload:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rekindle.engine.protocol import Payload, SequenceId
+from rekindle.engine.protocol import Payload, Placed, SequenceId, Work
 from rekindle.kv.block import Block
 from rekindle.kv.store import Fetched, Match
 from rekindle.reuse.plan import Plan
@@ -60,19 +61,12 @@ def payload_of(block: Block, fingerprint: bytes) -> Payload:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Tokens [start, stop) of a payload, that is to be placed as part of a chunk."""
+class Part(Placed):
+    """Stored KV that is to be placed as part of a chunk."""
 
     chunk: int  # index among the prompt's
-    payload: Payload
-    start: int
-    stop: int
-    position: int  # of its first token in the prompt
     match: Match = _NOT_STORED  # what was found of the chunk, if it is from the store
     index: int = 0  # of the payload's block in it
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
     def position_of(self, payload: Payload) -> int:
         """Where the first token of a payload that goes on like this one would come to stand in the prompt."""
@@ -99,6 +93,7 @@ class Run:
     read: int = 0  # prompt tokens in the engine
     parts: deque[Part] = field(default_factory=deque)  # of chunks, still to be placed
     refused: set[int] = field(default_factory=set)  # chunks that were to be placed, and that the engine did not take
+    in_turn: bool = False  # which are placed each in its turn, because an attempt to do more at once has failed
     looking: Looking | None = None  # before its plan is made, at what to compute of its chunks
     pending: int | None = None  # sampled, its KV not computed yet
     generated: list[int] = field(default_factory=list)
@@ -194,15 +189,42 @@ class Run:
         is_lost = self.fetch is None or not self.fetch.done() or self.fetch.cancelled() or self.fetch.exception()
         return Fetched() if self.fetch is None or is_lost else self.fetch.result()
 
-    def work(self, count: int) -> Tokens:
-        """The next tokens to compute, at most `count`."""
+    def work(self, count: int, cells: int = 0) -> Work:
+        """The next tokens to compute, at most `count`, with what of chunks is placed between them, if it fits in `cells`."""
+        assert self.seq is not None
         if not self.generation.use_kv_cache:
-            return self.tokens
-        if self.reading:
-            end = self.parts[0].position if self.parts else len(self.prompt)
-            return self.prompt[self.read : min(end, self.read + count)]
-        assert self.pending is not None
-        return as_tokens([self.pending])
+            return Work(self.seq, self.tokens)
+        if not self.reading:
+            assert self.pending is not None
+            return Work(self.seq, as_tokens([self.pending]))
+        placed = self._between(count, cells)
+        begins = [self.read, *(part.position + len(part) for part in placed)]
+        following = self.parts[len(placed)].position if len(placed) < len(self.parts) else len(self.prompt)
+        ends = [*(part.position for part in placed), following]
+        free = np.concatenate([self.prompt[begin:end] for begin, end in zip(begins, ends, strict=True)])
+        tokens = free[: min(count, cells - sum(map(len, placed))) if placed else count]
+        return Work(self.seq, tokens, len(tokens) == len(free) and following == len(self.prompt), placed)
+
+    def _between(self, count: int, cells: int) -> tuple[Part, ...]:
+        """Parts to place between the next tokens: of those that have one of these behind them, what there are cells for."""
+        num_taken = num_placed = num_computed = 0
+        position, ends = self.read, [*(part.position for part in self.parts), len(self.prompt)][1:]
+        for number, (part, end) in enumerate(zip(self.parts, ends, strict=True), 1):
+            num_computed += part.position - position
+            num_placed += len(part)
+            position = part.position + len(part)
+            if num_computed >= count or num_computed + num_placed >= cells:
+                break
+            if position < end:
+                num_taken = number
+        return tuple(islice(self.parts, num_taken))
+
+    def got_on(self, work: Work) -> None:
+        """This much of the prompt is in the engine now."""
+        self.prefill_calls += 1
+        self.read = min(len(self.prompt), self.read + work.num_cells)
+        for _ in work.placed:
+            self.parts.popleft()
 
     def start(self, plan: Plan) -> None:
         """What is planned to be reused is in the engine."""

@@ -28,7 +28,7 @@ from rekindle.kv.speed import Speed
 from rekindle.kv.store import Store
 from rekindle.model.tokenizer import Tokenizer
 from rekindle.serve.admission import Admission, Fetch
-from rekindle.serve.batch import Batch, least_cells, make_batch
+from rekindle.serve.batch import Batch, least_cells, make_batch, place_in_turn
 from rekindle.serve.blending import Blending, place_due
 from rekindle.serve.observe import Observer
 from rekindle.serve.pace import Pace
@@ -221,18 +221,24 @@ class Scheduler:
             return {}
         self._rent.count(batch.num_tokens)
         started = time.perf_counter()
-        logits = self._engine.forward(batch.work)
+        try:
+            logits = self._engine.forward(batch.work)
+        except EngineError as error:
+            if not place_in_turn(batch, error):
+                raise
+            logits = self._engine.forward(batch.work)
         seconds = batch.seconds = time.perf_counter() - started
-        if batch.look is None or not batch.num_decoding:
+        if batch.num_placed and self._pace.prefill.seconds_per_token is not None:
+            pass  # how long the tokens took cannot be told
+        elif batch.look is None or not batch.num_decoding:
             self._pace.learn(batch.num_decoding, batch.num_prefill, seconds)
         if self._blending.rows is not None and not batch.num_decoding:
             self._blending.rows.add(batch.num_prefill, seconds)
-        if len(batch.runs) == 1 and batch.num_prefill:
+        if len(batch.runs) == 1 and batch.num_prefill and not batch.num_placed:
             self._store.prefill_cost.add(batch.runs[0].read, batch.num_prefill, seconds)
         for run, item in zip(batch.runs, batch.work, strict=True):
             if run.reading:
-                run.prefill_calls += 1
-                run.read = min(len(run.prompt), run.read + len(item.tokens))
+                run.got_on(item)
         return logits
 
     def _look(self, batch: Batch) -> int:
