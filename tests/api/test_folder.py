@@ -59,7 +59,7 @@ def test_a_folder_is_listed_checked_and_pruned(http: httpx.Client, tmp_path: Pat
         ({"max_size": -1}, "expected a size such as 5GiB"),
         ({"older_than": "long"}, "expected a time such as"),
         ({"oder_than": 5}, "did you mean 'older_than'?"),
-        ({"fingerprints": ["gpt"]}, "means none of what is stored"),
+        ({"fingerprints": ["gpt"]}, "means no model; stored: "),
     ],
 )
 def test_mistakes_are_told(http: httpx.Client, body: dict[str, Any], message: str) -> None:
@@ -69,6 +69,12 @@ def test_mistakes_are_told(http: httpx.Client, body: dict[str, Any], message: st
     assert good(http.get("/cache/list"))["total"] == 1
     for query in ("limit=-1", "sort=name", "limit=99999999"):
         assert http.get(f"/cache/list?{query}").status_code == 422
+
+
+def test_a_fingerprint_where_nothing_is_stored(http: httpx.Client) -> None:
+    good(http.post("/cache/prune", json={"max_size": 0}))
+    answer = http.post("/cache/prune", json={"fingerprints": ["gpt"]})
+    assert answer.json()["error"]["message"] == "fingerprint 'gpt' means no model, for nothing is stored"
 
 
 def test_a_server_without_a_folder_says_so(http: httpx.Client) -> None:

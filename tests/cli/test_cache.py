@@ -155,7 +155,7 @@ def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:
         (["stats", "--store", "none"], "the store has no folder"),
         (["stats", "--store", "x", "--url", "y"], "expected --store or --url, got both"),
         (["ls", "--url", "ftp://x"], "expected a URL"),
-        (["ls", "--fingerprint", "gpt"], "means none of what is stored: ember"),
+        (["ls", "--fingerprint", "gpt"], "means no model; stored: ember"),
         (["ls", "--model", "nowhere.gguf"], "nowhere.gguf"),
         (["prune"], "expected what to delete: max_size"),
         (["prune", "--max-size", "much"], "expected a size such as 5GiB"),

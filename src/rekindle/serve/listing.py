@@ -172,9 +172,9 @@ def _named(catalog: Catalog, name: str) -> bytes:
     wanted = name.lower()
     meant = [each for each in known if each.hex().startswith(wanted) or catalog.name_of(each) == name]
     if len(meant) != 1:
-        there = ", ".join(f"{catalog.name_of(each)} ({each.hex()[:12]})" for each in known) or "nothing"
-        what = "none" if not meant else "several"
-        raise InvalidRequest(f"fingerprint {name!r} means {what} of what is stored: {there}", param="fingerprint")
+        there = ", ".join(f"{catalog.name_of(each)} ({each.hex()[:12]})" for each in known)
+        what = "several models" if meant else "no model" if known else "no model, for nothing is stored"
+        raise InvalidRequest(f"fingerprint {name!r} means {what}{there and f'; stored: {there}'}", param="fingerprint")
     return meant[0]
 
 
