@@ -36,6 +36,13 @@ def test_the_last_line_is_json_and_a_plot_is_written(run: Run, tmp_path: Path) -
         (["x", "--peer", "lama-server"], 2, "did you mean 'llama-server'?"),
         (["x", "--peer-option", "a", "--peer", "llama-server"], 2, "expected name=value"),
         (["x", "-w", "trace"], 2, "--trace FILE"),
+        (["-w", "repeat", "--clients", "2"], 2, "the workload repeat has no clients; its sizes are answer_tokens"),
+        (["x", "-w", "chat", "--trace", "f"], 2, "the workload chat has no trace"),
+        (["x", "-w", "rag", "--answers", "scripted"], 2, "the workload rag has no transcripts"),
+        (["x", "--threads", "1"], 2, "--threads is for servers that are started here"),
+        (["x", "--model", "builtin"], 2, "--model is for servers that are started here"),
+        (["--api-key", "k"], 2, "--api-key is for a server at a URL"),
+        (["x", "--peer-option", "a=1"], 2, "--peer-option is for a peer"),
     ],
 )
 def test_what_has_no_meaning_is_one_line(run_here: Run, arguments: list[str], code: int, reason: str) -> None:

@@ -11,6 +11,7 @@ from rekindle.cli.app import app
 from rekindle.lab.store import TIERS
 from rekindle.lab.store_lookups import PROMPT_BLOCKS
 from rekindle.lab.trace import CAPACITIES
+from rekindle.model.source import locate
 
 WITH_MODEL = (
     "blend FILE",
@@ -57,6 +58,31 @@ def test_a_folder_where_nothing_can_be_written(command: str, tmp_path: Path) -> 
     (tmp_path / "file").touch()
     for folder in (tmp_path / "missing", tmp_path / "file"):
         assert f"no files can be written in {folder}" in _refused(f"{command} --folder FILE", folder, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--speed --plot p.png", "--plot is not for --speed"),
+        ("--speed --documents 3", "--documents is not for --speed"),
+        ("--speed --gate 0.9", "--gate is not for --speed"),
+        ("--speed --data x.jsonl", "--data is not for --speed"),
+        ("--speed --ratio 0.1 --ratio 0.2", "--ratio: with --speed one is expected"),
+        ("--chunks 4", "--chunks is for --speed"),
+        ("--chunk-tokens 64", "--chunk-tokens is for --speed"),
+        ("--rounds 2 --documents 3", "--rounds is for --speed"),
+        ("--peer llama-server", "--peer is for --speed"),
+    ],
+)
+def test_options_of_the_other_kind_of_blending_are_not_ignored(options: str, said: str) -> None:
+    assert said in _refused(f"blend FILE {options}", Path("nowhere.gguf"), 2)
+
+
+def test_a_models_folder_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the torch engine could serve."""
+    monkeypatch.setattr("rekindle.lab.decode.Service.open", lambda settings: pytest.fail("it is loaded"))
+    folder = locate("builtin", "torch")
+    assert f"{folder} is a folder; a .gguf file is expected" in _refused("decode FILE", folder, 1)
 
 
 def test_help_names_what_is_taken_by_default() -> None:

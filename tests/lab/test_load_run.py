@@ -251,7 +251,7 @@ def test_the_plot_is_a_png(url: str, tmp_path: Path) -> None:
         ({"rate": 1.0, "workload": "burst"}, "times of its own"),
         ({"answers": "mine"}, "own or scripted"),
         ({"rounds": 0}, "more than 0"),
-        ({"sizes": SMALL.with_(trace=Path("load.jsonl"))}, "the workload chat reads no trace"),
+        ({"answers": "scripted", "workload": "rag"}, "the workload rag has no transcripts"),
     ],
 )
 def test_wishes_without_meaning_are_refused(more: dict[str, Any], reason: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rekindle.errors import InvalidRequest
 from rekindle.lab.load.measures import MEASURES
-from rekindle.lab.load.run import workload_named
+from rekindle.lab.load.run import WORKLOADS, sizes_for, workload_named
 from rekindle.lab.load.texts import Texts
 from rekindle.lab.load.workloads import SESSIONS, Session, Sizes, agent, chat, rag, trace
 
@@ -26,6 +28,34 @@ def test_the_same_seed_asks_the_same(name: str) -> None:
     sizes = workload.defaults
     assert workload.sessions(sizes, TEXTS) == workload.sessions(sizes, TEXTS)
     assert workload.sessions(sizes, TEXTS) != workload.sessions(sizes, Texts(seed=8, tokens_per_word=1.0))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_sizes_that_a_workload_does_not_read_are_refused(name: str) -> None:
+    reads = workload_named(name).reads
+    nothing = dict.fromkeys(each.name for each in fields(Sizes))
+    assert sizes_for(name, nothing) == workload_named(name).defaults
+    for size in nothing:
+        value = Path("load.jsonl") if size == "trace" else 12
+        if size in reads:
+            assert getattr(sizes_for(name, nothing | {size: value}), size) == value
+        else:
+            with pytest.raises(InvalidRequest, match=f"the workload {name} has no {size}; its sizes are answer_tokens"):
+                sizes_for(name, nothing | {size: value})
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_what_a_workload_says_that_it_reads_is_what_it_looks_at(name: str, tmp_path: Path) -> None:
+    (file := tmp_path / "trace.jsonl").write_text('{"hash_ids": [1, 2], "input_length": 600, "timestamp": 0}\n')
+    workload, looked_at = SESSIONS[name], set()
+
+    class Watched:
+        def __getattr__(self, size: str) -> Any:
+            looked_at.add(size)
+            return file if size == "trace" else getattr(workload.defaults, size)
+
+    workload.sessions(Watched(), TEXTS)  # type: ignore[arg-type]
+    assert looked_at | {"clients"} == workload.reads  # which is how many sessions there are at a time
 
 
 def test_a_text_depends_on_its_name_alone() -> None:

@@ -17,7 +17,7 @@ from rekindle.lab.image import check_image
 from rekindle.lab.live_run import PARTS, run_live
 from rekindle.lab.live_run import print_report as print_live_report
 from rekindle.lab.live_ttft import make_plan
-from rekindle.lab.load.run import Wish, make_setup, run_load, workload_named
+from rekindle.lab.load.run import Wish, make_setup, run_load, sizes_for
 from rekindle.lab.load.show import print_report as print_load_report
 from rekindle.lab.models import make_model
 from rekindle.lab.restart import print_report as print_restart_report
@@ -178,11 +178,13 @@ def load_test(
     name = workload or ("trace" if sizes["trace"] else "chat")
     wish = Wish(
         workload=name,
-        sizes=workload_named(name).defaults.with_(**sizes),
+        sizes=sizes_for(name, sizes),
         url=url,
         rounds=rounds or (2 if wishes["peer"] else 1),
         **wishes,
     )
+    if peer_options and wish.peer is None:
+        raise InvalidRequest("--peer-option is for a peer: name one with --peer", param="peer_option")
     setup = None
     if url is None or wish.peer is not None:
         setup = make_setup(name, wish.sizes, options=_options(peer_options or []), **started)

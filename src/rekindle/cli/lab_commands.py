@@ -12,13 +12,17 @@ import typer
 from rich.console import Console
 
 from rekindle.cli.lab_torch import add_torch_commands
-from rekindle.cli.refusals import FAILED, guarded
+from rekindle.cli.refusals import FAILED, guarded, refuse_given
+from rekindle.errors import InvalidRequest
 
 lab = typer.Typer(help="Experiments: what the KV cache buys, beside the physical limit.", no_args_is_help=True)
 
 ModelFile = Annotated[str, typer.Argument(help="builtin, a path to a .gguf file, or hf:owner/repo\\[:file]")]
 Threads = Annotated[int | None, typer.Option(help="compute threads; default: the machine's cores", min=1)]
 Engine = Annotated[str, typer.Option(help="auto, llama or torch")]
+_STARTED = ("model", "threads", "context", "parallel")  # what servers get that are started here
+_OF_QUALITY = ("data", "documents", "gate", "plot")
+_OF_SPEED = ("chunks", "chunk_tokens", "rounds", "peer")
 Plot = Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")]
 
 
@@ -207,6 +211,7 @@ def lab_soak(
 @lab.command("load")
 @guarded
 def lab_load(
+    given: typer.Context,
     url: Annotated[
         str | None, typer.Argument(help="any OpenAI-compatible server; default: rekindle is started")
     ] = None,
@@ -248,6 +253,10 @@ def lab_load(
     """How a server bears load, alone or in turn with llama-server: TTFT, ITL, throughput, tokens computed."""
     from rekindle.cli.lab import load_test
 
+    if url is None:
+        refuse_given(given, ("api_key", "api_model"), "is for a server at a URL: give one, or leave it out")
+    elif peer is None:
+        refuse_given(given, _STARTED, "is for servers that are started here, and none is: name a --peer, or no URL")
     sizes = {
         "clients": clients,
         "requests": requests,
@@ -283,6 +292,7 @@ def lab_load(
 @lab.command("blend")
 @guarded
 def lab_blend(
+    given: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="builtin, a path to a .gguf file or a folder of safetensors, or hf:owner/repo\\[:file]"),
@@ -316,8 +326,13 @@ def lab_blend(
     from rekindle.cli.blend import measure_quality, measure_time
 
     if speed:
+        refuse_given(given, _OF_QUALITY, "is not for --speed, which asks nothing: leave one of them out")
+        if ratio is not None and len(ratio) > 1:
+            raise InvalidRequest("--ratio: with --speed one is expected, got several", param="ratio")
         measure_time(model, engine, chunks, chunk_tokens, ratio[0] if ratio else 0.15, threads, rounds, seed, peer)
-    elif not measure_quality(model, engine, data, documents, ratio, threads, seed, plot, gate):
+        return
+    refuse_given(given, _OF_SPEED, "is for --speed: add that, or leave it out")
+    if not measure_quality(model, engine, data, documents, ratio, threads, seed, plot, gate):
         raise typer.Exit(FAILED)
 
 

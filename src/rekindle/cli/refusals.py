@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -39,6 +39,14 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(FAILED) from None
 
     return run
+
+
+def refuse_given(context: typer.Context, options: Iterable[str], reason: str) -> None:
+    """Raises InvalidRequest if any of these parameters was given, for it would be ignored."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequest(f"--{option.replace('_', '-')} {reason}", param=option)
 
 
 def exit_code(error: RekindleError) -> int:

@@ -135,9 +135,12 @@ def run_decode(
         threads=threads or usable_cores(),
         context=context,
     )
+    path = locate(model)
+    if path.is_dir():  # told before anything is loaded
+        raise ModelError(f"{path} is a folder; a .gguf file is expected, which llama.cpp reads alone beside the worker")
     settings = Settings.load(model=model, threads=workload.threads, context=context, store="none")
     with Service.open(settings) as service:
-        return measure_decode(locate(model), workload, lambda prompt: worker_arm(service, prompt))
+        return measure_decode(path, workload, lambda prompt: worker_arm(service, prompt))
 
 
 def measure_decode(path: Path, workload: Workload, open_worker: Callable[[Sequence[int]], DecodeArm]) -> DecodeReport:

@@ -40,6 +40,7 @@ class Measure:
     name: str
     run: Callable[[Load, Sizes, Texts], Awaitable[list[Figure]]]
     defaults: Sizes
+    reads: frozenset[str]  # which of the sizes mean something
     cells: Callable[[Sizes], int]
     parallel: Callable[[Sizes], int]
     requests: Callable[[Sizes], int]  # how many the progress bar is to expect
@@ -233,6 +234,7 @@ MEASURES: dict[str, Measure] = {
             name="cold",
             run=cold,
             defaults=Sizes(clients=_STREAMS, system_tokens=1_024, answer_tokens=64),
+            reads=frozenset({"clients", "system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(
                 sizes.clients * (_SHORT_PROMPT + sizes.answer_tokens + 32) + _READS * sizes.system_tokens
             ),
@@ -243,6 +245,7 @@ MEASURES: dict[str, Measure] = {
             name="burst",
             run=burst,
             defaults=Sizes(clients=16, system_tokens=1_000, message_tokens=20, answer_tokens=8),
+            reads=frozenset({"clients", "system_tokens", "message_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(sizes.clients * sizes.conversation_tokens),
             parallel=lambda sizes: sizes.clients,
             requests=lambda sizes: sizes.clients,
@@ -251,6 +254,7 @@ MEASURES: dict[str, Measure] = {
             name="repeat",
             run=repeat,
             defaults=Sizes(clients=1, requests=8, system_tokens=1_000, answer_tokens=8),
+            reads=frozenset({"requests", "system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(2 * sizes.conversation_tokens),
             parallel=lambda sizes: 2,
             requests=lambda sizes: 1 + sizes.requests,
@@ -259,6 +263,7 @@ MEASURES: dict[str, Measure] = {
             name="stall",
             run=stall,
             defaults=Sizes(clients=1, system_tokens=4_000, answer_tokens=4_608),  # enough for one token a step
+            reads=frozenset({"system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(sizes.system_tokens + sizes.answer_tokens + 2 * _SHORT_PROMPT),
             parallel=lambda sizes: 2,
             requests=lambda sizes: 1,

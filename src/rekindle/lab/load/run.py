@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,10 +47,10 @@ class Wish:
                 raise InvalidRequest(f"the workload {self.workload} has times of its own; leave rate out", param="rate")
         if self.workload == "trace" and self.sizes.trace is None:
             raise InvalidRequest("the workload trace needs a file: --trace FILE", param="trace")
-        if self.workload != "trace" and self.sizes.trace is not None:
-            raise InvalidRequest(f"the workload {self.workload} reads no trace; leave it out", param="trace")
         if self.answers not in ("own", "scripted"):
             raise InvalidRequest(f"answers: expected own or scripted, got {self.answers!r}", param="answers")
+        if self.answers == "scripted" and "turns" not in workload_named(self.workload).reads:
+            raise InvalidRequest(f"the workload {self.workload} has no transcripts; leave answers out", param="answers")
         if self.rounds < 1 or self.timeout_seconds <= 0:
             raise InvalidRequest("rounds and timeout must be more than 0")
 
@@ -73,6 +73,16 @@ def workload_named(name: str) -> Workload | Measure:
     if found is None:
         raise InvalidRequest(f"no workload is called {name!r}{nearest(name, WORKLOADS)}", param="workload")
     return found
+
+
+def sizes_for(workload: str, given: Mapping[str, Any]) -> Sizes:
+    """A workload's sizes, with those given that are not None. Raises InvalidRequest for one that it does not read."""
+    plan = workload_named(workload)
+    for name, value in given.items():
+        if value is not None and name not in plan.reads:
+            own = ", ".join(sorted(each for each in plan.reads if each in given))
+            raise InvalidRequest(f"the workload {workload} has no {name}; its sizes are {own}", param=name)
+    return plan.defaults.with_(**given)
 
 
 def make_setup(

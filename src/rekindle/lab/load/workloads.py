@@ -47,7 +47,7 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large a workload is. What has no meaning for a workload is ignored."""
+    """How large a workload is. A workload looks at those that it `reads`."""
 
     clients: int = 4  # that ask at the same time, in a closed loop
     requests: int = 24  # of workloads that have no turns
@@ -176,6 +176,7 @@ class Workload:
     name: str
     sessions: Callable[[Sizes, Texts], list[Session]]
     defaults: Sizes
+    reads: frozenset[str]  # which of the sizes mean something
     cells: Callable[[Sizes], int]  # of the context
     parallel: Callable[[Sizes], int]  # sequences that the servers run at the same time
 
@@ -185,6 +186,7 @@ class Workload:
 
 
 _CONVERSATIONS_THAT_FIT = 4
+_TALK = frozenset({"clients", "turns", "system_tokens", "message_tokens", "answer_tokens"})
 
 
 def _trace_cells(sizes: Sizes) -> int:
@@ -200,6 +202,7 @@ SESSIONS: dict[str, Workload] = {
             name="chat",
             sessions=chat,
             defaults=Sizes(clients=8, turns=6, system_tokens=1_000, message_tokens=40, answer_tokens=32),
+            reads=_TALK,
             cells=lambda sizes: cells_for(_CONVERSATIONS_THAT_FIT * sizes.conversation_tokens),
             parallel=lambda sizes: _CONVERSATIONS_THAT_FIT,
         ),
@@ -207,6 +210,7 @@ SESSIONS: dict[str, Workload] = {
             name="agent",
             sessions=agent,
             defaults=Sizes(clients=4, turns=8, system_tokens=500, message_tokens=200, answer_tokens=32),
+            reads=_TALK,
             cells=lambda sizes: cells_for(sizes.clients * sizes.conversation_tokens),
             parallel=lambda sizes: sizes.clients,
         ),
@@ -214,6 +218,7 @@ SESSIONS: dict[str, Workload] = {
             name="rag",
             sessions=rag,
             defaults=Sizes(clients=2, requests=24),
+            reads=_TALK - {"turns"} | {"requests", "documents", "documents_per_prompt", "document_tokens"},
             cells=lambda sizes: cells_for(
                 sizes.clients
                 * (sizes.conversation_tokens + sizes.documents_per_prompt * (sizes.document_tokens + _MESSAGE_EXTRA))
@@ -224,6 +229,7 @@ SESSIONS: dict[str, Workload] = {
             name="trace",
             sessions=trace,
             defaults=Sizes(clients=4, requests=64, answer_tokens=16),
+            reads=frozenset({"clients", "requests", "answer_tokens", "trace", "block_tokens"}),
             cells=_trace_cells,
             parallel=lambda sizes: sizes.clients,
         ),
