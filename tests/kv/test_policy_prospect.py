@@ -20,7 +20,7 @@ _GAINS = {"documents": 1.12, "system_prompts": 1.3, "scans": 1.2, "news": 1.05} 
 @pytest.mark.parametrize("capacity", [300, 1_000, 3_000])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_never_much_below_lru(name: str, capacity: int) -> None:
-    trace = make_workload(name, 2_500, seed=7)
+    trace = make_workload(name, 1_500, seed=7)
     lru, prospect = (sum(replay(trace, capacity, make_policy(each, capacity))) for each in ("lru", "prospect"))
     assert prospect >= lru * (1 - _MAY_LOSE / 100)
     if capacity == 1_000:
