@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 PAUSE_SECONDS = 0.05
-PUT_OFF_SECONDS = 2.0
+PUT_OFF_SECONDS = 10.0
 
 
 class Lull:
