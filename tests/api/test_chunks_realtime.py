@@ -176,6 +176,44 @@ def test_a_server_may_blend_whatever_is_marked() -> None:
         client.close()
 
 
+def test_a_session_says_it_for_its_answers(http: httpx.Client, client: Realtime) -> None:
+    """Once, and each answer may say something else."""
+    good(http.post("/cache/warm", json={"chunks": PASSAGES}))
+    client.send("session.update", session={"type": "realtime", "rekindle": NONE})
+    told = client.last("session.updated")["session"]
+    assert NONE.items() <= told["rekindle"].items()
+    client.send("session.update", session=told)  # all that it told, as some clients do
+    assert NONE.items() <= client.last("session.updated")["session"]["rekindle"].items()
+    tell(client, *PASSAGES)
+    client.respond()
+    assert placed(client.kv()) == [True] * 3  # told without being asked, too
+    client.item("And who else?")
+    client.respond(rekindle={"blend": False})
+    assert client.kv()["plan"]["chunks"] == []
+    client.send("session.update", session={"rekindle": None})
+    assert not NONE.keys() & client.last("session.updated")["session"]["rekindle"].keys()
+    client.item("And now?")
+    client.respond()
+    assert "plan" not in client.kv()
+    client.send("session.update", session={"rekindle": {"blend": True}})
+    assert client.last("session.updated")["session"]["rekindle"]["blend"] is True
+
+
+@pytest.mark.parametrize(
+    ("session", "param", "words"),
+    [
+        ({"rekindle": {"blend": {"select": "frist"}}}, "rekindle.blend.select", "did you mean 'first'"),
+        ({"rekindle": {"blend": {"ratio": True}}}, "session.rekindle.blend.ratio", "expected a number"),
+        ({"rekindle": {"blnd": True}}, "session.rekindle.blnd", "did you mean 'blend'"),
+        ({"rekindle": {"pin": "1m"}}, "session.rekindle.pin", "rekindle.session.pin"),
+    ],
+)
+def test_what_a_session_is_refused(client: Realtime, session: dict[str, Any], param: str, words: str) -> None:
+    client.send("session.update", session=session)
+    error = client.error()
+    assert error["param"] == param and words in error["message"], error
+
+
 @pytest.mark.parametrize(
     ("response", "param", "words"),
     [

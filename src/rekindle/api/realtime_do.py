@@ -22,6 +22,7 @@ from rekindle.api.realtime_talk import Conversation, Event, Sink
 from rekindle.api.refusals import refusal_of
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError
 from rekindle.reuse.prompt import Prompt
+from rekindle.serve.marked import Wish
 from rekindle.serve.request import Generation
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.session import Session
@@ -82,6 +83,7 @@ class Commands:
             "last_event_id": conversation.last_event_id,
         }
         shown = conversation.settings.as_dict(session, conversation.instructions)
+        ours |= shown["rekindle"]
         return shown | {"id": session.name, "model": self._service.model_name, "rekindle": ours}
 
     def obey(self, event: wire.Incoming, sink: Sink) -> None:
@@ -173,6 +175,7 @@ class Commands:
 
     def _update(self, given: wire.SessionIn) -> None:
         check_model(self._service, given.model)
+        self._check_blend(None if given.rekindle is None else given.rekindle.blend_wish)
         conversation = self.conversation
         before, words = conversation.settings, conversation.instructions
         conversation.settings = before.changed(given)
@@ -298,6 +301,7 @@ class Commands:
     def _respond(self, given: wire.ResponseIn) -> None:
         check_model(self._service, given.model)
         conversation, session = self.conversation, self._session
+        given = given.or_else(conversation.settings.rekindle)
         is_adopted = given.conversation != "none"
         if is_adopted and self._is_busy:
             raise ActiveResponse("an answer is being generated; cancel it, or wait for its end")
@@ -310,8 +314,7 @@ class Commands:
             metadata=given.metadata,
             options=given.rekindle,
         )
-        if given.blend_wish:  # what is wrong with it is told whether there are chunks or not
-            self._service.blend_of(given.blend_wish, session.prompt())
+        self._check_blend(given.blend_wish)
         is_other = given.instructions not in (None, conversation.instructions)
         is_beside = not is_adopted or given.input is not None or is_other
         if not is_beside and session.context.open is None:
@@ -334,6 +337,11 @@ class Commands:
         if is_adopted:
             self.conversation.beside = response
         response.begin(self.conversation.before(None))
+
+    def _check_blend(self, wish: Wish) -> None:
+        """What is wrong with it is told whether there are chunks or not. Raises InvalidRequest."""
+        if wish not in (None, False):
+            self._service.blend_of(wish, self._session.prompt())
 
     def _may_blend(self, given: wire.ResponseIn) -> bool:
         """Whether chunks are to be placed, if there are any: only beside the session, which is exact."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rekindle.api.realtime_wire import ResponseIn, RetentionRatio, SessionIn
+from rekindle.api.wire import RekindleOptions
 from rekindle.serve.request import Sampling
 from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.session import Session
@@ -26,6 +27,7 @@ class RealtimeSettings:
     usual: Options  # of the session, before any client changed them
     max_output_tokens: int | None = None
     truncation: str | RetentionRatio = "auto"
+    rekindle: RekindleOptions | None = None  # of answers that don't say
 
     def changed(self, given: SessionIn) -> RealtimeSettings:
         """With what was given in place of what was."""
@@ -34,6 +36,8 @@ class RealtimeSettings:
             new = replace(new, max_output_tokens=number_of(given.max_output_tokens))
         if "truncation" in fields:
             new = replace(new, truncation=given.truncation or "auto")
+        if "rekindle" in fields:
+            new = replace(new, rekindle=given.rekindle)
         return replace(new, usual=replace(new.usual, sampling=sampled(new.usual.sampling, given)))
 
     def options(self, session: Session) -> Options:
@@ -52,7 +56,7 @@ class RealtimeSettings:
         return replace(usual, window=window, retention=max(0.01, min(_MOST_KEPT, kept / size)))
 
     def as_dict(self, session: Session, instructions: str) -> dict[str, Any]:
-        """OpenAI's session object, but for its names."""
+        """OpenAI's session object, but for its names, and what is told of its state in `rekindle`."""
         sampling, truncation = session.options.sampling, self.truncation
         return {
             "type": "realtime",
@@ -70,6 +74,7 @@ class RealtimeSettings:
             "tracing": None,
             "audio": None,
             "include": None,
+            "rekindle": {} if self.rekindle is None else self.rekindle.as_dict,
         }
 
 

@@ -85,6 +85,8 @@ Truncation = Annotated[
 class _Choices(Wire):
     """What a session and a single response can choose."""
 
+    place: ClassVar[str]  # of these in their event
+
     model: Str | None = None
     instructions: Str | None = None
     output_modalities: Modalities | None = Field(None, validation_alias=AliasChoices("output_modalities", "modalities"))
@@ -97,6 +99,7 @@ class _Choices(Wire):
     tools: list[Any] | None = None
     tool_choice: Any = None
     prompt: Any = None
+    rekindle: RekindleOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +120,8 @@ class _Choices(Wire):
             raise Unsupported("tool_choice: expected auto or none, for there are no tools", param="tool_choice")
         if self.prompt is not None:
             raise Unsupported("stored prompts are not supported; use instructions", param="prompt")
+        if self.rekindle is not None and self.rekindle.pin is not None:
+            raise Unsupported("pin the session: rekindle.session.pin", param=f"{self.place}.rekindle.pin")
         return self
 
 
@@ -143,8 +148,35 @@ def _says_something(value: Any) -> bool:
     return False
 
 
+_STATE = frozenset(
+    [
+        "session",
+        "handle",
+        "context",
+        "contexts",
+        "conversation_id",
+        "state",
+        "tokens",
+        "window",
+        "policy",
+        "last_event_id",
+    ]
+)  # that a session's object tells
+
+
 class SessionIn(_Choices):
     """Of `session.update`."""
+
+    place = "session"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_as_it_was_told(cls, value: Any) -> Any:
+        """Clients send the session object back with what they change: its state in `rekindle` is no option."""
+        told = value.get("rekindle") if isinstance(value, dict) else None
+        if not isinstance(told, dict):
+            return value
+        return value | {"rekindle": {name: each for name, each in told.items() if name not in _STATE}}
 
     type: Literal["realtime"] | None = None
     truncation: Truncation | None = None
@@ -203,21 +235,28 @@ _Input = Annotated[ReferenceIn | ItemIn, Field(discriminator="type")]
 class ResponseIn(_Choices):
     """Of `response.create`."""
 
+    place = "response"
+
     conversation: Literal["auto", "none"] | None = None
     input: Annotated[list[_Input], Field(max_length=4096, fail_fast=True)] | None = None
     metadata: dict[Annotated[Str, Field(max_length=64)], Annotated[Str, Field(max_length=512)]] | None = Field(
         None, max_length=16
     )
     documents: Any = None
-    rekindle: RekindleOptions | None = None
 
     @model_validator(mode="after")
     def _is_here(self) -> Self:
         if self.documents is not None:
             raise Unsupported('documents are parts of messages here, with "cache": "chunk"', param="response.documents")
-        if self.rekindle is not None and self.rekindle.pin is not None:
-            raise Unsupported("pin the session: rekindle.session.pin", param="response.rekindle.pin")
         return self
+
+    def or_else(self, usual: RekindleOptions | None) -> ResponseIn:
+        """With a session's options for what it does not say itself."""
+        if usual is None:
+            return self
+        own = self.rekindle
+        said = {} if own is None else {name: getattr(own, name) for name in own.model_fields_set}
+        return self.model_copy(update={"rekindle": usual.model_copy(update=said)})
 
     @property
     def blend_wish(self) -> Wish:

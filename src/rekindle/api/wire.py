@@ -206,6 +206,12 @@ class RekindleOptions(Ours):
     )
 
     @property
+    def as_dict(self) -> dict[str, Any]:
+        """What was said, as it was said."""
+        said = self.model_dump(exclude_unset=True, exclude={"blend"})
+        return said if self.blend is None else said | {"blend": True if self.blend.wish == {} else self.blend.wish}
+
+    @property
     def blend_wish(self) -> Wish:
         """None if nothing is said; what is to be pinned is read exactly unless blending is asked for."""
         if self.blend is None:
