@@ -217,7 +217,7 @@ def test_a_server_may_blend_whatever_is_marked() -> None:
         ({"rekindle": {"blend": {"ratio": 1.5}}}, "rekindle.blend.ratio", "expected at most 1"),
         ({"rekindle": {"blend": {"ratio": -0.1}}}, "rekindle.blend.ratio", "expected at least 0"),
         ({"rekindle": {"blend": {"ratio": "15%"}}}, "rekindle.blend.ratio", "expected a number"),
-        ({"rekindle": {"blend": {"ratios": 0.1}}}, "ratios", "did you mean 'ratio'"),
+        ({"rekindle": {"blend": {"ratios": 0.1}}}, "rekindle.blend.ratios", "did you mean 'ratio'"),
         ({"documents": "text"}, "documents", "expected an array"),
         ({"documents": ["text"]}, "documents[0]", "expected an object"),
         ({"documents": [{"title": "no text"}]}, "documents[0].text", "required"),
