@@ -246,17 +246,17 @@ def test_without_a_server_it_says_so(run_here: Run) -> None:
         assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_what_the_server_refuses_is_told_and_not_tried_again(run: Run, at: list[str]) -> None:
-    result = run("live", *at, "--session", "x" * 65, stdin="Hello.\n")
+def test_what_the_server_refuses_is_told_and_not_tried_again(run_here: Run, at: list[str]) -> None:
+    result = run_here("live", *at, "--session", "x" * 65, stdin="Hello.\n")
     assert result.returncode == 2
     assert "expected a name of 1 to 64 characters" in result.stderr and "attempt" not in result.stderr
 
 
-def test_a_key_is_needed_and_a_wrong_one_is_refused(run: Run) -> None:
+def test_a_key_is_needed_and_a_wrong_one_is_refused(run: Run, run_here: Run) -> None:
     settings = Settings(engine="toy", context=256, store="none", api_key="right")
     with Service.open(settings) as service, running(service) as url:
         for key in ([], ["--api-key", "wrong"]):
-            result = run("live", "--url", url, *key, stdin="Hello.\n")
+            result = run_here("live", "--url", url, *key, stdin="Hello.\n")
             assert result.returncode == 1
             assert "refused (401)" in result.stderr and "with --api-key or in REKINDLE_API_KEY" in result.stderr
             assert "attempt" not in result.stderr

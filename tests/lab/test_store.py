@@ -27,7 +27,8 @@ def shown(report: StoreReport) -> str:
     return text.getvalue()
 
 
-def test_all_tiers_are_measured_and_the_last_line_is_json(tmp_path: Path) -> None:
+def test_all_tiers_are_measured_and_the_last_line_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_module, "_BENCHMARK_BYTES", 1 << 24)
     report = run_store(payloads=(1_000, 70_000), num_blocks=4, rounds=1, marks=(128, 300), folder=tmp_path)
     assert list(tmp_path.iterdir()) == [], "what was written is removed"
     text = shown(report)

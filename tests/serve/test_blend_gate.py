@@ -109,7 +109,7 @@ def test_the_last_report_counts_and_torn_arms_do_not(tmp_path: Path) -> None:
 def test_a_measured_report_opens_the_gate_of_the_same_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "report.json"
     caplog.set_level(logging.INFO)
-    file.write_text(run_blend(engine="llama", documents=2, ratios=(0.15,)).as_json())
+    file.write_text(run_blend(engine="llama", documents=1, ratios=(0.15,)).as_json())
     settings = Settings(store="none", context=1024, threads=1, blend_gate=str(file), blend="marked")
     with Service.open(settings) as service:
         marked = service.text_prompt(["Read this:", Chunk(" Vodris paints in orange."), " What?"])
