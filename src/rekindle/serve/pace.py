@@ -25,7 +25,8 @@ Small chunks cost more in all, and many prompts are short. Two exceptions read t
   step was `BURST_STEPS` steps ago. So of a stream's gaps less than one in a hundred is of that kind.
 
 When nobody is being answered there is nobody to stall, and the chunk is as large as the engine's batch, unless that takes
-so long that whoever comes or goes meanwhile would have to wait for it, or would leave a short rest.
+so long that whoever comes or goes meanwhile would have to wait for it, or would leave a short rest. As long as nothing was
+measured it is the least, by which a slow model reads about as many tokens a second.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MIN_CHUNK = 3
 TOLERATED = 2.75  # times as long as a step without a chunk: below the three times that a long prompt may cost a stream
 GRAIN = 4  # batches are multiples of this: fewer shapes, for which an engine may prepare
 PROBE_STEPS = 64  # steps with a chunk between two without
-LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered
+LONE_TOKENS = (512, 2048)  # least and greatest chunk when nobody is being answered; the first is the least
 LONE_SECONDS = 0.25  # that such a step should take at most, where the least chunk allows
 BURST_SECONDS = 0.25
 BURST_STEPS = 128
@@ -137,7 +138,7 @@ class Pace:
     def _lone(self) -> int:
         least, greatest = LONE_TOKENS
         speed = self.prefill.seconds_per_token
-        return greatest if not speed else min(greatest, max(least, int(LONE_SECONDS / speed)))
+        return least if not speed else min(greatest, max(least, int(LONE_SECONDS / speed)))
 
     def _is_soon_read(self, num_decoding: int, num_reading: int, num_unread: float) -> bool:
         """Whether more wait for it than are stalled, and not for long; what was begun so is ended so."""
