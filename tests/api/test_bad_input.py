@@ -99,6 +99,27 @@ CASES = [
     # missing and empty
     Bad("no messages", CHAT, b"{}", 400, "messages: this field is required", "messages", "missing_field"),
     Bad("empty messages", CHAT, chat(messages=[]), 400, "at least one element", "messages"),
+    Bad(
+        "a message without content", CHAT, chat(messages=[{"role": "user"}]), 400, "content is expected", "messages[0]"
+    ),
+    Bad("null as content", CHAT, said(None), 400, "content is expected in all messages but", "messages[0]"),
+    Bad("a grammar", CHAT, chat(grammar='root ::= "x"'), 400, "use response_format with a json_schema", "grammar"),
+    Bad("vLLM's schema", TEXT, text(guided_json={"type": "object"}), 400, "use response_format", "guided_json"),
+    Bad("an answer to go on", CHAT, chat(continue_final_message=True), 400, "completions", "continue_final_message"),
+    Bad("ids to stop at", TEXT, text(stop_token_ids=[2]), 400, "use stop", "stop_token_ids"),
+    Bad("sound", CHAT, chat(modalities=["text", "audio"]), 400, 'expected ["text"]', "modalities"),
+    Bad(
+        "a template's own",
+        CHAT,
+        chat(chat_template_kwargs={"self": 1}),
+        400,
+        "self can't be set there",
+        "chat_template_kwargs",
+    ),
+    Bad("no /v1", "/chat/completions", b"{}", 404, "did you mean /v1/chat/completions?", code="not_found"),
+    Bad("two /v1", "/v1/v1/completions", b"{}", 404, "did you mean /v1/completions?", code="not_found"),
+    Bad("a slash", f"{CHAT}/", b"{}", 404, "did you mean /v1/chat/completions?", code="not_found"),
+    Bad("Ollama's", "/api/generate", b"{}", 404, "did you mean /generate?", code="not_found"),
     Bad("a message without a role", CHAT, chat(messages=[{"content": "x"}]), 400, "required", "messages[0].role"),
     Bad("an unknown role", CHAT, chat(messages=[{"role": "cat"}]), 400, "'system'", "messages[0].role"),
     Bad("a misspelt role", CHAT, chat(messages=[{"role": "usr"}]), 400, "or 'function', got 'usr'", "messages[0].role"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
+
+from rekindle.model.template import ChatTemplate
+from rekindle.serve.service import Service
 
 ASK = [{"role": "user", "content": "Where does Vodris work, and what does the letter say of the river town?"}]
 GREEDY: dict[str, Any] = {"model": "ember", "messages": ASK, "temperature": 0, "max_tokens": 24}
@@ -185,6 +189,22 @@ def test_plan_and_timings_on_request(client: openai.OpenAI) -> None:
 def test_unknown_fields_and_nulls_change_nothing(client: openai.OpenAI) -> None:
     extra = {"frobnicate": [1, {"a": None}], "user": "u", "stop": None, "top_p": None, "seed": None, "tools": []}
     assert text_of(client, extra_body=extra) == text_of(client)
+
+
+def test_arguments_of_the_chat_template(
+    client: openai.OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for documents, which it is shown more than once."""
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think></think>' if enable_thinking is false }}"
+    monkeypatch.setattr(service, "model", replace(service.model, template=ChatTemplate(source)))
+
+    def num_tokens(**extra: Any) -> int:
+        return client.chat.completions.create(**GREEDY, extra_body=extra).usage.prompt_tokens
+
+    without = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert num_tokens(**without) > num_tokens() == num_tokens(chat_template_kwargs={"enable_thinking": True})
+    documents = {"documents": [{"text": "Vodris paints in orange."}]}
+    assert num_tokens(**without, **documents) > num_tokens(**documents)
 
 
 def test_the_models_list(client: openai.OpenAI) -> None:

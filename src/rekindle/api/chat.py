@@ -71,7 +71,8 @@ async def _generations(service: Service, request: Request, body: ChatRequest) ->
     num_characters = sum(each.num_characters for each in body.messages) + sum(len(each.text) for each in documents)
     salt = caller_of(request).salt(body.cache_salt)
     prompt, tokenize_ms = await built(
-        num_characters, lambda: service.chat_prompt(messages, documents=documents, salt=salt)
+        num_characters,
+        lambda: service.chat_prompt(messages, documents=documents, salt=salt, **(body.chat_template_kwargs or {})),
     )
     blend = service.blend_of(body.blend_wish, prompt)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None

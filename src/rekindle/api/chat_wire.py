@@ -19,6 +19,9 @@ from rekindle.serve.request import MAX_TOP_LOGPROBS
 
 MAX_DOCUMENTS = 1024
 MAX_CALLS = 128  # of functions, in one message
+OWN_ARGUMENTS = frozenset(  # of a template, which are not for a client to set, or have fields of their own
+    {"add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "salt", "self", "template", "tools"}
+)
 NO_CALLS = 'are not supported: this server makes no calls; send none, or the tool_choice "none"'
 
 
@@ -85,6 +88,8 @@ class Message(Wire):
             raise PydanticCustomError("invalid_value", "function_call is not supported: expected tool_calls")
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("invalid_value", "tool_calls are expected in messages of the assistant only")
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("invalid_value", "content is expected in all messages but the assistant's")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -130,6 +135,8 @@ class ChatRequest(OpenAIFields):
     tools: list[Any] | None = Field(None, description='only with the tool_choice "none", and then left out')
     tool_choice: Any = None
     functions: Any = None
+    modalities: Any = None
+    chat_template_kwargs: JsonObject | None = Field(None, description="for the chat template: enable_thinking …")
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -139,4 +146,8 @@ class ChatRequest(OpenAIFields):
             raise InvalidRequest(f"tools {NO_CALLS}", param="tools")
         if self.functions:
             raise InvalidRequest(f"functions {NO_CALLS}", param="functions")
+        if self.modalities not in (None, ["text"]):
+            raise InvalidRequest('modalities: expected ["text"], for this server writes text only', param="modalities")
+        for name in OWN_ARGUMENTS & (self.chat_template_kwargs or {}).keys():
+            raise InvalidRequest(f"chat_template_kwargs: {name} can't be set there", param="chat_template_kwargs")
         return self

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.websockets import WebSocket
 
 from rekindle.api.load import retry_after
@@ -31,6 +31,7 @@ from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 log = logging.getLogger(__name__)
 
 _WORD = re.compile(r"[\w.-]{1,24}")  # a choice that is misspelt, and nobody's text
+_SHOWN = 200  # characters of a path
 _INTERNAL = "the server failed to answer; its log says why"
 UNKNOWN_FIELD, NAME = (
     "unknown_field",
@@ -151,18 +152,29 @@ async def _on_failure(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message, path = error.detail, request.url.path[:200]
+    message, path = error.detail, request.url.path[:_SHOWN]
     if error.status_code == 404:
         as_socket = dict(request.scope) | {"type": "websocket"}
         routes = request.app.routes[:-1]  # the last is `no_such_socket`
         is_socket = any(route.matches(as_socket)[0] is Match.FULL for route in routes)
-        message = f"{path} is a WebSocket: open it as one" if is_socket else f"there is no {request.method} {path} here"
+        nowhere = f"there is no {request.method} {path} here"
+        message = f"{path} is a WebSocket: open it as one" if is_socket else nowhere + _meant(request, routes)
     elif error.status_code == 405:
         message = f"{path} cannot be asked with {request.method}"
     elif error.status_code == 400:
         message = "the body cannot be read as JSON"
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     return respond(error.status_code, message, code=code, headers=error.headers)
+
+
+def _meant(request: Request, routes: Sequence[BaseRoute]) -> str:
+    """What may have been meant, as a hint: clients put one /v1 too many before a path, or too few, or a / behind it."""
+    path = request.url.path[:_SHOWN].rstrip("/")
+    for other in (path, f"/v1{path}", "/" + path.removeprefix("/").partition("/")[2]):
+        asked = dict(request.scope) | {"path": other, "raw_path": other.encode()}
+        if other not in ("/", request.url.path) and any(route.matches(asked)[0] is Match.FULL for route in routes):
+            return f"; did you mean {other}?"
+    return ""
 
 
 async def no_such_socket(socket: WebSocket) -> None:

@@ -273,6 +273,20 @@ def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
     return {int(name): bias for name, bias in biases.items()}
 
 
+_BY_SCHEMA = "use response_format with a json_schema"
+_OF_OTHERS = {  # fields of llama-server and vLLM, and what to do instead
+    "continue_final_message": "send the text to be continued to /v1/completions",
+    "grammar": _BY_SCHEMA,
+    "guided_choice": _BY_SCHEMA,
+    "guided_grammar": _BY_SCHEMA,
+    "guided_json": _BY_SCHEMA,
+    "guided_regex": _BY_SCHEMA,
+    "json_schema": _BY_SCHEMA,
+    "stop_token_ids": "use stop, with the tokens' text",
+    "structured_outputs": _BY_SCHEMA,
+}
+
+
 class OpenAIFields(GenerationFields):
     """What the two OpenAI endpoints share."""
 
@@ -282,6 +296,15 @@ class OpenAIFields(GenerationFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_nothing_of_others(cls, value: Any) -> Any:
+        """Hints may be ignored; what says which answers are good, or where they end, may not."""
+        for name in _OF_OTHERS.keys() & value.keys() if isinstance(value, dict) else ():
+            if value[name]:
+                raise InvalidRequest(f"{name} is not supported by this server: {_OF_OTHERS[name]}", param=name)
+        return value
 
     @property
     def num_choices(self) -> int:
