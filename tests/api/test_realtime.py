@@ -230,6 +230,27 @@ def test_only_so_much_waits_for_the_end_of_an_answer(clients: Any, steps: Steps)
     assert [client.error()["event_id"] for _ in range(64)] == [str(number) for number in range(64)]
 
 
+def test_what_is_typed_behind_a_commit_that_waits_is_no_part_of_it(clients: Any, steps: Steps) -> None:
+    client = clients()
+    client.begin(steps)
+    client.send("input_text_buffer.append", text="One")
+    client.send("input_text_buffer.commit", item_id="one")
+    client.send("input_text_buffer.replace", text="Never mind")
+    client.send("input_text_buffer.clear")
+    client.send("input_text_buffer.replace", text="Two")
+    for number in range(100):  # more than may wait, were they not one
+        client.send("input_text_buffer.append", text=f" {number}")
+    client.send("input_text_buffer.commit", item_id="two")
+    client.send("response.cancel")
+    client.until("response.done")
+    said = {}
+    while len(said) < 2:
+        item = client.last("conversation.item.done")["item"]
+        if item["role"] == "user":
+            said[item["id"]] = item["content"][0]["text"]
+    assert said == {"one": "One", "two": "Two " + " ".join(map(str, range(100)))}
+
+
 def test_settings_are_changed_as_far_as_they_are_given(clients: Any) -> None:
     client = clients()
     ratio = {"type": "retention_ratio", "retention_ratio": 0.5, "token_limits": {"post_instructions": 300}}

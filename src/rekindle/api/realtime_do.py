@@ -29,6 +29,7 @@ from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 
 MAX_WAITING = 64  # events of clients
+_DRAFTING = (wire.BufferAppend, wire.BufferReplace, wire.BufferClear)
 MAX_ASIDES = 8  # answers beside the conversation at a time
 ROOT = "root"
 
@@ -89,12 +90,28 @@ class Commands:
     def obey(self, event: wire.Incoming, sink: Sink) -> None:
         """Do this now, or at the end of the answer. Raises RekindleError."""
         self._do_waiting()
-        if not event.waits or not (self._is_busy or self._waiting):
+        if not self._must_wait(event):
             self._do(event, sink)
+        elif (joined := self._joined(event)) is not None:
+            self._waiting[-1] = (joined, sink)
         elif len(self._waiting) < MAX_WAITING:
             self._waiting.append((event, sink))
         else:
             raise Overloaded(f"{MAX_WAITING} events wait for the end of the answer; cancel it, or wait")
+
+    def _must_wait(self, event: wire.Incoming) -> bool:
+        if isinstance(event, _DRAFTING):  # what is committed is what was in the buffer when that was said
+            return any(isinstance(each, wire.BufferCommit) for each, _ in self._waiting)
+        return event.waits and (self._is_busy or bool(self._waiting))
+
+    def _joined(self, event: wire.Incoming) -> wire.Incoming | None:
+        """One event that does what the last that waits and this would: words that come one by one are many."""
+        last = self._waiting[-1][0] if self._waiting else None
+        if not isinstance(last, wire.BufferAppend | wire.BufferReplace):
+            return None
+        if isinstance(event, wire.BufferAppend):
+            return last.model_copy(update={"text": last.text + event.text, "event_id": event.event_id})
+        return event if isinstance(event, wire.BufferReplace) else None
 
     def close(self) -> None:
         """Nobody waits for what is under way."""
