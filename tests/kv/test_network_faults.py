@@ -144,11 +144,11 @@ def test_a_restart_that_nobody_noticed_is_no_fault(server: RedisServer, bench: B
 
 def test_a_server_that_is_paused(server: RedisServer, benches: Benches) -> None:
     """Its kernel still takes connections and data; only answers are missing."""
-    bench = benches(server.url, timeout_seconds=0.2)
+    bench = benches(server.url, timeout_seconds=0.5)
     bench.works()
     with server.paused():
         for _ in range(3):
-            bench.fails(lambda: list(bench.tier.get(PLACES)), r"gave no answer within 0.2 s")
+            bench.fails(lambda: list(bench.tier.get(PLACES)), r"gave no answer within 0.5 s")
         bench.fails(lambda: list(bench.tier.get(PLACES)), "gave no answer")
         assert bench.tier.stats().faults == 3
         with pytest.raises(TierUnavailable, match=r"not asked again for 1\.0 s"):
@@ -162,7 +162,7 @@ def test_a_server_that_is_paused(server: RedisServer, benches: Benches) -> None:
 
 
 def test_a_server_that_pauses_while_it_is_written_to(server: RedisServer, benches: Benches) -> None:
-    bench = benches(server.url, timeout_seconds=0.2)
+    bench = benches(server.url, timeout_seconds=0.5)
     bench.works()
     much = make_chain(3, 6, payload_bytes=4_000_000)
     with server.paused():

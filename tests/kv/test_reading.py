@@ -74,7 +74,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
         assert is_of(next(files), path)
     with pytest.raises(IsADirectoryError):
         next(files)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
