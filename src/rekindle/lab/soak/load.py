@@ -19,14 +19,14 @@ from typing import Any, Literal
 import httpx
 
 PATIENCE_SECONDS = 120.0
-BUSY = 429
-_BACK_OFF_SECONDS = 0.05  # less than the server asks for, so that the queue stays full
+BUSY, UNAVAILABLE = 429, 503
+BACK_OFF_SECONDS = 0.05  # less than the server asks for, so that the queue stays full
 _KEPT_FAULTS = 20
 _BEGINNINGS = 6
 _LOWEST_ID, _IDS = 300, 1500  # token ids that the built-in model's vocabulary has
 
 Json = dict[str, Any]
-Kind = Literal["answered", "left", "refused", "busy", "faulty", "stuck"]
+Kind = Literal["answered", "left", "refused", "busy", "talked", "cut off", "resumed", "faulty", "stuck"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ async def _fulfil(client: httpx.AsyncClient, wish: Wish, tally: Tally, exact: bo
         return
     _judge(wish, status, text, tally, exact)
     if status == BUSY:
-        await asyncio.sleep(_BACK_OFF_SECONDS)
+        await asyncio.sleep(BACK_OFF_SECONDS)
 
 
 async def _ask_and_leave(url: httpx.URL, wish: Wish) -> tuple[int, str]:
@@ -209,6 +209,8 @@ async def _ask(client: httpx.AsyncClient, wish: Wish) -> tuple[int, str]:
 def _judge(wish: Wish, status: int, text: str, tally: Tally, exact: bool) -> None:
     if status == BUSY:
         tally.add("busy")
+    elif wish.path == "/cache/clear" and status == UNAVAILABLE:  # its folder has just had bad luck
+        tally.add("refused")
     elif wish.refused or (wish.refusable and status == 400):
         tally.add("refused" if 400 <= status < 500 else "faulty", f"{wish.path} got {status} for a bad request: {text}")
     elif status != 200 or (wish.stream and '"error"' in text):

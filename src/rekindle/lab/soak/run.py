@@ -33,6 +33,7 @@ from rekindle.lab.load.servers import find_model
 from rekindle.lab.machine import Machine, this_machine
 from rekindle.lab.soak.faults import Misfortune
 from rekindle.lab.soak.load import Tally, Wishes, drive
+from rekindle.lab.soak.talks import TALKERS, talk
 
 MAX_GROWTH = 0.03
 WARM_UP = 0.25  # share of the time
@@ -44,6 +45,9 @@ SETTINGS = {  # caches that are full soon, and a queue that overflows now and th
     "max_running": 4,
     "max_queue": 6,
     "max_residents": 8,
+    "max_sessions": 12,
+    "session_idle_seconds": 2.0,
+    "session_files": 40,
     "store_memory": "32MiB",
     "store_disk": "128MiB",
     "policy": "priority",
@@ -130,7 +134,7 @@ def run_soak(model: str, *, minutes: float, seed: int, threads: int, progress: P
             watch = _Watch(process.pid, minutes * 60, progress)
             misfortune, tally = Misfortune(store, seed), Tally()
             before = held_by(process.pid)
-            asyncio.run(_soak(url, Wishes(seed, CELLS), tally, watch, misfortune))
+            asyncio.run(_soak(url, seed, tally, watch, misfortune))
             stuck = tuple(still_busy(url))
             after = held_by(process.pid)
             swaps = int(metric(url, "rekindle_swaps_total"))
@@ -202,15 +206,19 @@ class _Watch:
         return tuple(self._rss[index * last // 19] for index in range(20))
 
 
-async def _soak(url: str, wishes: Wishes, tally: Tally, watch: _Watch, misfortune: Misfortune) -> None:
+async def _soak(url: str, seed: int, tally: Tally, watch: _Watch, misfortune: Misfortune) -> None:
     async def strike() -> None:
         while watch.share < 1:
             await asyncio.sleep(_STRIKE_SECONDS)
             misfortune.strike()
         misfortune.mend()
 
-    load = drive(url, wishes, clients=CLIENTS, enough=lambda _: watch.share >= 1, tally=tally, exact=False)
-    await asyncio.gather(load, watch.run(), strike())
+    def enough(_: Tally) -> bool:
+        return watch.share >= 1
+
+    load = drive(url, Wishes(seed, CELLS), clients=CLIENTS, enough=enough, tally=tally, exact=False)
+    live = talk(url, seed, talkers=TALKERS, enough=enough, tally=tally)
+    await asyncio.gather(load, live, watch.run(), strike())
 
 
 def metric(url: str, name: str) -> float:
