@@ -286,6 +286,7 @@ def test_a_failure_after_which_nothing_can_be_closed_ends_the_server_too(environ
 
 
 def test_a_step_that_never_ends_is_an_alarm(environment: dict[str, str]) -> None:
+    """And the server ends by itself."""
     with stepped(environment, "--stall-seconds", "0.3") as server, httpx.Client(base_url=server.url) as client:
         server.let(1)
         with client.stream("POST", CHAT, json=ENDLESS, timeout=60) as response:
