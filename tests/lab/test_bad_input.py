@@ -78,6 +78,18 @@ def test_options_of_the_other_kind_of_blending_are_not_ignored(options: str, sai
     assert said in _refused(f"blend FILE {options}", Path("nowhere.gguf"), 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--part talk --samples 3", "--samples is for the part ttft, which is not run"),
+        ("--part ttft --part drift --turns 5", "--turns is for the part talk, which is not run"),
+        ("--part ttft --kv-type q8_0", "--kv-type is for the part drift, which is not run"),
+    ],
+)
+def test_options_of_parts_that_are_not_run_are_not_ignored(options: str, said: str) -> None:
+    assert said in _refused(f"live FILE {options}", Path("nowhere.gguf"), 2)
+
+
 def test_a_models_folder_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that the torch engine could serve."""
     monkeypatch.setattr("rekindle.lab.decode.Service.open", lambda settings: pytest.fail("it is loaded"))

@@ -22,6 +22,11 @@ Threads = Annotated[int | None, typer.Option(help="compute threads; default: the
 Engine = Annotated[str, typer.Option(help="auto, llama or torch")]
 _STARTED = ("model", "threads", "context", "parallel")  # what servers get that are started here
 _OF_QUALITY = ("data", "documents", "gate", "plot")
+_OF_PART = {  # of `lab live`
+    "ttft": ("samples", "conversation_tokens", "gap", "peer"),
+    "talk": ("turns", "window"),
+    "drift": ("kv_type",),
+}
 _OF_SPEED = ("chunks", "chunk_tokens", "rounds", "peer")
 Plot = Annotated[Path | None, typer.Option(help="write a PNG here (needs the lab extra)")]
 
@@ -171,6 +176,7 @@ def lab_restart(
 @lab.command("live")
 @guarded
 def lab_live(
+    given: typer.Context,
     model: ModelFile = "builtin",
     part: Annotated[list[str] | None, typer.Option(help="ttft, talk or drift; may be repeated; default: all")] = None,
     samples: Annotated[int, typer.Option(help="ttft: messages of each kind", min=1)] = 20,
@@ -189,6 +195,9 @@ def lab_live(
     """How soon a live session answers, what its window costs, how far it drifts from a full prefill."""
     from rekindle.cli.lab import measure_live
 
+    if part and set(part) <= _OF_PART.keys():
+        for other in _OF_PART.keys() - set(part):
+            refuse_given(given, _OF_PART[other], f"is for the part {other}, which is not run: leave it out")
     sizes = {"samples": samples, "conversation_tokens": conversation_tokens, "gap_seconds": gap, "peer": peer}
     measure_live(model, part, sizes, turns=turns, window=window, kv_types=kv_type, threads=threads)
 
