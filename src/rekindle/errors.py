@@ -128,7 +128,8 @@ def check_number(
         what = "a whole number" if whole else "a number"
         least, most = ("" if math.isinf(limit) else f"{limit:,}" for limit in (low, high))
         limits = f" between {least} and {most}" if least and most else f" of at least {least}" if least else ""
-        got = str(value)[:40] if isinstance(value, Real) else repr(value)[:40]
+        is_endless = is_number and abs(value) > 1 << 64  # Python refuses to write those of thousands of digits
+        got = "a number beyond all limits" if is_endless else str(value) if is_number else repr(value)[:40]
         raise InvalidRequest(f"{name} must be {what}{limits}, got {got}", param=param or name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"priority": 0.5}, "priority must be a whole number, got 0.5"),
     ({"stop": ["a", 3]}, "a stop string must not be .* anything but text"),
     ({"stop": [""]}, "must not be empty"),
+    ({"stop": 3}, "stop: expected a text or a list of texts, got int"),
+    ({"seed": 10**5000}, "seed must be a whole number .* got a number beyond all limits"),
     ({"blend": {"ratio": True}}, "blend.ratio must be a number between 0 and 1, got True"),
     ({"blend": {"ratio": "0.5"}}, "blend.ratio must be .* got '0.5'"),
     ({"blend": {"layer": True}}, "blend.layer must be a whole number of at least 1, got True"),
@@ -57,11 +60,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), WRONG, ids=repr)
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_a_number_is_a_number(toy: LLM, options: dict[str, Any], message: str) -> None:
     """True is not 1, a text is no number, and the mistake is told before anything is generated."""
     with pytest.raises(InvalidRequest, match=message):
         toy.generate("Hello", **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"Hello", {"role": "user", "content": "Hello"}], ids=repr)
+def test_what_is_no_prompt_is_told(toy: LLM, prompt: Any) -> None:
+    for ask in (toy.generate, toy.chat, toy.warm, partial(toy.pin, ttl="1m")):
+        with pytest.raises(InvalidRequest, match=f"a prompt is text, .* got {type(prompt).__name__}"):
+            ask(prompt)
 
 
 @pytest.mark.parametrize("ttl", [True, None, [1], 0, -1.0, "soon"], ids=repr)
@@ -72,7 +82,7 @@ def test_a_time_is_a_time(toy: LLM, ttl: Any) -> None:
 
 def test_numpys_numbers_are_numbers(toy: LLM) -> None:
     mine: dict[str, Any] = {"temperature": np.float32(0), "max_tokens": np.int64(2), "top_k": np.int32(3)}
-    assert toy.generate("Hello", **mine) == toy.generate("Hello", temperature=0, max_tokens=2)
+    assert toy.generate("Hello", stop=None, **mine) == toy.generate("Hello", temperature=0, max_tokens=2)
 
 
 def test_names_that_are_loaded_late_can_be_completed() -> None:

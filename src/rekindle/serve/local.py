@@ -25,8 +25,24 @@ _SAMPLING = frozenset(each.name for each in fields(Sampling)) - {"temperature"}
 _OPTIONS = _SAMPLING | {"max_tokens", "temperature", "stop", "raw", "ignore_eos", "priority", "blend", "documents"}
 
 
+def _check(prompt: Any) -> None:
+    """Raises InvalidRequest for what is no prompt, nor a list of them."""
+    if isinstance(prompt, bytes | Mapping) or not (isinstance(prompt, Chunk) or hasattr(prompt, "__len__")):
+        expected = "text, a Chunk, a list of texts and Chunks, of messages, or of token ids"
+        raise InvalidRequest(f"a prompt is {expected}; got {type(prompt).__name__}", param="prompt")
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        return (stop,)
+    if stop is not None and not isinstance(stop, Iterable):
+        raise InvalidRequest(f"stop: expected a text or a list of texts, got {type(stop).__name__}", param="stop")
+    return tuple(stop or ())
+
+
 def _several(prompts: Any) -> Sequence[Any]:
     """A list of prompts; one text and one conversation are a list of one."""
+    _check(prompts)
     if isinstance(prompts, str | Chunk) or not len(prompts):
         return [prompts]
     first = prompts[0]
@@ -62,7 +78,7 @@ class LLM:
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         raw: bool = False,
         **options: Any,
     ) -> str:
@@ -84,7 +100,7 @@ class LLM:
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         raw: bool = False,
         ignore_eos: bool = False,
         priority: int = 0,
@@ -105,7 +121,7 @@ class LLM:
             prompt=made,
             max_tokens=max_tokens,
             sampling=Sampling(temperature=temperature, **sampling),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=_stops(stop),
             ignore_eos=ignore_eos,
             priority=priority,
             blend=self.service.blend_of(blend, made),
@@ -168,11 +184,13 @@ class LLM:
 
     def _beginning(self, prompt: Given, raw: bool) -> Prompt:
         """A prompt that is to be kept: of messages what conversations have in common that begin with them."""
+        _check(prompt)
         if not isinstance(prompt, str | Chunk) and len(prompt) and isinstance(prompt[0], Mapping):
             return self.service.opening_prompt(prompt)  # type: ignore[arg-type]  # a list of messages, all of one kind
         return self._prompt(prompt, raw)
 
     def _prompt(self, given: Given, raw: bool, documents: Sequence[Document] = ()) -> Prompt:
+        _check(given)
         service = self.service
         prompt = [given] if isinstance(given, Chunk) else given
         is_text = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], str | Chunk))
