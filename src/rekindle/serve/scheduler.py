@@ -17,6 +17,7 @@ Here is no thread and no queue to wait on: a worker calls `step` as long as it r
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from rekindle.serve.scores import Scores
 from rekindle.serve.state import Counts, State
 from rekindle.serve.studies import Studies
 from rekindle.tokens import as_tokens
+
+_log = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -185,12 +188,17 @@ class Scheduler:
 
     def abandon(self, error: RekindleError) -> None:
         """Tell every request that it failed, and let nobody wait, without touching the engine, which may be broken."""
-        self._studies.release()
-        for run in (*self.waiting, *self.running):
-            run.send(Failed(error))
-            self._state.watching(run).failed(run, error)
+        abandoned = (*self.waiting, *self.running)
         self.waiting.clear()
         self.running.clear()
+        for run in abandoned:
+            run.send(Failed(error))
+        self._studies.release()
+        for run in abandoned:
+            try:
+                self._state.watching(run).failed(run, error)
+            except Exception:  # it may be what has failed before
+                run.context.run(_log.exception, "an observer could not be told of a failure")
 
     # The parts of a step.
 

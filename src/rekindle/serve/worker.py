@@ -183,7 +183,8 @@ class Worker:
         """Answer whatever was posted too late."""
         with self._lock:
             self._stopping = True
-        self._obey()
+        while not self._inbox.empty():
+            self._obey_late(self._inbox.get_nowait())
         self._scheduler.abandon(Stopping("the server is being stopped") if self.failure is None else self._failed())
         try:
             while self.failure is None and self._scheduler.residents.save_one():
@@ -191,6 +192,13 @@ class Worker:
         except Exception:
             _log.exception("the residents could not be saved")
         self._publish()
+
+    def _obey_late(self, command: Callable[[], None]) -> None:
+        """A request that comes now waits at least, and is told; what else fails on a broken engine holds up nobody."""
+        try:
+            command()
+        except Exception:
+            _log.exception("a command that came too late has failed")
 
     def _check_alive(self) -> None:
         if self.failure is not None:
