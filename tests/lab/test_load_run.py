@@ -127,10 +127,10 @@ def test_stall_compares_a_stream_with_itself(url: str) -> None:
 
 
 def test_a_stream_that_ends_before_the_prompt_is_read_says_so() -> None:
-    """Less than 50 tokens are left of it when the prompt comes, which takes some 200 steps."""
+    """Few tokens are left of it when the prompt comes, which takes some 200 steps."""
     settings = Settings(engine="toy", context=4_096, store="none", prefill_budget=16)
     with Service.open(settings) as service, running(service) as url:
-        report = run(url, "stall", SMALL.with_(system_tokens=3_000, answer_tokens=300))
+        report = run(url, "stall", SMALL.with_(system_tokens=3_000, answer_tokens=560))
     figures = {figure.name: figure for figure in report.runs[0].figures}
     assert figures["share_covered"].value < 1
     assert "with more --answer-tokens" in printed(report)[0]

@@ -7,8 +7,8 @@ burst   many requests at once with one beginning that nobody has seen. That begi
         in tokens, the expectation is the beginning once and every request's own rest.
 repeat  a prompt again, to the letter. Nothing has to be computed if the last logits are kept: the first token need not
         take longer than any other token of the answer.
-stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone, before and after:
-        a percentile of 99 of fewer than some hundreds is the greatest of them, and says little.
+stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone. Those are of the
+        time before, since afterwards the prompt's KV is there; and many, since the p99 of few is about the greatest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rekindle.lab.load.workloads import Sizes, cells_for, system, user
 _SHORT_PROMPT = 64  # tokens
 _STREAMS = 8
 _READS = 3  # long prompts of which the speed is taken together
-_ALONE = 256  # gaps of a stream before it gets company, and as many after
+_ALONE = 512  # gaps of a stream before it gets company
 STALL_FACTOR = 3.0  # ITL p99 beside a long prompt, of that alone
 
 
@@ -148,7 +148,7 @@ async def stall(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
 class _Gaps:
     """Between the tokens of a stream, in seconds."""
 
-    alone: list[float]  # before the long prompt came, and after it was read
+    alone: list[float]  # before the long prompt came
     beside: list[float]  # while it was read
     read_seconds: float
     covered: float  # the part of the reading for which the stream went on
@@ -179,7 +179,7 @@ class _Listener:
 
 
 async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> _Gaps:
-    """Gaps of a stream that is alone, gets company by a prompt that is read, and is alone again."""
+    """Gaps of a stream that is alone, and then gets company by a prompt that is read."""
     listener = _Listener()
     prompt = [user(texts.text("stream", _SHORT_PROMPT))]
     stream = asyncio.ensure_future(load.target.ask(prompt, sizes.answer_tokens, heard=listener.heard))
@@ -189,7 +189,6 @@ async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> _Gaps:
             raise ServerError(f"a stream ended after {said} pieces of text: {why or 'too short'}")
         reader = _whole(await load.ask([user(texts.text("long", sizes.system_tokens))], 1))
         is_over = stream.done()  # it had said all that it was to say
-        await listener.more(_ALONE, stream)
     finally:
         stream.cancel()  # hangs up
         await asyncio.gather(stream, return_exceptions=True)
@@ -199,10 +198,10 @@ async def _gaps_beside(load: Load, sizes: Sizes, texts: Texts) -> _Gaps:
     if not beside or (last < done and not is_over):
         beside.append(done - max(last, begun))  # silent until the prompt was read
     return _Gaps(
-        alone=[after - before for before, after in gaps if after <= begun or before >= done],
+        alone=[after - before for before, after in gaps if after <= begun],
         beside=beside,
         read_seconds=done - begun,
-        covered=1.0 if not is_over else max(0.0, last - begun) / (done - begun),
+        covered=min(1.0, max(0.0, last - begun) / (done - begun)) if is_over else 1.0,
     )
 
 
