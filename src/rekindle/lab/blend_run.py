@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
-from rekindle.engine.protocol import Engine, Payload, SequenceId, Work
+from rekindle.engine.protocol import Engine, Payload, Placed, SequenceId, Work
 from rekindle.lab.blend_tasks import Asked, BlendTask
 from rekindle.reuse.blend import Blend, Memory, OnItsOwn, make_blend_plan
 from rekindle.reuse.blend_select import Floats
-from rekindle.reuse.plan import Compute, Fork, Place, Plan, Resident, Stored, make_plan
+from rekindle.reuse.plan import Fork, Place, Plan, Resident, Stored, make_plan
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.looking import begin_look, look_plan
 from rekindle.serve.run import Part
@@ -161,13 +162,7 @@ def _read_looked(
     while not looking.done:
         looking.go_on(seq, len(asked), engine.num_free_cells)
     plan, due = looking.chosen(SHORT_REST, None if choose is None else Blend("none"))
-    while (position := engine.length(seq)) < len(prompt):
-        if due and due[0].position == position:
-            part = due.popleft()
-            engine.place(seq, part.payload, position, start=part.start, stop=part.stop)
-        else:
-            stop = min(due[0].position if due else len(prompt), len(prompt))
-            engine.forward([Work(seq, prompt.tokens[position:stop], logits=stop == len(prompt))])
+    read_on(engine, seq, prompt, [part for part in due if part.position < len(prompt)])
     if choose is not None:
         choose(seq, looking.scores)
     work = (engine.num_token_layers - computed) / engine.spec.num_layers
@@ -177,21 +172,33 @@ def _read_looked(
 def carry_out(engine: Engine, prompt: Prompt, plan: Plan, payloads: Mapping[int, Payload] | None = None) -> Reading:
     """Every step of a plan, from left to right. `payloads` of chunks, by their index."""
     began, computed, calls = time.perf_counter(), engine.num_computed, engine.num_calls
-    seq: SequenceId | None = None
+    fork = next((step for step in plan.steps if isinstance(step, Fork)), None)
+    seq = engine.open() if fork is None else engine.fork(fork.seq, fork.stop)
+    placed = []
     for step in plan.steps:
-        if isinstance(step, Fork):
-            seq = engine.fork(step.seq, step.stop)
-            continue
-        seq = engine.open() if seq is None else seq
-        if isinstance(step, Compute):
-            engine.forward([Work(seq, prompt.tokens[step.start : step.stop], logits=step.stop == plan.total)])
-            continue
-        assert isinstance(step, Place) and step.chunk is not None and payloads is not None
-        first = step.start - prompt.chunks[step.chunk].start
-        engine.place(seq, payloads[step.chunk], step.start, start=first, stop=first + step.stop - step.start)
-    assert seq is not None
+        if isinstance(step, Place):
+            assert step.chunk is not None and payloads is not None
+            first = step.start - prompt.chunks[step.chunk].start
+            placed.append(Placed(payloads[step.chunk], first, first + step.stop - step.start, step.start))
+    read_on(engine, seq, prompt, placed)
     seconds = time.perf_counter() - began
     return Reading(seq, seconds, engine.num_computed - computed, engine.num_calls - calls, plan)
+
+
+def read_on(engine: Engine, seq: SequenceId, prompt: Prompt, placed: Sequence[Placed]) -> None:
+    """The rest of a prompt, with stored KV where it goes: as a server does, in one call where the engine can."""
+    begins = [engine.length(seq), *(piece.position + len(piece) for piece in placed)]
+    gaps = list(zip(begins, [*(piece.position for piece in placed), len(prompt)], strict=True))
+    last = max((index for index, (start, stop) in enumerate(gaps) if start < stop), default=0)
+    if engine.places_between and last:
+        tokens = np.concatenate([prompt.tokens[start:stop] for start, stop in gaps])
+        engine.forward([Work(seq, tokens, logits=last == len(placed), placed=tuple(placed[:last]))])
+        gaps, placed = [], placed[last:]
+    for gap, piece in zip_longest(gaps, placed):
+        if gap is not None and gap[0] < gap[1]:
+            engine.forward([Work(seq, prompt.tokens[gap[0] : gap[1]], logits=gap[1] == len(prompt))])
+        if piece is not None:
+            engine.place(seq, piece.payload, piece.position, start=piece.start, stop=piece.stop)
 
 
 def first_token_seconds(engine: Engine, seq: SequenceId, asked: Asked) -> float:

@@ -11,13 +11,14 @@ https://arxiv.org/abs/2205.14135):
     keys:     |■■■■■■■■■■■■| |■■■■■■|        ◣         two runs of cells seen in full, then the causal square
     cells:     40 … 51        112…117     new tokens
 
-Heads that share K and V (grouped queries) become rows of one product when a single token is decoded, and a batch
-dimension otherwise, so K and V are never repeated. Queries of a sliding window are taken in blocks; each block sees only
-the cells that its window can reach, under a mask that all layers of that window share.
+Heads that share K and V (grouped queries) become rows of one product where there are few queries, so that K and V are read
+once, and a batch dimension otherwise; they are never repeated. Queries of a sliding window are taken in blocks; each block
+sees only the cells that its window can reach, under a mask that all layers of that window share.
 
 In bfloat16 many queries are answered by two plain products with a softmax between them, block by block. On CPUs without
 matrix units that takes half to a third of the time of the fused kernel, which is then far from what oneDNN's products
 reach. Scores are rounded to bfloat16 on the way, as in transformers' "eager" attention; q and k were rounded as coarsely.
+Softmax reads and writes bfloat16 and reckons in float32.
 
 What the fused kernel can't do (soft caps, V of another width than K, devices other than the CPU) goes the plain way, which
 is in `plain.py`.
@@ -44,7 +45,7 @@ from rekindle.tokens import Tokens
 
 _MAX_RUNS = 4  # more, and copying the cells together is cheaper than attending to each run
 _BLOCK = 128  # queries that are answered together, in a sliding window or by plain products
-_MANY = 16  # queries for which plain products pay
+_MANY = 16  # queries for which plain products pay, and from which on heads that share K and V are a batch dimension
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class Batch:
             if count == 1:
                 blocks.append(_Block(row, row + 1, self._parts(keys.cells[-window:]), None, False))
             elif dtype is torch.bfloat16 and count >= _MANY:
-                blocks += self._masked_blocks(row, span, keys, window, torch.float32, by_products=True)
+                blocks += self._masked_blocks(row, span, keys, window, dtype, by_products=True)
             elif not window or end - keys.first <= window:
                 blocks.append(_Block(row, row + count, self._parts(keys.cells[:-count]), None, True))
             else:
@@ -169,16 +170,20 @@ def _attend_block(
     if block.by_products:
         return _multiply(block, query, keys, values, scaling)
     heads, kv_heads, count = query.shape[1], keys.shape[1], block.stop - block.start
-    groups = None if count == 1 else heads // kv_heads
-    rows = query[0, :, block.start : block.stop]
-    grouped = rows.reshape((1, kv_heads, -1, rows.shape[-1]) if count == 1 else (kv_heads, -1, count, rows.shape[-1]))
+    groups = heads // kv_heads
+    few = count < _MANY
+    by_head = query[0, :, block.start : block.stop].reshape(kv_heads, groups, count, -1)
+    rows = by_head.reshape(1, kv_heads, groups * count, -1) if few else by_head
+    mask = block.mask if block.mask is None or not few else block.mask.repeat(groups, 1)
     results = []
     for part in block.parts:
-        k, v = (_as_heads(pool[part], groups) for pool in (keys, values))
-        results.append(_flash(grouped, k, v, scaling, mask=block.mask))
+        k, v = (_as_heads(pool[part], None if few else groups) for pool in (keys, values))
+        results.append(_flash(rows, k, v, scaling, mask=mask))
     if block.is_causal:
         k, v = (_as_heads(each[block.start : block.stop], groups) for each in new)
-        results.append(_flash(grouped, k, v, scaling, is_causal=True))
+        results.append(_flash(by_head, k, v, scaling, is_causal=True))
+    shape = (kv_heads, groups, count)
+    results = [(out.reshape(*shape, -1), lse.reshape(shape)) for out, lse in results]
     out = results[0][0] if len(results) == 1 else _join(results)
     return out.view(1, heads, -1) if count == 1 else out.permute(2, 0, 1, 3).reshape(count, heads, -1)
 
@@ -188,10 +193,10 @@ def _multiply(block: _Block, query: Tensor, keys: Tensor, values: Tensor, scalin
     heads, kv_heads, count = query.shape[1], keys.shape[1], block.stop - block.start
     rows = query[0, :, block.start : block.stop].reshape(kv_heads, -1, query.shape[-1])
     k, v = (pool[block.parts[0]].transpose(0, 1) for pool in (keys, values))
-    scores = torch.bmm(rows, k.transpose(1, 2)).float().mul_(scaling)
+    scores = torch.baddbmm(rows.new_empty(1), rows, k.transpose(1, 2), beta=0, alpha=scaling)
     assert block.mask is not None
     scores.view(kv_heads, -1, count, k.shape[1])[..., -block.mask.shape[1] :] += block.mask
-    out = torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)
+    out = torch.bmm(torch.softmax(scores, dim=-1), v)
     return out.view(kv_heads, -1, count, v.shape[-1]).permute(2, 0, 1, 3).reshape(count, heads, -1)
 
 
