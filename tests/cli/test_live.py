@@ -78,18 +78,22 @@ def test_both_directions_without_a_terminal(run: Run, at: list[str]) -> None:
     assert "(the context is guide)" in result.stderr
 
 
-def test_what_one_says_another_hears(run: Run, url: str, at: list[str], environment: dict[str, str]) -> None:
+def test_what_one_says_another_hears(
+    run: Run, run_here: Run, url: str, at: list[str], environment: dict[str, str]
+) -> None:
     command = [sys.executable, "-m", "rekindle", "live", "out", "--url", url, "--session", "two"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as out:
         assert out.stdout is not None and out.stderr is not None
         try:
             while not status_of(url, "two").get("listeners"):
                 pass
-            spoken = run("live", "in", *at, "--session", "two", "--max-tokens", "4", stdin="Hello.\nreset\nquit\n")
+            say = ("live", "in", *at, "--session", "two", "--max-tokens", "4")
+            spoken = run(*say, stdin="Hello.\nquit\n")
             assert (spoken.returncode, spoken.stdout, spoken.stderr) == (0, "", "")
             assert out.stdout.readline() == "> Hello.\n"
             assert out.stdout.readline().strip()
             assert "first token after" in out.stderr.readline()
+            assert run_here(*say, stdin="reset\n").returncode == 0  # not before: it would cut the answer off
             assert out.stderr.readline() == "(the conversation begins anew)\n"
             out.send_signal(signal.SIGINT)
             assert out.wait(60) == 130
