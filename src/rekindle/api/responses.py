@@ -78,8 +78,8 @@ async def turn_of(
     documents = body.looked_up
     conversation = _continued(before, body.messages())
     messages = body.prompted(conversation)
-    num_characters = sum(len(plain(message["content"])) for message in messages) + sum(
-        len(each.text) for each in documents
+    num_characters = sum(len(each.text) for each in documents) + sum(
+        len(plain(message["content"])) + len(str(message.get("tool_calls", ""))) for message in messages
     )
     make = service.chat_prompt if generate else service.opening_prompt
     try:
