@@ -333,3 +333,20 @@ def test_no_load_gets_stuck(load: list[tuple[int, int, bool]], steps: int) -> No
             stage.scheduler.step()
     stage.run()
     assert all(isinstance(answer.events[-1], Done) for answer in answers)
+
+
+def test_a_request_whose_sequence_cannot_be_cut_back_ends_all_the_same(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its KV is kept for nobody; others go on."""
+    other, answer = stage.submit(ids(91, 40), 30), stage.submit(ids(90, 100), 3)
+
+    def fail(*_: object) -> None:
+        raise EngineError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "truncate", fail)
+        stage.run(until=lambda: any(isinstance(event, Done) for event in answer.events))
+    assert answer.done.reason == "length" and not len(stage.scheduler.residents)
+    stage.run()
+    assert other.done.usage.completion_tokens == 30

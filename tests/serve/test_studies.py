@@ -6,6 +6,7 @@ import pytest
 from tests.serve.blending import BLEND, A, B, C, D, blend_stage, chunks_of, learned, prompt_of, study
 from tests.serve.conftest import ids
 
+from rekindle.errors import EngineError
 from rekindle.reuse.blend import Blend
 from rekindle.serve import studies
 from rekindle.serve.studies import SLICE
@@ -93,3 +94,21 @@ def test_the_queue_of_studies_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     study(stage)
     answer = stage.ask(prompt_of([ids(9, 30), D, C, B, A]), 1, blend=Blend("none", 0))
     assert [placed > 0 for placed, _ in chunks_of(answer)] == [False, False, False, True, True]
+
+
+def test_where_no_sequence_can_be_set_aside_the_answer_is_complete_and_chunks_are_warmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = blend_stage()
+    answer = stage.submit(prompt_of([D, A]), 1, blend=BLEND)
+
+    def fail(*_: object) -> None:
+        raise EngineError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.engine, "fork", fail)
+        stage.run()
+    assert answer.done.reason == "length"
+    study(stage)
+    own = stage.blending.own_prompts(prompt_of([A]))[0]
+    assert stage.store.match(own.tokens).length == len(own) and stage.scores.get(stage.blending.key(own)) is None

@@ -336,7 +336,12 @@ class Scheduler:
             return
         generation = run.generation
         length = min(self._engine.length(seq), run.exact)
-        self._engine.truncate(seq, length)
+        try:
+            self._engine.truncate(seq, length)
+        except EngineError as error:  # what is not exact is nobody else's to see
+            run.context.run(_log.warning, "what a request has computed is not kept: %s", error)
+            self._engine.close(seq)
+            return
         if generation.reuses and (generation.hold or length >= self._state.least_tokens(run)) and length:
             self.residents.add(seq, run.salt, run.exact_marks, spare=generation.warm, hold=generation.hold)
             if generation.warm and run.marks:
