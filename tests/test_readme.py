@@ -7,14 +7,15 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from rekindle.api.server import running
+from rekindle.cli.app import app
 from rekindle.cli.reference import commands_table, replace_part, settings_table
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -109,10 +110,8 @@ def test_curl_lines_get_answers(command: str, url: str) -> None:
 def test_every_option_that_is_named_exists() -> None:
     """Options in the text belong to the command they are written after."""
     for command, option in re.findall(r"`rekindle ((?:cache |lab )?[a-z]+)[^`]*?(--[a-z-]+)[^`]*`", README):
-        done = subprocess.run(
-            [sys.executable, "-m", "rekindle", *command.split(), "--help"], capture_output=True, text=True
-        )
-        assert option in done.stdout, f"rekindle {command} {option}"
+        done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [*command.split(), "--help"])
+        assert option in done.output, f"rekindle {command} {option}"
 
 
 def test_no_line_is_too_long_to_read() -> None:

@@ -32,12 +32,12 @@ def test_keys_come_from_option_environment_and_file(environment: dict[str, str],
             assert httpx.get(f"{url_in(line)}/v1/models", headers={"x-api-key": key}).status_code == status
 
 
-def test_chat_and_demo_bring_the_environments_key(environment: dict[str, str], run: Run) -> None:
+def test_chat_and_demo_bring_the_environments_key(environment: dict[str, str], run: Run, run_here: Run) -> None:
     with served(environment | {"REKINDLE_API_KEY": ONE}) as (_, line):
         chat = ("chat", "--url", url_in(line), "--max-tokens", "4")
         without, having = (run(*chat, stdin="Hello.\n/stats\n", env=env) for env in ({}, {"REKINDLE_API_KEY": ONE}))
-        given = run(*chat, "--api-key", ONE, stdin="Hello.\n")
-        asked = run("generate", "Hello.", "--url", url_in(line), "--max-tokens", "4", "--api-key", ONE)
+        given = run_here(*chat, "--api-key", ONE, stdin="Hello.\n")
+        asked = run_here("generate", "Hello.", "--url", url_in(line), "--max-tokens", "4", "--api-key", ONE)
         toured = run("demo", "--rounds", "1", "--url", url_in(line), "--api-key", ONE)
         demo = run("demo", "--rounds", "1", "--json", "--url", url_in(line), env={"REKINDLE_API_KEYS": f"{ONE},{TWO}"})
     assert without.returncode == 1 and "refused (401): expected an API key in the header" in without.stderr

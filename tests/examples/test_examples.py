@@ -1,7 +1,7 @@
 """The examples run, on the real model, and what they show adds up.
 
-Each runs as a process of its own at least once. Where that is not the point they run in this one, which has imported
-PyTorch and transformers already: that takes longer than most of what they do.
+As processes of their own, as users run them. Where that is not the point those on PyTorch run in this one, which has
+imported it already: that takes longer than most of what they do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,23 @@ def run(name: str, *options: str, env: dict[str, str] | None = None) -> subproce
     )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    if not find_spec("torch"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_here(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     """The same in this process."""
     path, out, err = EXAMPLES / f"{name}.py", io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, one_thread(), redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(path), *options])
         patch.syspath_prepend(str(EXAMPLES))
         patch.setenv("COLUMNS", "100")
@@ -149,7 +163,7 @@ def test_comparison() -> None:
 @pytest.mark.slow
 def test_multilayer() -> None:
     options = ("--rounds", "3", "--continuations", "3", "--tokens", "150", "--new-tokens", "30", "--max-tokens", "4")
-    result = run("multilayer", *options)
+    result = run_here("multilayer", *options)
     report = report_of(result)
     check_times(report)
     num_layers = report["workload"]["layers"]
