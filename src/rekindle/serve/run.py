@@ -190,7 +190,7 @@ class Run:
         return Fetched() if self.fetch is None or is_lost else self.fetch.result()
 
     def work(self, count: int, cells: int = 0) -> Work:
-        """The next tokens to compute, at most `count`, with what of chunks is placed between them, if it fits in `cells`."""
+        """The next tokens to compute, at most `count`, and what of chunks goes between them, if that fits in `cells`."""
         assert self.seq is not None
         if not self.generation.use_kv_cache:
             return Work(self.seq, self.tokens)
