@@ -36,7 +36,8 @@ WAIT_SECONDS = 60
 
 @pytest.fixture
 def socket(url: str) -> Iterator[ClientConnection]:
-    with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
+    """Its queue has no end: a client that has stopped reading waits ten seconds for the other end's goodbye."""
+    with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None, max_queue=None) as socket:
         yield socket
 
 
