@@ -4,7 +4,7 @@
 # `make help` lists the rest. All work in .venv, made on the first call; nothing is installed outside it.
 
 PORT ?= 8000
-WORKERS ?= 0
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt scripts/install.sh
@@ -15,7 +15,7 @@ help:
 	@echo "make demo    a tour: a real model answers, and nothing is computed twice"
 	@echo "make serve   the server, on port $(PORT); make serve PORT=9000 for another"
 	@echo "make test    ruff, mypy and all tests (installs PyTorch too: the built-in model's formats are compared)"
-	@echo "             make test WORKERS=2 shares them out to two processes"
+	@echo "             in as many processes as there are cores, up to four; make test WORKERS=1 for one after the other"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make ember   train the built-in model again"
 	@echo "make clean   delete .venv and all caches"
@@ -29,7 +29,7 @@ serve: $(VENV)/.installed
 # Files are given to workers in the order of their names: by their number of tests the long ones would come last.
 test: lint
 	@$(BIN)/python -m compileall -q src
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(if $(filter-out 0 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff check

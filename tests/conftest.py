@@ -1,7 +1,7 @@
 """What all tests share: a cache folder of their own, anew for each module, so that nothing is warm that should be cold.
 
-`make test WORKERS=2` runs them in two processes, the workers, each of which takes whole files. Each keeps to cores of its
-own, as do the processes that its tests start: compute threads of two workers on one core would wait for each other.
+`make test` runs them in several processes, the workers, each of which takes whole files. Each keeps to cores of its own,
+as do the processes that its tests start: compute threads of two workers on one core would wait for each other.
 """
 
 from __future__ import annotations
