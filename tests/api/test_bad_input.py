@@ -204,6 +204,14 @@ def test_a_misspelt_name_is_a_mistake_in_what_is_ours_alone(http: httpx.Client, 
         assert (error["param"], error["code"]) == (f"rekindle.{param}", "unknown_field")
 
 
+def test_a_name_that_is_no_text_is_refused_too(http: httpx.Client) -> None:
+    for ours, param in (('{"\\ud800": 1}', "?"), ('{"blend": {"\\ud800": 1}}', "blend.?")):
+        body = f'{{"messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 2, "rekindle": {ours}}}'
+        answer = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, f"rekindle.{param}", "unknown_field")
+
+
 def test_refusals_never_repeat_the_prompt(http: httpx.Client) -> None:
     secret = "correct horse battery staple"
     for fields in ({"temperature": "hot"}, {"stop": [secret, 5]}, {"response_format": {"type": secret}}):

@@ -33,10 +33,8 @@ log = logging.getLogger(__name__)
 _WORD = re.compile(r"[\w.-]{1,24}")  # a choice that is misspelt, and nobody's text
 _SHOWN = 200  # characters of a path
 _INTERNAL = "the server failed to answer; its log says why"
-UNKNOWN_FIELD, NAME = (
-    "unknown_field",
-    "name",
-)  # a kind of mistake in a body, and what has the field's name in its context
+UNKNOWN_FIELD = "unknown_field"  # a kind of mistake in a body …
+NAME = "name"  # … and what has the field's name in its context
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _JSON_TYPES = {
     dict: "an object",

@@ -154,7 +154,8 @@ class Ours(Wire):
     def _has_no_unknown(cls, value: Any) -> Any:
         for name in value if isinstance(value, dict) else ():
             if name not in cls.model_fields:
-                told = {NAME: name[:40], "hint": nearest(name, cls.model_fields)}
+                shown = name[:40].encode("utf-8", "replace").decode()  # half a surrogate pair can't be told
+                told = {NAME: shown, "hint": nearest(name, cls.model_fields)}
                 raise PydanticCustomError(UNKNOWN_FIELD, "this field is unknown{hint}", told)
         return value
 
