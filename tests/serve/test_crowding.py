@@ -32,7 +32,8 @@ class Machine:
     def __init__(self) -> None:
         self.held = 0
         self.waits = {"1": 0.0, "2": 0.0}
-        self.crowding = Crowding(self._hold, lambda: dict(self.waits))
+        self.now = 0.0
+        self.crowding = Crowding(self._hold, lambda: dict(self.waits), lambda: self.now)
 
     def _hold(self) -> Callable[[], None]:
         self.held += 1
@@ -45,6 +46,7 @@ class Machine:
     def compute(self, seconds: float, share: float) -> None:
         for _ in range(round(seconds / STEP)):
             self.waits["2"] += share * STEP
+            self.now += STEP
             self.crowding.stepped(Step(computed=1, seconds=STEP))
 
 
@@ -107,6 +109,18 @@ def test_idle_time_says_nothing_and_threads_come_and_go() -> None:
     del machine.waits["3"]
     machine.compute(2 * WINDOW_SECONDS, 0.0)
     assert not machine.crowding.crowded
+
+
+def test_what_was_waited_for_in_a_pause_says_nothing() -> None:
+    machine = Machine()
+    machine.compute(2 * CALM_SECONDS, 0.0)
+    for _ in range(20):
+        machine.now += 2.0
+        machine.waits["1"] += 0.2  # another server was asked meanwhile
+        machine.compute(2 * WINDOW_SECONDS, 0.0)
+    assert not machine.crowding.crowded
+    machine.compute(2 * WINDOW_SECONDS, 0.6)
+    assert machine.crowding.crowded
 
 
 def test_closing_lets_go_once() -> None:

@@ -13,12 +13,15 @@ time said 0.30). So
               it was too soon, and so on up to `LONGEST_CALM_SECONDS`
 
 and while it is crowded a thread of ours holds a team of libgomp's threads that do nothing, which makes libgomp's others
-sleep instead of spin.
+sleep instead of spin. A pause of `PAUSE_SECONDS` begins a new window: what threads waited for in a pause, while others had
+their turn, would count against the little that they computed. (Two servers on one machine that were asked in turn made
+.3 to .5 of that, and each time our next tokens took half as long again.)
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from rekindle.serve.observe import Observer
 from rekindle.serve.scheduler import Step
 
 WINDOW_SECONDS = 0.25
+PAUSE_SECONDS = 0.1
 CALM_SECONDS = 1.0
 LONGEST_CALM_SECONDS = 16.0
 CROWDED = 0.4
@@ -49,10 +53,17 @@ def waited_seconds() -> dict[str, float]:
 class Crowding(Observer):
     """Watches the steps; belongs to the worker's thread, but for `close`."""
 
-    def __init__(self, hold: Callable[[], Callable[[], None]], waited: Waited = waited_seconds) -> None:
+    def __init__(
+        self,
+        hold: Callable[[], Callable[[], None]],
+        waited: Waited = waited_seconds,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`hold` makes threads sleep where they would spin, until what it returns is called."""
         self._hold = hold
         self._waited = waited
+        self._clock = clock
+        self._ended = clock()  # the last step
         self._release: Callable[[], None] | None = hold()
         self._before = waited()
         self._seconds = 0.0  # of steps, in this window
@@ -64,12 +75,17 @@ class Crowding(Observer):
         return self._release is not None
 
     def stepped(self, step: Step) -> None:
+        now = self._clock()
+        paused, self._ended = now - step.seconds - self._ended >= PAUSE_SECONDS, now
+        if paused:
+            self._before, self._seconds = self._waited(), 0.0
+            return
         self._seconds += step.seconds
         if self._seconds >= WINDOW_SECONDS:
-            now, before = self._waited(), self._before
-            share = sum(max(0.0, now[task] - before[task]) for task in now.keys() & before.keys()) / self._seconds
+            waited, before = self._waited(), self._before
+            share = sum(max(0.0, waited[task] - before[task]) for task in waited.keys() & before.keys()) / self._seconds
             self._learn(share, self._seconds)
-            self._before, self._seconds = now, 0.0
+            self._before, self._seconds = waited, 0.0
 
     def close(self) -> None:
         """Hold nothing any more. For other threads when no step may follow."""
