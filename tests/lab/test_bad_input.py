@@ -61,33 +61,24 @@ def test_a_folder_where_nothing_can_be_written(command: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("command", "said"),
     [
-        ("--speed --plot p.png", "--plot is not for --speed"),
-        ("--speed --documents 3", "--documents is not for --speed"),
-        ("--speed --gate 0.9", "--gate is not for --speed"),
-        ("--speed --data x.jsonl", "--data is not for --speed"),
-        ("--speed --ratio 0.1 --ratio 0.2", "--ratio: with --speed one is expected"),
-        ("--chunks 4", "--chunks is for --speed"),
-        ("--chunk-tokens 64", "--chunk-tokens is for --speed"),
-        ("--rounds 2 --documents 3", "--rounds is for --speed"),
-        ("--peer llama-server", "--peer is for --speed"),
+        ("blend FILE --speed --plot p.png", "--plot is not for --speed"),
+        ("blend FILE --speed --documents 3", "--documents is not for --speed"),
+        ("blend FILE --speed --gate 0.9", "--gate is not for --speed"),
+        ("blend FILE --speed --data x.jsonl", "--data is not for --speed"),
+        ("blend FILE --speed --ratio 0.1 --ratio 0.2", "--ratio: with --speed one is expected"),
+        ("blend FILE --chunks 4", "--chunks is for --speed"),
+        ("blend FILE --chunk-tokens 64", "--chunk-tokens is for --speed"),
+        ("blend FILE --rounds 2 --documents 3", "--rounds is for --speed"),
+        ("blend FILE --peer llama-server", "--peer is for --speed"),
+        ("live FILE --part talk --samples 3", "--samples is for the part ttft, which is not run"),
+        ("live FILE --part ttft --part drift --turns 5", "--turns is for the part talk, which is not run"),
+        ("live FILE --part ttft --kv-type q8_0", "--kv-type is for the part drift, which is not run"),
     ],
 )
-def test_options_of_the_other_kind_of_blending_are_not_ignored(options: str, said: str) -> None:
-    assert said in _refused(f"blend FILE {options}", Path("nowhere.gguf"), 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--part talk --samples 3", "--samples is for the part ttft, which is not run"),
-        ("--part ttft --part drift --turns 5", "--turns is for the part talk, which is not run"),
-        ("--part ttft --kv-type q8_0", "--kv-type is for the part drift, which is not run"),
-    ],
-)
-def test_options_of_parts_that_are_not_run_are_not_ignored(options: str, said: str) -> None:
-    assert said in _refused(f"live FILE {options}", Path("nowhere.gguf"), 2)
+def test_options_of_what_is_not_run_are_not_ignored(command: str, said: str) -> None:
+    assert said in _refused(command, Path("nowhere.gguf"), 2)
 
 
 def test_a_models_folder_is_told_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
