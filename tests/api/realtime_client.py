@@ -7,6 +7,7 @@ import socket
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import httpx
 from tests.api.steps import Steps
 from websockets.sync.client import ClientConnection, connect
 
@@ -19,6 +20,7 @@ class Realtime:
     """One socket and what came through it."""
 
     def __init__(self, url: str, query: str = "", **options: Any) -> None:
+        self._url = url
         self._stack = ExitStack()
         address = f"{url.replace('http', 'ws', 1)}/v1/realtime?{query}"
         self.socket: ClientConnection = self._stack.enter_context(
@@ -62,6 +64,10 @@ class Realtime:
     def error(self) -> Event:
         error: Event = self.last("error")["error"]
         return error
+
+    def until_read(self) -> None:
+        """Wait until all that was told has been read; what comes too soon for that computes the rest itself."""
+        wait_until_read(self._url)
 
     # What is often said.
 
@@ -127,6 +133,12 @@ class Realtime:
         """Of the conversation, in order."""
         self.conversation()
         return self._order
+
+
+def wait_until_read(url: str) -> None:
+    """Until everything that the server's sessions were told is in the engine."""
+    while any(each["reading"] for each in httpx.get(f"{url}/status").raise_for_status().json()["sessions"]):
+        pass
 
 
 def _said(item: Event) -> tuple[str, str]:

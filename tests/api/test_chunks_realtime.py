@@ -102,8 +102,7 @@ def test_afterwards_the_session_is_exact(http: httpx.Client, client: Realtime, s
     good(http.post("/cache/warm", json={"chunks": PASSAGES}))
     tell(client, *PASSAGES)
     first = client.respond(rekindle=NONE)
-    while any(each["reading"] for each in good(http.get("/status"))["sessions"]):
-        pass
+    client.until_read()
     client.item("And who else?")
     second = client.respond(rekindle={"plan": True, "blend": False})
     kv = client.kv()

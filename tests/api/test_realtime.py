@@ -97,6 +97,7 @@ def test_what_is_typed_is_read_before_it_is_committed(clients: Any) -> None:
         "mine",
     )
     assert added["item"]["content"] == [{"type": "input_text", "text": question}]
+    client.until_read()
     client.respond()
     kv = client.kv()
     assert kv["tokens"]["computed"] <= 1 and kv["tokens"]["reused"] + kv["tokens"]["computed"] == kv["tokens"]["prompt"]

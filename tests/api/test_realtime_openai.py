@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
+from tests.api.realtime_client import wait_until_read
 from tests.api.steps import Steps
 
 from rekindle.api.server import running
@@ -195,8 +195,7 @@ def test_a_session_whose_server_has_gone_goes_on_by_its_handle(tmp_path: Any) ->
                 QUESTION,
                 before.output[0].content[0].text,
             ]
-            while any(each["reading"] for each in httpx.get(f"{url}/status").json()["sessions"]):
-                pass  # it is being brought back
+            wait_until_read(url)  # it is being brought back
             part = {"type": "input_text", "text": "What is the job of Dredune?"}
             connection.conversation.item.create(item={"type": "message", "role": "user", "content": [part]})
             connection.response.create(response={"max_output_tokens": 8, "temperature": 0})  # type: ignore
