@@ -9,13 +9,13 @@ well (a busy process with a quota of 0.3 cores ran 0.90 of 3 seconds and waited 
 time said 0.30). So
 
     crowded   from the start, and as soon as in `WINDOW_SECONDS` of steps threads lacked a core for `CROWDED` of it
-    calm      after `CALM_SECONDS` of steps in none of which they did so for more than `CALM` of it; after twice that if
-              it was too soon, and so on up to `LONGEST_CALM_SECONDS`
+    calm      after one such window at the start, and then after `CALM_SECONDS` of steps, in none of which they did so for
+              more than `CALM` of it; after twice that if it was too soon, and so on up to `LONGEST_CALM_SECONDS`
 
 and while it is crowded a thread of ours holds a team of libgomp's threads that do nothing, which makes libgomp's others
-sleep instead of spin. A pause of `PAUSE_SECONDS` begins a new window: what threads waited for in a pause, while others had
-their turn, would count against the little that they computed. (Two servers on one machine that were asked in turn made
-.3 to .5 of that, and each time our next tokens took half as long again.)
+sleep instead of spin. What threads waited for in a pause of `PAUSE_SECONDS`, while others had their turn, is left out: it
+would count against the little that they computed. (Two servers on one machine that were asked in turn made .3 to .5 of
+that, and each time our next tokens took half as long again.)
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Crowding(Observer):
         self._ended = clock()  # the last step
         self._release: Callable[[], None] | None = hold()
         self._before = waited()
-        self._seconds = 0.0  # of steps, in this window
+        self._seconds = self._lacked = 0.0  # of steps, and without a core, in this window
         self._calm_seconds = 0.0  # of steps, in the calm windows up to now
-        self._needed = CALM_SECONDS  # of such, until it is calm
+        self._needed = WINDOW_SECONDS  # of such, until it is calm
 
     @property
     def crowded(self) -> bool:
@@ -78,14 +78,21 @@ class Crowding(Observer):
         now = self._clock()
         paused, self._ended = now - step.seconds - self._ended >= PAUSE_SECONDS, now
         if paused:
-            self._before, self._seconds = self._waited(), 0.0
-            return
-        self._seconds += step.seconds
-        if self._seconds >= WINDOW_SECONDS:
-            waited, before = self._waited(), self._before
-            share = sum(max(0.0, waited[task] - before[task]) for task in waited.keys() & before.keys()) / self._seconds
-            self._learn(share, self._seconds)
-            self._before, self._seconds = waited, 0.0
+            self._before = self._waited()
+        elif step.idle:
+            self._count()
+        else:
+            self._seconds += step.seconds
+            if self._seconds >= WINDOW_SECONDS:
+                self._count()
+                self._learn(self._lacked / self._seconds, self._seconds)
+                self._seconds = self._lacked = 0.0
+
+    def _count(self) -> None:
+        """What threads lacked since this was last done."""
+        waited, before = self._waited(), self._before
+        self._lacked += sum(max(0.0, waited[task] - before[task]) for task in waited.keys() & before.keys())
+        self._before = waited
 
     def close(self) -> None:
         """Hold nothing any more. For other threads when no step may follow."""
@@ -97,11 +104,11 @@ class Crowding(Observer):
         self._calm_seconds = self._calm_seconds + seconds if share <= CALM else 0.0
         if self._release is None and share >= CROWDED:
             self._release = self._hold()
-            self._needed = min(2 * self._needed, LONGEST_CALM_SECONDS)
+            self._needed = min(max(2 * self._needed, CALM_SECONDS), LONGEST_CALM_SECONDS)
         elif self._calm_seconds >= self._needed:
             self.close()
         if self._calm_seconds >= 2 * LONGEST_CALM_SECONDS:
-            self._needed = CALM_SECONDS
+            self._needed = WINDOW_SECONDS
 
 
 def hold_team(num_threads: int) -> Callable[[], None]:
