@@ -487,6 +487,28 @@ def test_simple_sockets_and_realtime_clients_share_a_session(clients: Any, url: 
     simple.close()
 
 
+@pytest.mark.parametrize("moves", [{"type": "reset"}, {"type": "rewind", "turn": 0}], ids=["reset", "rewind"])
+def test_an_answer_that_somebody_goes_back_behind_ends_for_all(
+    clients: Any, url: str, steps: Steps, moves: dict[str, Any]
+) -> None:
+    name = f"session={moves['type']}"
+    client, simple = clients(name), Client(url, f"/ws/output?{name}")
+    response = client.begin(steps)
+    speaker = Client(url, f"/ws/input?{name}")
+    speaker.send(moves)
+    done = client.last("response.done")["response"]
+    assert (done["id"], done["status"]) == (response["id"], "cancelled")
+    *_, end, gone = simple.until("end") + simple.until("system")
+    assert (end["reason"], end["data"]) == ("interrupted", text_of(done)) and gone["kind"] in ("reset", "rewound")
+    steps.let_all()
+    spent = client.last("rekindle.kv")
+    assert spent["response_id"] == response["id"] and simple.until("spent")[-1]["turn"] == end["turn"]
+    client.ask("And now?")
+    assert len(client.conversation()) == 2 and simple.until("end")[-1]["turn"] == 1
+    simple.close()
+    speaker.close()
+
+
 @pytest.mark.parametrize(
     ("sent", "says", "code"),
     [

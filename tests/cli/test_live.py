@@ -19,7 +19,7 @@ from websockets.sync.server import ServerConnection, serve
 from rekindle.api.server import running
 from rekindle.cli.client import ServerError
 from rekindle.cli.live_line import Address, Line
-from rekindle.cli.live_talk import Wish
+from rekindle.cli.live_talk import Wish, show
 from rekindle.errors import InvalidRequest
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -329,3 +329,14 @@ def test_contexts_are_made_where_they_are_missing() -> None:
     assert list(wish.missing({"contexts": ["main", "guide"], "turns": 1})) == []
     with pytest.raises(InvalidRequest, match="NAME=INSTRUCTIONS"):
         list(Wish(contexts=["guide"]).missing({}))
+
+
+@pytest.mark.parametrize(
+    "end", [{"type": "end", "reason": "interrupted"}, {"type": "error", "error": {"message": "the worker failed"}}]
+)
+def test_the_line_of_an_answer_ends_with_it_in_whatever_way(
+    end: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show({"type": "token", "turn": 1, "data": "Once upon"})
+    show(end | {"turn": 1, "data": ""})
+    assert capsys.readouterr().out == "Once upon\n"

@@ -321,10 +321,9 @@ class Conversation:
         match news.kind:
             case "forgotten":
                 self._heard_forgotten(news)
-            case "reset":
-                self._heard_dropped(0)
-            case "rewound":
-                self._heard_dropped(news.detail["turn"])
+            case "reset" | "rewound":
+                last_turn = news.detail.get("turn", 0)
+                self.remove([item for item in self.items if item.turn > last_turn])
             case "truncated":
                 self._heard_cut(news)
             case "swapped" | "replaced":
@@ -351,14 +350,6 @@ class Conversation:
                 "policy": news.detail["policy"],
             }
         )
-
-    def _heard_dropped(self, last_turn: int) -> None:
-        if self.response is not None:
-            response, self.response = self.response, None
-            response.end("interrupted", response.item.text, previous=self.before(response.item))
-            self._interrupted[response.item.turn] = response
-            self._is_over()
-        self.remove([item for item in self.items if item.turn > last_turn])
 
     def _heard_cut(self, news: System) -> None:
         turn, text = news.detail["turn"], news.detail["text"]

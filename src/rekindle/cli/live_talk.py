@@ -143,6 +143,8 @@ def show(news: Message) -> None:
         typer.echo("")
         typer.echo(cost_of(news), err=True)
     elif kind == "error":
+        if "turn" in news:  # an answer ends with it, and so does its line
+            typer.echo("")
         complain(news["error"]["message"])
     elif kind == "system" and news["kind"] != "connected":
         typer.echo(f"({news['data']})", err=True)

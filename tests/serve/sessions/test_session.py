@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
@@ -367,14 +368,44 @@ def test_an_owners_answers_are_counted_until_they_end_in_whatever_way(toy: Servi
             other.ask("Hello.")
             if end != "ask":
                 one.do(end)
-            if end != "reset":
-                one.until(lambda news: isinstance(news, End))
+            one.until(lambda news: isinstance(news, End))
             assert gate.inside == []
             two.ask("Hello.")
         with pytest.raises(RekindleError):
             one.do("answer")  # nothing was said
         assert gate.inside == []
         assert sum(seconds is not None for seconds in gate.seconds) == 7
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "reason"),
+    [
+        ("interrupt", (), "interrupted"),
+        ("reset", (), "interrupted"),
+        ("rewind", (0,), "interrupted"),
+        ("swap", ("other",), "interrupted"),
+        ("add_context", ("main", head(LONG)), "interrupted"),
+        ("close", (), "cancelled"),
+    ],
+)
+def test_an_answer_that_is_broken_off_has_one_end_that_all_hear(
+    toy: Service, sessions: Sessions, operation: str, arguments: tuple[Any, ...], reason: str
+) -> None:
+    talker = Talker(sessions, contexts={"other": head("Another.")})
+
+    def break_off() -> None:  # as one command, so that the answer can't end by itself before
+        talker.session.commit("Hello.")
+        talker.session.answer()
+        getattr(talker.session, operation)(*arguments)
+
+    talker.call(break_off)
+    if operation != "close":
+        talker.ask("And now?")
+    settled(toy, talker)
+    while not talker.inbox.empty():
+        talker.news.append(talker.inbox.get())
+    ends = [news.reason for news in talker.news if isinstance(news, End)]
+    assert ends == [reason, "length"][: 1 + (operation != "close")]
 
 
 def test_a_message_whose_answer_was_refused_is_answered_later_as_it_is(toy: Service) -> None:

@@ -32,12 +32,12 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """An answer is over: "stop", "length", "interrupted" or "cancelled"."""
+    """An answer is over: "stop", "length", "interrupted" or "cancelled". Each has one such end, or a failure."""
 
     turn: int
     reason: str
-    text: str  # the answer as it is kept
-    done: Done | None  # tokens, times and plan; None if it was interrupted
+    text: str  # the answer as it is kept, or as it was when the conversation went back and lost it
+    done: Done | None  # tokens, times and plan; None if it was broken off
 
 
 @dataclass(frozen=True)

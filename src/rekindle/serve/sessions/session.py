@@ -330,7 +330,7 @@ class Session:
         last = context.forgotten + len(context.turns)
         if not context.forgotten <= turn <= last:
             raise SessionError(f"turn: expected {context.forgotten} to {last}, which are remembered, got {turn}")
-        self._drop_answer()
+        self._drop_answer("interrupted")
         context.turns, context.open, context.draft = context.turns[: turn - context.forgotten], None, ""
         self._read(context)
         self._tell(System("rewound", f"back at turn {turn}", {"turn": turn}))
@@ -338,7 +338,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget all turns of the context; its head stays."""
-        self._drop_answer()
+        self._drop_answer("interrupted")
         self.context.clear()
         self._read(self.context)
         self._tell(System("reset", "the conversation begins anew"))
@@ -368,10 +368,13 @@ class Session:
         self._tell(System("amended", "what was said has been changed"))
         self.changed()
 
-    def _drop_answer(self) -> None:
-        if self._answering:
-            self._stop_answering(None)
+    def _drop_answer(self, reason: str) -> None:
+        """An answer under way ends, and nothing is kept of it."""
+        turn = self.context.open
+        if self._answering and turn is not None:
             self._reader.line(self.context).hang_up()
+            self._stop_answering(None)
+            self._tell(End(turn.number, reason, turn.text, None))
 
     def _stop_answering(self, done: Done | None) -> None:
         self._answering = False
@@ -408,7 +411,7 @@ class Session:
     def close(self) -> None:
         """Nobody goes on with it: whatever is done to it from now on is neither read nor written."""
         self.is_closed, self.changed = True, lambda: None
-        self._drop_answer()
+        self._drop_answer("cancelled")
         self._reader.let_go()
         self._audience.clear()
 
