@@ -79,9 +79,16 @@ class Pins:
         """Those that end first, first."""
         return sorted(self._held.values(), key=lambda held: held.expires_at)
 
-    def bytes_of(self, held: Held) -> int:
-        """Of a pin's blocks, how much is stored and kept."""
-        return sum(self._kept.get(place.key, 0) for place in held.places)
+    def view(self, held: Held, now: float) -> Pin:
+        """A pin for whoever asks."""
+        return Pin(
+            id=held.id,
+            name=held.name,
+            num_tokens=held.num_tokens,
+            num_bytes=sum(self._kept.get(place.key, 0) for place in held.places),
+            expires_at=held.expires_at,
+            expires_in=held.expires_at - now,
+        )
 
     def add(self, held: Held, sizes: Mapping[Key, int], stored: Mapping[Key, int]) -> Held:
         """Pin, or renew. `sizes` is what each key's block has or may have, `stored` of those that are there, head first.

@@ -21,69 +21,30 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from rekindle.errors import InvalidRequest, TierUnavailable
+from rekindle.kv.answers import Fetched, Match, StoreStats
 from rekindle.kv.behind import Behind
 from rekindle.kv.block import Block
+from rekindle.kv.fetching import Fetching
 from rekindle.kv.keys import TOKEN_BYTES, Key, chain_keys, root_key, tail_key, token_bytes
 from rekindle.kv.memory import MemoryTier
-from rekindle.kv.outages import Outages
 from rekindle.kv.pins import ExpectedSizes, Held, Pin, Pins, check_seconds, pin_id
 from rekindle.kv.policies import DEFAULT
 from rekindle.kv.speed import PrefillCost, Speed
-from rekindle.kv.tier import Place, Tier, TierStats, place_of
+from rekindle.kv.tier import Place, Tier, place_of, places_along
 from rekindle.tokens import Tokens, common_length
+
+__all__ = ["Fetched", "Match", "Store", "StoreStats"]
 
 _TELL_SECONDS = 60.0  # a chain's use is told to slower tiers at most so often
 _MAX_TOLD = 10_000  # chains of which that is remembered
 _MAX_ROOTS = 1_000  # salts whose root is remembered
 _TOKEN = np.dtype("<i4")
 CLEAR_SECONDS = 10.0  # that clearing waits for a block that is being written
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """The longest stored beginning of a prompt."""
-
-    blocks: tuple[Block, ...]  # in order; the last may be a tail of which only some tokens are shared
-    length: int  # tokens of the prompt that these blocks cover
-    logits: npt.NDArray[np.float32] | None  # after the prompt's last token, if the whole prompt is stored
-    root: Key = b""
-    keys: tuple[Key, ...] = ()  # of all that a use of this uses
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """The memory tier's totals, and each slower tier's."""
-
-    blocks: int
-    bytes: int
-    max_bytes: int
-    evictions: int
-    tiers: tuple[TierStats, ...] = ()
-    dropped: int = 0  # blocks that were never written to slower tiers, because their queue was full
-    pins: int = 0
-    pinned_bytes: int = 0  # in memory, kept by pins
-    max_pinned_bytes: int = 0
-    policy: str = DEFAULT  # that names the memory's victims
-    state: str = "ok"  # of the memory; "ok", or what is wrong, in words
-
-    @property
-    def states(self) -> dict[str, str]:
-        """Of every tier, by name."""
-        return {"memory": self.state} | {tier.name: tier.state for tier in self.tiers}
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What came of a fetch."""
-
-    tokens: dict[str, int] = field(default_factory=dict)  # tier -> tokens brought into memory
-    refused: str | None = None  # why more was there and was not fetched
 
 
 class Store:
@@ -112,7 +73,8 @@ class Store:
         self.block_tokens = block_tokens
         self.tiers = tuple(tiers)  # behind the memory, fastest first
         self.behind = Behind(self.tiers, max_bytes=max_behind_bytes)
-        self.speeds = {tier.name: Speed() for tier in tiers}
+        self._fetching = Fetching(self.tiers, block_tokens=block_tokens, is_in_memory=self._is_in_memory, clock=clock)
+        self.speeds = self._fetching.speeds
         self._clock = clock
         self._fingerprint = fingerprint
         self._wall_clock = wall_clock
@@ -123,7 +85,6 @@ class Store:
             max_bytes, block_tokens=block_tokens, policy=policy, quota=quota, pins=self._pins, cost=self._cost
         )
         self._roots: dict[bytes, Key] = {}
-        self._outages = Outages("read from")
         self._told: dict[Key, float] = {}  # when slower tiers were told of a use of the chain that ends so
         self._lock = threading.Lock()
 
@@ -236,45 +197,22 @@ class Store:
         it is tried again. Faults of tiers are misses.
         """
         root, written = self._root(salt), token_bytes(tokens)
-        keys = list(chain_keys(root, written, self.block_tokens))
-        places = [Place(key=key, parent=parent) for key, parent in zip(keys, [root, *keys], strict=False)]
+        places = places_along(root, written, self.block_tokens)
         brought: dict[str, int] = {}
         refused: str | None = None
         for tier in self.tiers:
             known = self._num_in_memory(root, written)
             reason = None if compute is None else self.speeds[tier.name].slower_than(compute, tier.name)
             if reason is not None:
-                refused = refused or self._refusal(tier, places[known:], reason)
+                if refused is None and self._fetching.has_more(tier, places[known:]):
+                    refused = reason
                 continue
-            blocks = self._read(tier, tokens, places, known, root)
+            blocks = self._fetching.read(tier, tokens, places, known, root)
             self._take_in(root, written, known, blocks)
             if blocks:
                 brought[tier.name] = sum(len(block.tokens) for block in blocks)
                 self._promote(tier, blocks)
         return Fetched(brought, refused)
-
-    def _read(self, tier: Tier, tokens: Tokens, places: list[Place], known: int, root: Key) -> list[Block]:
-        """The blocks and tail of a tier that go on where `known` blocks end; how long that took counts unless it failed."""
-        blocks: list[Block] = []
-        size, started = self.block_tokens, self._clock()
-        try:
-            for block in tier.get(places[known:]) if places[known:] else ():
-                start = (known + len(blocks)) * size
-                parent = places[known + len(blocks)].parent
-                if block is None or not block.holds(parent, start, tokens[start : start + size]):
-                    break
-                blocks.append(block)
-            end = known + len(blocks)
-            tail = self._read_tail(tier, places[end - 1].key if end else root, tokens[end * size :])
-            if tail is not None and tail.position == end * size:
-                blocks.append(tail)
-        except TierUnavailable as error:
-            self._outages.failed(tier.name, error)  # what came before is good
-        else:
-            self.speeds[tier.name].add(sum(len(block.tokens) for block in blocks), self._clock() - started)
-            if places[known:]:  # or else it was asked for nothing
-                self._outages.worked(tier.name)
-        return blocks
 
     def _take_in(self, root: Key, written: bytes, known: int, blocks: Sequence[Block]) -> None:
         """Put fetched blocks into memory where `known` blocks end; meanwhile some may have come, or gone."""
@@ -285,23 +223,6 @@ class Store:
             if came >= 0:
                 self._put(root, here[: known + came], blocks[came:], fetched=True)
 
-    def _read_tail(self, tier: Tier, parent: Key, rest: Tokens) -> Block | None:
-        """The longest tail after `parent` that the rest of the prompt begins with, if it is longer than what is here."""
-        longest = min(len(rest), self.block_tokens - 1)
-        parts: dict[Place, Tokens] = {}
-        for length in range(longest, 0 if len(rest) else -1, -1):
-            key = tail_key(parent, rest[:length])
-            with self._lock:
-                if key in self._memory:
-                    break
-            parts[Place(key=key, parent=parent, tail=True)] = rest[:length]
-        there = tier.contains(list(parts)) if parts else []
-        place = next((place for place, found in zip(parts, there, strict=True) if found), None)
-        if place is None:
-            return None
-        tail = next(iter(tier.get([place])))
-        return tail if tail is not None and np.array_equal(tail.tokens, parts[place]) else None
-
     def _promote(self, source: Tier, blocks: Sequence[Block]) -> None:
         """Keep what a slow tier had in the faster ones too."""
         faster = self.tiers[: self.tiers.index(source)]
@@ -309,29 +230,23 @@ class Store:
             self.behind.offer(blocks, faster)
             self._keep_behind([place_of(block) for block in blocks])
 
+    def _is_in_memory(self, key: Key) -> bool:
+        with self._lock:
+            return key in self._memory
+
     def _num_in_memory(self, root: Key, written: bytes) -> int:
         with self._lock:
             return len(self._memory.longest(root, written)[0])
 
     def probe(self) -> None:
         """Ask every slower tier once; what is wrong with one is told in the log, and by its state. May wait for it."""
-        for tier in self.tiers:
-            try:
-                tier.probe(writing=False)
-            except TierUnavailable as error:
-                self._outages.failed(tier.name, error)
+        self._fetching.probe()
         self.behind.probe()
 
     def prepare(self) -> None:
         """Get ready for the next `fetch`, while nobody waits."""
         for tier in self.tiers:
             tier.prepare()
-
-    def _refusal(self, tier: Tier, places: Sequence[Place], reason: str) -> str | None:
-        try:
-            return reason if places and tier.contains(places[:1])[0] else None
-        except TierUnavailable:
-            return None
 
     # Pins.
 
@@ -344,27 +259,30 @@ class Store:
         check_seconds(ttl_seconds)
         if not len(tokens):
             raise InvalidRequest("there is nothing to pin: at least one token is needed", param="prompt")
-        places = self._places(tokens, salt)
+        root = self._root(salt)
+        places = places_along(root, token_bytes(tokens), self.block_tokens)
+        parent, rest = places[-1].key if places else root, tokens[len(places) * self.block_tokens :]
+        places.append(Place(key=tail_key(parent, rest), parent=parent, tail=True))
         with self._lock:
             now = self._wall_clock()
             self._pins.expire(now)
             held = Held(
                 id=pin_id(places[-1].key),
                 name=name,
-                owner=self._root(salt),
+                owner=root,
                 places=tuple(places),
                 num_tokens=len(tokens),
                 expires_at=now + ttl_seconds,
             )
             blocks = (self._memory.get(place.key) for place in places)
             stored = {block.key: block.num_bytes for block in blocks if block is not None}
-            lengths = [self.block_tokens] * (len(places) - 1) + [len(tokens) % self.block_tokens]
+            lengths = [self.block_tokens] * (len(places) - 1) + [len(rest)]
             sizes = {
                 place.key: stored.get(place.key, self._sizes.expected(length, tail=place.tail))
                 for place, length in zip(places, lengths, strict=True)
             }
             held = self._pins.add(held, sizes, stored)
-            pin = self._view(held, now)
+            pin = self._pins.view(held, now)
         self.behind.keep(places, held.expires_at)
         return pin
 
@@ -383,7 +301,7 @@ class Store:
         with self._lock:
             now = self._wall_clock()
             self._pins.expire(now)
-            return [self._view(held, now) for held in self._pins.all()]
+            return [self._pins.view(held, now) for held in self._pins.all()]
 
     def _keep_behind(self, places: Sequence[Place]) -> None:
         """Have slower tiers keep, of these, what pins name."""
@@ -392,26 +310,6 @@ class Store:
                 ends = self._pins.ends_of(places)
             for end, named in ends.items():
                 self.behind.keep(named, end)
-
-    def _places(self, tokens: Tokens, salt: bytes) -> list[Place]:
-        """Of all whole blocks of a prompt and the tail that ends it."""
-        parent = self._root(salt)
-        places = []
-        for key in chain_keys(parent, token_bytes(tokens), self.block_tokens):
-            places.append(Place(key=key, parent=parent))
-            parent = key
-        rest = tokens[len(places) * self.block_tokens :]
-        return [*places, Place(key=tail_key(parent, rest), parent=parent, tail=True)]
-
-    def _view(self, held: Held, now: float) -> Pin:
-        return Pin(
-            id=held.id,
-            name=held.name,
-            num_tokens=held.num_tokens,
-            num_bytes=self._pins.bytes_of(held),
-            expires_at=held.expires_at,
-            expires_in=held.expires_at - now,
-        )
 
     def clear_memory(self) -> None:
         """Forget what is in memory; slower tiers keep what they have."""

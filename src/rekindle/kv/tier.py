@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from rekindle.kv.block import Block
-from rekindle.kv.keys import Key
+from rekindle.kv.keys import Key, chain_keys
 from rekindle.tokens import Tokens, common_length
 
 T = TypeVar("T")
@@ -95,6 +95,12 @@ class Tier(Protocol):
 def place_of(block: Block) -> Place:
     """Where a block is looked for. Tails are what has logits."""
     return Place(key=block.key, parent=block.parent, tail=block.logits is not None)
+
+
+def places_along(root: Key, written: bytes, block_tokens: int) -> list[Place]:
+    """Of all whole blocks of a prompt, given as `token_bytes`, head first."""
+    keys = list(chain_keys(root, written, block_tokens))
+    return [Place(key=key, parent=parent) for key, parent in zip(keys, [root, *keys], strict=False)]
 
 
 def most_alike(candidates: Iterable[tuple[T, Tokens]], like: Tokens) -> T | None:
