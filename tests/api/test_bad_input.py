@@ -194,8 +194,9 @@ def test_bad_input_is_refused_and_the_next_request_answered(http: httpx.Client, 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, GENERATE, "/generate_stream", RESPONSES, f"{RESPONSES}/input_tokens"])
 def test_a_misspelt_name_is_a_mistake_in_what_is_ours_alone(http: httpx.Client, path: str) -> None:
-    asked = {"messages": [{"role": "user", "content": "Hello"}], "input": "Hello", "max_tokens": 2}
-    asked |= {} if path.startswith(RESPONSES) else {"prompt": "Hello"}
+    asked: dict[str, Any] = {"input": "Hello", "max_output_tokens": 2}
+    if not path.startswith(RESPONSES):
+        asked = {"messages": [{"role": "user", "content": "Hello"}], "prompt": "Hello", "max_tokens": 2}
     assert http.post(path, json=asked | {"temprature": 1}).status_code == 200
     for ours, param, hint in (({"plann": True}, "plann", "plan"), ({"blend": {"ratoi": 0.1}}, "blend.ratoi", "ratio")):
         answer = http.post(path, json=asked | {"rekindle": ours})

@@ -95,3 +95,38 @@ def test_functions_to_call_are_refused_or_left_out(http: httpx.Client) -> None:
         assert "makes no calls" in answer.json()["error"]["message"]
     plain, left_out = http.post(PATH, json=body), http.post(PATH, json=body | {"tools": [TOOL], "tool_choice": "none"})
     assert plain.json()["usage"]["prompt_tokens"] == left_out.json()["usage"]["prompt_tokens"]
+
+
+def test_calls_that_were_made_at_once_are_one_message_in_responses_too() -> None:
+    """With the words before them; what is called when those have returned is another."""
+    calls = [CALL | {"id": name} for name in ("one", "two", "three")]
+    returned = [{"role": "tool", "tool_call_id": call["id"], "content": f"Page {call['id']}."} for call in calls]
+    said = {"role": "assistant", "content": "Let me see."}
+    items = [
+        {"role": "user", "content": "Look it up."},
+        said,
+        *({"type": "function_call", "call_id": call["id"], **call["function"]} for call in calls[:2]),
+        *(
+            {"type": "function_call_output", "call_id": each["tool_call_id"], "output": each["content"]}
+            for each in returned[:2]
+        ),
+        {"type": "function_call", "call_id": "three", **CALL["function"]},
+        {"type": "function_call_output", "call_id": "three", "output": "Page three."},
+    ]
+    messages = [
+        items[0],
+        said | {"tool_calls": calls[:2]},
+        *returned[:2],
+        {"role": "assistant", "tool_calls": calls[2:]},
+        returned[2],
+    ]
+    with Service.open(Settings(engine="toy", store="none")) as service:
+        service.model = replace(service.model, template=ChatTemplate(CALLING))
+        with running(service) as url, httpx.Client(base_url=url, timeout=60) as http:
+            chat = http.post(PATH, json={"messages": messages, "max_tokens": 1}).json()
+            asked = {"input": items, "max_output_tokens": 1, "rekindle": {"plan": True}}
+            response = http.post("/v1/responses", json=asked).json()
+            first = http.post("/v1/responses", json={"input": items[:3], "max_output_tokens": 1}).json()
+            listed = http.get(f"/v1/responses/{response['id']}/input_items").json()["data"]
+    assert response["usage"]["input_tokens_details"]["cached_tokens"] == chat["usage"]["prompt_tokens"]
+    assert [item["type"] for item in listed].count("function_call") == 3 and first["status"] == "incomplete"

@@ -206,6 +206,12 @@ def test_arguments_of_the_chat_template(
     documents = {"documents": [{"text": "Vodris paints in orange."}]}
     assert num_tokens(**without, **documents) > num_tokens(**documents)
 
+    def num_input_tokens(**extra: Any) -> int:
+        response = client.responses.create(model="ember", input="Hello.", max_output_tokens=1, extra_body=extra)
+        return response.usage.input_tokens
+
+    assert num_input_tokens(**without) > num_input_tokens()
+
 
 def test_the_models_list(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["ember"]

@@ -522,6 +522,11 @@ def test_an_answer_that_somebody_goes_back_behind_ends_for_all(
         ('{"type": "response.create", "response": 5, "event_id": "e"}', "response", "invalid_type"),
         ('{"type": "response.create", "response": {"max_output_tokens": 0}}', '"inf"', "invalid_value"),
         ('{"type": "response.create", "response": {"tools": [{}]}}', "tools", "unsupported"),
+        (
+            '{"type": "response.create", "response": {"chat_template_kwargs": {"enable_thinking": false}}}',
+            "a live session is written without",
+            "unsupported",
+        ),
         ('{"type": "response.create", "response": {"output_modalities": ["audio"]}}', "text only", "unsupported"),
         (
             '{"type": "response.create", "response": {"input": [{"type": "mesage"}]}}',

@@ -376,6 +376,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a schema without one": ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format", "schema"),
     "long labels": ({"input": "x", "metadata": {"a": "b" * 600}}, "metadata", "512 characters"),
     "too long": ({"input": "word " * 3000}, "prompt", "context"),
+    "a chat's schema": ({"input": "x", "response_format": {"type": "json_object"}}, "response_format", "text.format"),
+    "a chat's limit": ({"input": "x", "max_tokens": 5}, "max_tokens", "use max_output_tokens"),
+    "vLLM's schema": ({"input": "x", "guided_json": {"type": "object"}}, "guided_json", "text.format"),
+    "a template's own": (
+        {"input": "x", "chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs",
+        "can't be set",
+    ),
     "another model": ({"input": "x", "model": "gpt"}, "model", "there is no model"),
     "unknown option": ({"input": "x", "rekindle": {"plans": True}}, "rekindle.plans", "did you mean"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from rekindle.api.wire import JsonObject, OpenAIFields, Str, Text, Wire, expect
@@ -124,6 +124,15 @@ class DocumentIn(Wire):
 Documents = Annotated[list[DocumentIn], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
 
 
+def _for_clients(given: dict[str, Any]) -> dict[str, Any]:
+    for name in OWN_ARGUMENTS & given.keys():
+        raise InvalidRequest(f"chat_template_kwargs: {name} can't be set there", param="chat_template_kwargs")
+    return given
+
+
+TemplateArguments = Annotated[JsonObject, AfterValidator(_for_clients)]
+
+
 class ChatRequest(OpenAIFields):
     """`POST /v1/chat/completions`."""
 
@@ -136,7 +145,7 @@ class ChatRequest(OpenAIFields):
     tool_choice: Any = None
     functions: Any = None
     modalities: Any = None
-    chat_template_kwargs: JsonObject | None = Field(None, description="for the chat template: enable_thinking …")
+    chat_template_kwargs: TemplateArguments | None = Field(None, description="for the chat template: enable_thinking …")
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -148,6 +157,4 @@ class ChatRequest(OpenAIFields):
             raise InvalidRequest(f"functions {NO_CALLS}", param="functions")
         if self.modalities not in (None, ["text"]):
             raise InvalidRequest('modalities: expected ["text"], for this server writes text only', param="modalities")
-        for name in OWN_ARGUMENTS & (self.chat_template_kwargs or {}).keys():
-            raise InvalidRequest(f"chat_template_kwargs: {name} can't be set there", param="chat_template_kwargs")
         return self

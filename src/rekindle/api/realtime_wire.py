@@ -99,6 +99,7 @@ class _Choices(Wire):
     tools: list[Any] | None = None
     tool_choice: Any = None
     prompt: Any = None
+    chat_template_kwargs: Any = None
     rekindle: RekindleOptions | None = None
 
     @model_validator(mode="before")
@@ -120,6 +121,9 @@ class _Choices(Wire):
             raise Unsupported("tool_choice: expected auto or none, for there are no tools", param="tool_choice")
         if self.prompt is not None:
             raise Unsupported("stored prompts are not supported; use instructions", param="prompt")
+        if self.chat_template_kwargs:
+            told = "chat_template_kwargs: a live session is written without; use /v1/chat/completions or /v1/responses"
+            raise Unsupported(told, param=f"{self.place}.chat_template_kwargs")
         if self.rekindle is not None and self.rekindle.pin is not None:
             raise Unsupported("pin the session: rekindle.session.pin", param=f"{self.place}.rekindle.pin")
         return self

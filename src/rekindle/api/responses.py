@@ -83,7 +83,10 @@ async def turn_of(
     )
     make = service.chat_prompt if generate else service.opening_prompt
     try:
-        prompt, tokenize_ms = await built(num_characters, lambda: make(messages, documents=documents, salt=salt))
+        prompt, tokenize_ms = await built(
+            num_characters,
+            lambda: make(messages, documents=documents, salt=salt, **(body.chat_template_kwargs or {})),
+        )
     except InvalidRequest as error:
         error.param = "input" if error.param == "messages" else error.param  # as it is called here
         raise

@@ -4,11 +4,12 @@ A part of a message or of a function's output is marked as a chunk by `"cache": 
 agent looks the same page up again and again, behind another conversation each time.
 
 This server has no functions, so it makes no calls, but it reads those that a conversation has, as chat completions do: see
-`model/calls.py`.
+`model/calls.py`. An item is one call; those that follow each other were made at once, in one message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, field_validator, model_validator
@@ -142,6 +143,22 @@ def _item(value: Any) -> InputMessage | FunctionCall | FunctionOutput:
         raise InvalidRequest(f"this server knows items of type {known}, not {kind}", param="input")
     item = _KINDS.get(kind, InputMessage) if isinstance(kind, str) else InputMessage
     return item.model_validate(value)
+
+
+def in_one_breath(messages: Sequence[Message]) -> list[Message]:
+    """A conversation in which calls in a row are one message of the assistant, with the words before them.
+
+    So chats have them, and templates that want the roles to alternate refuse anything else.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else {}
+        calls = () if message["content"] else message.get("tool_calls", ())
+        if calls and before.get("role") == "assistant":
+            joined[-1] = before | {"tool_calls": [*before.get("tool_calls", ()), *calls]}
+        else:
+            joined.append(message)
+    return joined
 
 
 InputItem = Annotated[

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from rekindle.api.chat_wire import NO_CALLS, Documents
-from rekindle.api.responses_items import InputItem, Message
-from rekindle.api.wire import GenerationFields, JsonObject, Str, Wire
+from rekindle.api.chat_wire import NO_CALLS, Documents, TemplateArguments
+from rekindle.api.responses_items import InputItem, Message, in_one_breath
+from rekindle.api.wire import GenerationFields, JsonObject, Str, Wire, fields_of_others
 from rekindle.errors import InvalidRequest
 from rekindle.model.chunks import Document, Part, content_of
 from rekindle.serve.request import MAX_TOP_LOGPROBS
@@ -82,6 +82,14 @@ def _apart(contents: Sequence[str | list[Part]]) -> str | list[Part]:
 class ResponseRequest(GenerationFields):
     """`POST /v1/responses`, and `response.create` on its socket."""
 
+    of_others = fields_of_others(
+        "use text.format with a json_schema",
+        response_format="use text.format",
+        max_tokens="use max_output_tokens",
+        max_completion_tokens="use max_output_tokens",
+        messages="use input",
+    )
+
     input: Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_messages)]
     model: Str | None = None
     instructions: Str | None = Field(
@@ -108,6 +116,9 @@ class ResponseRequest(GenerationFields):
     conversation: Any = None
     prompt: Any = None
     cache_salt: Str | None = Field(None, description="requests with different salts share neither KV nor responses")
+    chat_template_kwargs: TemplateArguments | None = Field(
+        None, description="for the chat template; they do not come with a previous response"
+    )
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -160,7 +171,7 @@ class ResponseRequest(GenerationFields):
             heads.append(conversation[count]["content"])
             count += 1
         first = [{"role": "system", "content": _apart(heads)}] if heads else []
-        return first + conversation[count:]
+        return first + in_one_breath(conversation[count:])
 
     def echoed(self) -> Mapping[str, Any]:
         """What a response repeats of its request."""

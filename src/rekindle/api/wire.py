@@ -7,7 +7,7 @@ What a field may be is checked here if the wire format decides it, and by `serve
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -220,8 +220,22 @@ class RekindleOptions(Ours):
         return self.blend.wish
 
 
+def fields_of_others(by_schema: str, **more: str) -> dict[str, str]:
+    """Those of llama-server and vLLM that are refused, and what to do instead."""
+    schemas = ("grammar", "json_schema", "structured_outputs")
+    guided = ("guided_choice", "guided_grammar", "guided_json", "guided_regex")
+    return {
+        "continue_final_message": "send the text to be continued to /v1/completions",
+        "stop_token_ids": "use stop, with the tokens' text",
+        **dict.fromkeys((*schemas, *guided), by_schema),
+        **more,
+    }
+
+
 class GenerationFields(Wire):
     """What all requests for answers share; null is as good as absent."""
+
+    of_others: ClassVar[dict[str, str]] = fields_of_others("use response_format with a json_schema")
 
     temperature: float | None = None
     top_p: float | None = None
@@ -236,6 +250,15 @@ class GenerationFields(Wire):
     priority: Priority | None = Field(None, description="lower goes earlier, with the policy of that name; default 0")
     cache_salt: Str | None = Field(None, description="requests with different salts never share KV")
     rekindle: RekindleOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_nothing_of_others(cls, value: Any) -> Any:
+        """Hints may be ignored; what says which answers are good, or where they end, may not."""
+        for name in cls.of_others.keys() & value.keys() if isinstance(value, dict) else ():
+            if value[name]:
+                raise InvalidRequest(f"{name} is not supported here: {cls.of_others[name]}", param=name)
+        return value
 
     def sampling(
         self, vocab_size: int, *, choice: int = 0, temperature: float = 1.0, top_logprobs: int | None = None
@@ -274,22 +297,8 @@ def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
     return {int(name): bias for name, bias in biases.items()}
 
 
-_BY_SCHEMA = "use response_format with a json_schema"
-_OF_OTHERS = {  # fields of llama-server and vLLM, and what to do instead
-    "continue_final_message": "send the text to be continued to /v1/completions",
-    "grammar": _BY_SCHEMA,
-    "guided_choice": _BY_SCHEMA,
-    "guided_grammar": _BY_SCHEMA,
-    "guided_json": _BY_SCHEMA,
-    "guided_regex": _BY_SCHEMA,
-    "json_schema": _BY_SCHEMA,
-    "stop_token_ids": "use stop, with the tokens' text",
-    "structured_outputs": _BY_SCHEMA,
-}
-
-
 class OpenAIFields(GenerationFields):
-    """What the two OpenAI endpoints share."""
+    """What chats and completions share."""
 
     model: Str | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -297,15 +306,6 @@ class OpenAIFields(GenerationFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_nothing_of_others(cls, value: Any) -> Any:
-        """Hints may be ignored; what says which answers are good, or where they end, may not."""
-        for name in _OF_OTHERS.keys() & value.keys() if isinstance(value, dict) else ():
-            if value[name]:
-                raise InvalidRequest(f"{name} is not supported by this server: {_OF_OTHERS[name]}", param=name)
-        return value
 
     @property
     def num_choices(self) -> int:
@@ -345,8 +345,13 @@ class CompletionRequest(OpenAIFields):
         return [each for each in self.prompt if not isinstance(each, int)]
 
 
+_BY_COMPLETIONS = "use /v1/completions, with response_format and a json_schema"
+
+
 class GenerateRequest(GenerationFields):
     """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
+
+    of_others = fields_of_others(_BY_COMPLETIONS, response_format=_BY_COMPLETIONS)
 
     prompt: Text
     max_new_tokens: int = Field(128, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))

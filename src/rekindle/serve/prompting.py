@@ -98,7 +98,12 @@ class Prompting:
         return self.model.template
 
     def opening_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, documents: Sequence[Document] = (), salt: bytes = b""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        documents: Sequence[Document] = (),
+        salt: bytes = b"",
+        **arguments: Any,
     ) -> Prompt:
         """What a conversation that begins with these messages begins with, to be pinned or warmed.
 
@@ -106,9 +111,11 @@ class Prompting:
         system message into the user's. Otherwise it is the prompt of the next answer. Raises InvalidRequest.
         """
         if not messages or messages[-1].get("role") not in ("system", "assistant"):
-            return self.chat_prompt(messages, documents=documents, salt=salt)
+            return self.chat_prompt(messages, documents=documents, salt=salt, **arguments)
         one, other = (
-            self.chat_prompt([*messages, {"role": "user", "content": word}], documents=documents, salt=salt)
+            self.chat_prompt(
+                [*messages, {"role": "user", "content": word}], documents=documents, salt=salt, **arguments
+            )
             for word in TWO_WORDS
         )
         length = common_length(one.tokens, other.tokens)
