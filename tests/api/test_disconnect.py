@@ -127,6 +127,7 @@ def test_a_cancelled_generation_makes_room(address: tuple[str, int], long_servic
     for connection in connections:
         connection.close()
     listener.wait(lambda events: len(listener.ends) == 4)
+    long_service.check_integrity()  # comes after that step
     assert (long_service.health()["running"], long_service.health()["queued"]) == (0, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.api.steps import Steps, post, read_until
 
+from rekindle.api.answers import Answers
 from rekindle.api.keys import Caller
 from rekindle.api.load import LONGEST_RETRY, Load, retry_after
 from rekindle.api.server import running
-from rekindle.errors import InvalidRequest, Overloaded
+from rekindle.errors import InvalidRequest, Overloaded, RekindleError
 from rekindle.serve.request import Done
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -51,18 +52,46 @@ def bearer(key: str) -> dict[str, str]:
 
 # Time.
 
+LIMIT_SECONDS = 300.0
+
+
+class Limit:
+    """The time limit of requests, which is over when the test says so: until then as much may be done as it needs."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._timers: list[Callable[[], object]] = []
+        begin = Answers.fail_after
+
+        def fail_after(answers: Answers, seconds: float, error: RekindleError) -> None:
+            assert 0 < seconds <= LIMIT_SECONDS
+            self._timers.append(lambda: answers._loop.call_soon_threadsafe(begin, answers, 0.0, error))
+
+        patch.setattr(Answers, "fail_after", fail_after)
+
+    def run_out(self) -> None:
+        """That of the latest request."""
+        self._timers[-1]()
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Limit:
+    return Limit(monkeypatch)
+
 
 @pytest.mark.parametrize(("path", "body"), ALL.values(), ids=ALL)
 @pytest.mark.parametrize("num_steps", [1, 3], ids=["reading", "decoding"])
-def test_a_request_that_takes_too_long_is_given_up(path: str, body: dict[str, Any], num_steps: int) -> None:
+def test_a_request_that_takes_too_long_is_given_up(
+    path: str, body: dict[str, Any], num_steps: int, limit: Limit
+) -> None:
     """The step that is being taken outlasts the limit, which those before it do not: the client is answered meanwhile."""
-    seconds = 0.3 if num_steps == 1 else 1.0
-    with stepping(request_timeout=seconds) as (url, steps):
+    with stepping(request_timeout=LIMIT_SECONDS) as (url, steps):
         steps.let(num_steps - 1)
         with post(url, path, body) as connection:
+            steps.wait_until_begun(num_steps)
+            limit.run_out()
             is_late = num_steps > 1 and (body.get("stream") or path == "/generate_stream")  # events have been sent
             received = read_until(connection, b"\r\n0\r\n\r\n" if is_late else b'"}}')
-        assert f"longer than the {seconds:g} second".encode() in received and b'"code":"request_timeout"' in received
+        assert b"longer than the 300 second" in received and b'"code":"request_timeout"' in received
         assert b"[DONE]" not in received
         assert received.startswith(b"HTTP/1.1 200 " if is_late else b"HTTP/1.1 504 ")
         (late,) = steps.generations
@@ -73,11 +102,20 @@ def test_a_request_that_takes_too_long_is_given_up(path: str, body: dict[str, An
         assert steps.begun == num_steps
 
 
-def test_time_in_the_queue_counts() -> None:
-    with stepping(request_timeout=0.3, max_running=1) as (url, steps), post(url, *STREAM):
+def test_time_in_the_queue_counts(limit: Limit) -> None:
+    with stepping(request_timeout=LIMIT_SECONDS, max_running=1) as (url, steps), post(url, *STREAM):
         steps.wait_until_begun(1)
         with post(url, *PLAIN) as connection:
+            steps.wait(lambda: len(steps.generations) == 2)
+            limit.run_out()
             assert read_until(connection, b'"}}').startswith(b"HTTP/1.1 504 ")
+        steps.let_all()
+        steps.check_nothing_is_left()
+
+
+def test_a_limit_of_the_clock() -> None:
+    with stepping(request_timeout=0.1) as (url, steps):
+        assert httpx.post(url + PLAIN[0], json=PLAIN[1]).status_code == 504
         steps.let_all()
         steps.check_nothing_is_left()
 
@@ -90,11 +128,13 @@ def test_a_request_that_is_quick_enough_hears_nothing_of_the_limit() -> None:
         steps.check_nothing_is_left()
 
 
-def test_a_second_attempt_goes_on_where_the_first_was_given_up() -> None:
-    with stepping(request_timeout=1.5) as (url, steps):
+def test_a_second_attempt_goes_on_where_the_first_was_given_up(limit: Limit) -> None:
+    with stepping(request_timeout=LIMIT_SECONDS) as (url, steps):
         steps.let(2)
-        late = httpx.post(url + PLAIN[0], json=PLAIN[1], timeout=60)
-        assert late.status_code == 504
+        with post(url, *PLAIN) as late:
+            steps.wait_until_begun(3)
+            limit.run_out()
+            assert read_until(late, b'"}}').startswith(b"HTTP/1.1 504 ")
         steps.let_all()
         answer = httpx.post(url + PLAIN[0], json=PLAIN[1] | {"max_new_tokens": 2}, timeout=60).json()
         assert answer["timings"]["suffix_tokens_processed"] == 0

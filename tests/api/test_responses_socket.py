@@ -236,15 +236,20 @@ def test_what_fails_on_the_server_ends_one_message_and_not_those_behind_it(
     assert answer(socket)["response"]["status"] in ("completed", "incomplete")
 
 
-def test_too_many_messages_are_refused(socket: ClientConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 2)
-    send(socket, input="Long.", max_output_tokens=300, ignore_eos=True)
-    receive(socket)  # it has begun, and waits no more
-    for _ in range(3):
-        send(socket, input="Hello.")
-    while (event := receive(socket))["type"] != "error":
-        assert "completed" not in event["type"]
-    assert event["status"] == 429 and "wait already" in event["error"]["message"]
+    with ExitStack() as stack:
+        url, steps = stack.enter_context(stepping())
+        socket = stack.enter_context(connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None))
+        send(socket, input="Long.")
+        steps.wait_until_begun(1)  # it waits no more
+        for _ in range(3):
+            send(socket, input="Hello.")
+        while (event := receive(socket))["type"] != "error":
+            assert "completed" not in event["type"]
+        assert event["status"] == 429 and "wait already" in event["error"]["message"]
+        steps.let_all()
+        assert all("error" not in answer(socket)["type"] for _ in range(3)), "the first, and the two that waited"
 
 
 def test_hanging_up_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +260,7 @@ def test_hanging_up_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
             send(socket, input="Never begun.")
             listener.wait(lambda events: len(events) >= 5)
         listener.wait(lambda events: listener.ends == ["cancelled"])
+        service.check_integrity()  # comes after that step
         assert service.health()["running"] == 0
 
 
@@ -285,12 +291,12 @@ def test_a_server_that_drains_answers_first_and_then_hangs_up(monkeypatch: pytes
 
 
 def test_each_message_has_a_time_limit_of_its_own() -> None:
-    settings = Settings(engine="toy", context=1024, store="none", request_timeout=1.5)
+    settings = Settings(engine="toy", context=1024, store="none", request_timeout=3)
     with ExitStack() as stack:
         url = stack.enter_context(running(stack.enter_context(Service.open(settings))))
         socket = stack.enter_context(connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None))
         began = time.monotonic()
-        while time.monotonic() - began < 2.0:  # the connection is older than a request may take
+        while time.monotonic() - began < 3.5:  # the connection is older than a request may take
             send(socket, input="Hello.")
             assert answer(socket)["type"] != "error"
 
