@@ -304,6 +304,18 @@ def test_a_resident_that_cannot_be_saved_leaves_all_the_same(monkeypatch: pytest
     assert stage.ask(ids(39, 80), 1).done.reason == "length"
 
 
+def test_for_a_request_that_cannot_be_swapped_out_no_other_has_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sequence is a resident at once, and its cells are enough."""
+    stage = Stage(300)
+    answers = [stage.submit(ids(seed, 95), 40) for seed in (43, 44, 45)]
+    monkeypatch.setattr(stage.engine, "export", refuse)
+    stage.run()
+    assert [type(answer.events[-1]) for answer in answers] == [Done, Done, Failed]
+    assert stage.scheduler.counts.swaps == 0
+    computed = [answer.done.usage.computed_tokens for answer in answers[:2]]
+    assert computed == [95, 95] and all(answer.num_tokens == 40 for answer in answers[:2])
+
+
 def test_a_request_that_must_wait_drives_no_resident_out() -> None:
     stage = Stage(300)
     stage.ask(ids(40, 40), 1)

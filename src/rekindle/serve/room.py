@@ -103,12 +103,15 @@ class Room:
     def secure(self, cells: int, fail: Callable[[Run, EngineError], object]) -> None:
         """Make sure that the next step has cells: residents leave, then requests are swapped out, but never the last.
 
-        A decoding request that is swapped out needs one cell less. One that can't be swapped out has to `fail`.
+        A decoding request that is swapped out needs one cell less. One that can't be swapped out has to `fail`: what it
+        has computed is a resident then, and leaves before anybody else has to.
         """
         state = self._state
-        while self._engine.num_free_cells < cells and (self._give_up() or self._residents.evict()):
-            pass
-        while self._engine.num_free_cells < cells and len(state.running) > 1:
+        while self._engine.num_free_cells < cells:
+            if self._give_up() or self._residents.evict():
+                continue
+            if len(state.running) <= 1:
+                return
             victim = max(state.running, key=state.rank)
             cells -= not victim.reading
             try:
