@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.kv.samples import FINGERPRINT
@@ -55,6 +57,19 @@ def test_the_rest_counts_until_the_last_has_gone(order: tuple[int, ...]) -> None
         left.remove(blocks[index])
         assert common.num_bytes == (SIZE * (1 + number) if left else 0)
         common.check_integrity(left)
+
+
+def test_a_block_that_is_about_all_of_its_memory_counts_nothing_however_small_its_neighbour_is() -> None:
+    common, memory = CommonMemory(), slab(SIZE + 100)
+    large, small = chain_in(memory, 2)
+    small = replace(small, payload=memory[SIZE:].toreadonly())
+    for block in (large, small):
+        common.came(block)
+    assert common.num_bytes == SIZE, "what the small one keeps from being freed"
+    common.went(large)
+    common.check_integrity([small])
+    common.went(small)
+    common.check_integrity([])
 
 
 def test_a_memory_tier_keeps_its_budget_in_bytes_that_are_really_held() -> None:

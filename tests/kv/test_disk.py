@@ -283,6 +283,21 @@ def test_two_processes_that_write_stay_near_the_budget(bench: Bench) -> None:
         assert [fact for fact in got if fact is not None] == all_facts(chain)[: sum(fact is not None for fact in got)]
 
 
+@pytest.mark.parametrize("damaged", [False, True], ids=["removed", "set aside"])
+def test_a_file_that_is_gone_when_its_turn_to_be_a_victim_comes_is_counted_once(bench: Bench, damaged: bool) -> None:
+    tier = bench.tier(files=96)
+    old = make_chain(1, 3)
+    bench.put(tier, old, make_chain(2, 93))
+    tier.scan()  # which lists the victims
+    if damaged:
+        tier._folder.path_of(place_of(old[2])).write_bytes(b"damaged")
+        assert bench.used(tier, old[2:]) == [None]
+    else:
+        tier.remove([place_of(old[2])])
+    bench.put(tier, make_chain(3, 2))
+    assert bench.kept(tier, old) == (0 if damaged else 1), "one for each new block, and one for what lies aside"
+
+
 def test_many_tails_of_one_parent_are_searched_without_reading_them_all(bench: Bench) -> None:
     """Short prompts all hang on the root."""
     tier = bench.tier()

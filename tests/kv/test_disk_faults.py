@@ -18,6 +18,7 @@ import pytest
 from tests.kv.samples import FINGERPRINT, Clock, all_facts, facts, make_chain, make_tail, payload_of
 
 from rekindle.errors import TierUnavailable
+from rekindle.kv import folder
 from rekindle.kv.block import Block
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.format import decode, encode
@@ -160,6 +161,26 @@ def test_what_is_set_aside_is_bounded(tmp_path: Path) -> None:
         assert list(bench.tier.get([place_of(block)])) == [None]
     assert bench.tier.stats().corrupt == 40
     assert len(list((bench.folder / "v1" / "aside").iterdir())) == 4, "a sixteenth of the budget"
+    bench.tier.check_integrity()
+
+
+def test_files_set_aside_that_another_process_deletes_meanwhile_are_no_fault(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sets one aside deletes the oldest ones there."""
+    bench.damaged(lambda path: path.write_bytes(b"damaged"))
+    listed = folder._entries
+
+    def then_deleted(path: Path) -> list[os.DirEntry[str]]:
+        entries = listed(path)
+        if path.name == "aside":
+            for entry in entries:
+                Path(entry).unlink()
+        return entries
+
+    monkeypatch.setattr(folder, "_entries", then_deleted)
+    bench.tier.scan()
+    assert (bench.tier.stats().faults, bench.tier.stats().state) == (0, "ok")
     bench.tier.check_integrity()
 
 
@@ -308,6 +329,7 @@ import resource, sys
 from pathlib import Path
 from tests.kv.samples import FINGERPRINT, all_facts, make_chain
 from rekindle.errors import TierUnavailable
+from rekindle.kv import folder
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.tier import place_of
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +113,29 @@ def test_files_that_are_not_in_memory_are_fetched_ahead_once(
         num_read += 1
     assert [path for path, _ in fetched] == (paths[cold_from + 1 :] if cold_from is not None else [])
     assert all(0 < paths.index(path) - so_far <= 8 for path, so_far in fetched)
+
+
+def test_a_file_that_can_be_opened_and_not_looked_at_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's file system, if the file has just been replaced there."""
+    paths = make_files(tmp_path, [1000])
+    opened, closed = list[int](), list[int]()
+
+    def opens(path: str, flags: int) -> int:
+        opened.append(os.open(path, flags))
+        return opened[-1]
+
+    def closes(handle: int) -> None:
+        closed.append(handle)
+        os.close(handle)
+
+    def stale(handle: int) -> None:
+        raise OSError(errno.ESTALE, "stale")
+
+    system = SimpleNamespace(**vars(os) | {"open": opens, "close": closes, "fstat": stale})
+    monkeypatch.setattr(reading, "os", system)
+    with pytest.raises(OSError, match="stale"):
+        next(read_files(paths, Slabs()))
+    assert opened == closed != []
 
 
 def test_a_file_that_the_system_has_dropped_is_read_from_the_disk(tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ class CommonMemory:
         self.num_bytes -= block.payload.nbytes
 
     def went(self, block: Block) -> None:
-        owner, _ = _owner(block)
-        memory = self._memories.get(owner)
-        if memory is None:
+        owner, size = _owner(block)
+        if not size:
             return
+        memory = self._memories[owner]
         memory.blocks -= 1
         memory.used -= block.payload.nbytes
         self.num_bytes += block.payload.nbytes

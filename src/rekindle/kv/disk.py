@@ -90,6 +90,7 @@ class DiskTier:
         self._last_mark = 0
         self._kept_bytes = 0  # pinned, as of the last walk
         self._victims: deque[File] = deque()  # least recently used first, as of the last walk
+        self._gone: set[Path] = set()  # since then; perhaps still among the victims, but counted out
         self._bytes_since_walk: int | None = None  # None before the first
 
     @property
@@ -175,7 +176,7 @@ class DiskTier:
         with suppress(OSError):  # in a read-only folder it stays, and is a miss every time
             num_bytes = disk_bytes(path.stat().st_size)
             self._folder.set_aside(path, self.max_bytes // _ASIDE_SHARE)
-            self._totals.add(blocks=-1, num_bytes=-num_bytes)
+            self._count_out(path, num_bytes)
             self._aside_bytes = self._folder.aside_bytes()
 
     # Marking uses.
@@ -286,7 +287,7 @@ class DiskTier:
             self._totals.add(evictions=1)
             if self._is_kept(victim):
                 self._kept_bytes -= victim.num_bytes
-        if used_ns in (None, victim.used_ns):
+        if used_ns == victim.used_ns or (used_ns is None and victim.path not in self._gone):
             self._totals.add(blocks=-1, num_bytes=-victim.num_bytes)
 
     def _is_kept(self, file: File) -> bool:
@@ -299,7 +300,12 @@ class DiskTier:
                 with suppress(FileNotFoundError):
                     num_bytes = disk_bytes(path.stat().st_size)
                     self._folder.delete(path)
-                    self._totals.add(blocks=-1, num_bytes=-num_bytes)
+                    self._count_out(path, num_bytes)
+
+    def _count_out(self, path: Path, num_bytes: int) -> None:
+        """A block has gone that was no victim."""
+        self._gone.add(path)
+        self._totals.add(blocks=-1, num_bytes=-num_bytes)
 
     def clear(self) -> None:
         """All blocks of all models, and what was set aside."""
@@ -351,6 +357,7 @@ class DiskTier:
         self._totals.recounted(blocks, num_bytes)
         self._kept_bytes = sum(file.num_bytes for file in files if self._is_kept(file))
         self._aside_bytes = self._folder.aside_bytes()
+        self._gone.clear()
         self._victims = deque(heapq.nsmallest(_MAX_VICTIMS, files, key=lambda file: file.used_ns))
         self._bytes_since_walk = 0
 

@@ -195,9 +195,10 @@ class Folder:
     def set_aside_files(self) -> list[File]:
         found = []
         for entry in _entries(self._aside):
-            status = entry.stat(follow_symlinks=False)
-            size = disk_bytes(status.st_size)
-            found.append(File(path=Path(entry.path), num_bytes=size, used_ns=status.st_mtime_ns, block=False))
+            with suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                size = disk_bytes(status.st_size)
+                found.append(File(path=Path(entry.path), num_bytes=size, used_ns=status.st_mtime_ns, block=False))
         return found
 
     def _create(self, path: Path) -> int:

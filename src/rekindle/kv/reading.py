@@ -60,11 +60,9 @@ def _open_some(paths: Sequence[str], start: int) -> list[_Open]:
     left = SLAB_BYTES
     try:
         for index in range(start, min(len(paths), start + _MAX_OPEN)):
-            handle = os.open(paths[index], _FLAGS)
-            status = os.fstat(handle)
-            files.append(_Open(handle, status.st_size, status.st_mtime_ns))
-            left -= status.st_size
-            if left < status.st_size:  # the next one is mostly as large
+            files.append(_open(paths[index]))
+            left -= files[-1].num_bytes
+            if left < files[-1].num_bytes:  # the next one is mostly as large
                 break
     except FileNotFoundError:
         pass
@@ -72,6 +70,16 @@ def _open_some(paths: Sequence[str], start: int) -> list[_Open]:
         if not files:
             raise
     return files
+
+
+def _open(path: str) -> _Open:
+    handle = os.open(path, _FLAGS)
+    try:
+        status = os.fstat(handle)
+    except BaseException:
+        os.close(handle)
+        raise
+    return _Open(handle, status.st_size, status.st_mtime_ns)
 
 
 def _read(files: deque[_Open], room: memoryview, index: int, ahead: _Ahead) -> Contents:
