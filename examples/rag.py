@@ -92,7 +92,7 @@ class Library:
 def read(path: Path) -> str:
     """A file's text; empty, and the user is told, if it is none."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         text, reason = "", getattr(error, "strerror", None) or "it is not UTF-8 text"
         _PROBLEMS.print(f"left out: {path.name}: {reason}", markup=False)

@@ -62,6 +62,22 @@ def test_files_of_examples(tmp_path: Path, write: Write, row: dict[str, Any]) ->
         assert tasks[0].asked[0].answers == tuple(row["answers"])
 
 
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [("one", ("one",)), (["one", "1"], ("one", "1")), ([["one", "1"], ["two"]], ("one", "1", "two"))],
+)
+def test_answers_come_alone_in_a_list_and_in_lists_of_spellings(
+    tmp_path: Path, write: Write, given: Any, answers: tuple[str, ...]
+) -> None:
+    (task,) = file_tasks(saved(tmp_path, json.dumps([CTXS | {"answers": given}])), write)
+    assert task.asked[0].answers == answers
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_examples(tmp_path: Path, write: Write) -> None:
+    for content in (json.dumps([CTXS]), f"{json.dumps(CTXS)}\n{json.dumps(CTXS)}"):
+        assert list(file_tasks(saved(tmp_path, f"\ufeff{content}"), write))
+
+
 def test_a_task_is_the_prompt_of_a_server(tmp_path: Path, ember: Prompting) -> None:
     (task,) = file_tasks(saved(tmp_path, json.dumps([CTXS])), writer(ember))
     decode = ember.model.tokenizer.decode
@@ -106,6 +122,9 @@ def test_paragraphs_are_chunks_where_there_are_no_marks(tmp_path: Path, write: W
         ([CTXS | {"question": " "}], "example 1 has no question"),
         ([CTXS | {"answers": []}], "answers: a list of texts expected"),
         ([CTXS | {"answers": [1]}], "answers: a list of texts expected"),
+        ([CTXS | {"answers": [[]]}], "answers: a list of texts expected"),
+        ([CTXS | {"answers": [["one"], [["two"]]]}], "answers: a list of texts expected"),
+        ([CTXS | {"answers": None}], "answers: a list of texts expected"),
         ([CTXS | {"ctxs": []}], "has no passage with text"),
         ([CTXS | {"ctxs": [{"text": " "}]}], "has no passage with text"),
         ([CTXS | {"ctxs": "text"}], "ctxs: a list of"),

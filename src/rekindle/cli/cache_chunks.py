@@ -20,7 +20,7 @@ _JSON = frozenset({".json", ".jsonl"})
 def read_chunks(file: Path, separator: str | None) -> Iterator[tuple[str, Document]]:
     """(name for messages, chunk) of all chunks in a file. Raises InvalidRequest if it has none or can't be read."""
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")  # a mark of the encoding is no part of a chunk
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InvalidRequest(f"cannot read {file}: {reason}", param="chunks_from") from None

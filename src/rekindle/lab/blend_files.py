@@ -95,7 +95,7 @@ def file_tasks(path: Path, write: Write, seed: int = 0) -> Iterator[BlendTask]:
 
 def _rows(path: Path) -> list[Any]:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors begin a file with a mark of its encoding
         lines = [line for line in text.splitlines() if line.strip()]
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except OSError as error:
@@ -116,14 +116,19 @@ def _parse(where: str, row: Any) -> tuple[list[str], str, tuple[str, ...]]:
     question = row.get("question" if "ctxs" in row else "input")
     if not isinstance(question, str) or not question.strip():
         raise InvalidRequest(f"{where} has no question; {_FORMS} expected", param="data")
-    given = row.get("answers")
-    answers = [given] if isinstance(given, str) else given
-    if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
+    answers = list(_texts(row.get("answers")))
+    if not answers or not all(isinstance(each, str) for each in answers):
         raise InvalidRequest(f"{where}: answers: a list of texts expected, at least one", param="data")
     texts = _ctxs(where, row["ctxs"]) if "ctxs" in row else _context(where, row["context"])
     if not texts:
         raise InvalidRequest(f"{where} has no passage with text in it; {_FORMS} expected", param="data")
     return texts, question, tuple(answers)
+
+
+def _texts(answers: Any) -> Iterator[Any]:
+    """Each answer; alone, in a list, or in lists of spellings in one, as in CacheBlend's examples of 2WikiMQA."""
+    for each in answers if isinstance(answers, list) else [answers]:
+        yield from each if isinstance(each, list) else [each]
 
 
 def _ctxs(where: str, ctxs: Any) -> list[str]:
