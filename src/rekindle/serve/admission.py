@@ -302,11 +302,11 @@ class Admission:
                 raise
 
     def _prepare(self, plan: Plan, found: Found) -> deque[Part]:
-        """Parts of chunks; a chunk that the engine refuses is forgotten. Raises EngineError."""
+        """Parts of chunks; those chunks that the engine refuses are forgotten. Raises EngineError."""
         try:
             return prepare(self._engine, plan, found)
         except ContextFull:
             raise
         except EngineError:
-            self._blending.discard(plan, found)
+            self._blending.discard(self._engine, plan, found)
             raise

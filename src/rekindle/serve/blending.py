@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -193,10 +193,15 @@ class Blending:
             if chunk.placed:
                 self._store.used(found.matches[chunk.index])
 
-    def discard(self, plan: Plan, found: Found) -> None:
-        """Have the store forget the chunks that a plan places, because not all of them can be."""
+    def discard(self, engine: Engine, plan: Plan, found: Found) -> None:
+        """Have the store forget which of the chunks that a plan places can't be prepared, not even on their own."""
         for chunk in plan.chunks:
-            if chunk.placed:
+            blocks = [blocks if index == chunk.index else [] for index, blocks in enumerate(found.blocks)]
+            try:
+                prepare(engine, plan, replace(found, blocks=blocks))
+            except ContextFull:
+                pass  # what there was no room for is good
+            except EngineError:
                 self._store.discard(found.matches[chunk.index])
 
 
