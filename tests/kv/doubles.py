@@ -8,7 +8,6 @@ from rekindle.errors import TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key
 from rekindle.kv.tier import Place, TierStats
-from rekindle.tokens import Tokens
 
 
 class DictTier:
@@ -44,10 +43,6 @@ class DictTier:
     def contains(self, places: Sequence[Place]) -> list[bool]:
         self._check()
         return [place.key in self.blocks for place in places]
-
-    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
-        self._check()
-        return [block for block in self.blocks.values() if block.logits is not None and block.parent == parent]
 
     def put(self, chain: Sequence[Block]) -> None:
         self._check()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kv.samples import FINGERPRINT, SIZE, Clock, all_facts, make_chain
+from tests.kv.samples import FINGERPRINT, Clock, all_facts, make_chain
 
 from rekindle.kv.block import Block
 from rekindle.kv.disk import DiskTier
@@ -163,7 +163,6 @@ def test_two_tiers_on_one_folder_use_each_others_blocks_at_once(bench: Bench) ->
     chain = make_chain(1, 4, tail=1)
     ours.put(chain)
     assert bench.used(theirs, chain) == all_facts(chain)
-    assert all_facts(theirs.tails(chain[3].key)) == all_facts(chain[4:])
     theirs.remove([place_of(chain[2])])
     assert bench.used(ours, chain)[2] is None
 
@@ -296,18 +295,6 @@ def test_a_file_that_is_gone_when_its_turn_to_be_a_victim_comes_is_counted_once(
         tier.remove([place_of(old[2])])
     bench.put(tier, make_chain(3, 2))
     assert bench.kept(tier, old) == (0 if damaged else 1), "one for each new block, and one for what lies aside"
-
-
-def test_many_tails_of_one_parent_are_searched_without_reading_them_all(bench: Bench) -> None:
-    """Short prompts all hang on the root."""
-    tier = bench.tier()
-    tails = [make_chain(seed, 0, tail=3)[0] for seed in range(40)]
-    for tail in tails:
-        tier.put([tail])
-    before = tier.stats().hits
-    assert all_facts(tier.tails(tails[0].parent, tails[7].tokens)) == all_facts([tails[7]])
-    assert tier.stats().hits == before + 1
-    assert SIZE > 3
 
 
 def test_integrity_is_really_checked(bench: Bench) -> None:

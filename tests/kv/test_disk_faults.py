@@ -142,16 +142,6 @@ def test_clearing_is_tried_however_often_writing_has_failed(bench: Bench) -> Non
         bench.folder.write_text("no folder")
 
 
-def test_a_damaged_tail_is_not_found(bench: Bench) -> None:
-    tail = CHAIN[3]
-    for like in (None, tail.tokens):
-        bench.tier.put(CHAIN)
-        bench.path(tail).write_bytes(b"damaged" * 100)
-        assert bench.tier.tails(tail.parent, like) == []
-        bench.tier.put(CHAIN)
-        assert all_facts(bench.tier.tails(tail.parent, like)) == [facts(tail)]
-
-
 def test_what_is_set_aside_is_bounded(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "store", max_bytes=64 * 4096)
     for seed in range(40):
@@ -200,7 +190,6 @@ def test_a_folder_removed_under_our_feet_is_made_again(bench: Bench) -> None:
     bench.tier.put(CHAIN)
     shutil.rmtree(bench.folder)
     assert list(bench.tier.get(PLACES)) == [None] * 4
-    assert bench.tier.tails(CHAIN[3].parent) == []
     bench.recovers()
     bench.tier.scan()
     bench.tier.check_integrity()

@@ -13,7 +13,7 @@ from tests.kv.samples import FINGERPRINT, facts, make_chain, make_tail
 
 from rekindle.errors import CorruptBlock
 from rekindle.kv.block import Block
-from rekindle.kv.format import decode, encode, encode_parts, peek_tokens
+from rekindle.kv.format import decode, encode, encode_parts, peek
 from rekindle.tokens import as_tokens
 
 BLOCK, TAIL = make_chain(1, 1, tail=3)
@@ -98,11 +98,13 @@ def test_another_model_and_another_version_are_refused(monkeypatch: pytest.Monke
         decode(newer, FINGERPRINT)
 
 
-def test_tokens_are_found_at_the_beginning() -> None:
+def test_what_a_block_is_is_found_at_the_beginning() -> None:
     data = encode(TAIL, FINGERPRINT)
     start = 8 + int.from_bytes(data[:8], "little")
-    tokens = peek_tokens(data[: start + 4 * len(TAIL.tokens)])
-    assert tokens is not None and tokens.tolist() == TAIL.tokens.tolist()
+    front = peek(data[: start + 4 * len(TAIL.tokens)])
+    assert front is not None and front.tokens.tolist() == TAIL.tokens.tolist()
+    assert (front.key, front.parent, front.position) == (TAIL.key, TAIL.parent, TAIL.position)
+    assert (front.tail, front.fingerprint) == (True, FINGERPRINT)
     for length in range(start + 4 * len(TAIL.tokens)):
-        assert peek_tokens(data[:length]) is None
-    assert peek_tokens(bytes(100)) is None
+        assert peek(data[:length]) is None
+    assert peek(bytes(100)) is None

@@ -97,14 +97,14 @@ def test_a_server_that_is_not_there(server: RedisServer, benches: Benches) -> No
     for operation in (
         lambda: list(bench.tier.get(PLACES)),
         lambda: bench.tier.contains(PLACES),
-        lambda: bench.tier.tails(CHAIN[4].parent),
+        lambda: bench.tier.probe(writing=False),
     ):
         bench.fails(operation, "can't be reached: .*Connection refused")
     assert bench.tier.stats().faults == 3
     for operation in (
         lambda: bench.tier.put(CHAIN),
         lambda: bench.tier.touch(PLACES),
-        bench.tier.scan,
+        lambda: bench.tier.probe(writing=True),
     ):
         bench.fails(operation, "Connection refused")
     assert bench.tier.stats().faults == 3, "after three faults in a row it is left alone"

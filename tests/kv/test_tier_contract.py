@@ -112,7 +112,7 @@ class TestTier:
         tier.put([])
         tier.touch([])
         tier.remove([])
-        assert list(tier.get([])) == tier.contains([]) == tier.tails(b"p" * 16) == []
+        assert list(tier.get([])) == tier.contains([]) == []
         assert (tier.stats().blocks, tier.stats().bytes) == (0, 0)
 
     def test_a_wrong_key_parent_or_kind_is_a_miss(self, tier: Tier) -> None:
@@ -141,33 +141,16 @@ class TestTier:
         chain = make_chain(1, 1, tail=0)
         tier.put(chain)
         assert all_facts(tier.get([place_of(chain[1])])) == [facts(chain[1])]
-        assert all_facts(tier.tails(chain[0].key)) == [facts(chain[1])]
 
-    def test_tails_are_found_by_their_parent(self, tier: Tier) -> None:
-        chain = make_chain(1, 2)
-        texts = ([1, 2, 3], [1, 2], [1, 9, 9], [])
-        tails = [make_tail(chain[1].key, np.array(tokens, dtype=np.int32), 2 * SIZE) for tokens in texts]
-        elsewhere = make_tail(chain[0].key, np.array([1, 2, 3], dtype=np.int32), SIZE)
-        for tail in (*tails, elsewhere):
-            tier.put([*chain, tail])
-        assert sorted(map(repr, all_facts(tier.tails(chain[1].key)))) == sorted(map(repr, all_facts(tails)))
-        assert all_facts(tier.tails(chain[0].key)) == [facts(elsewhere)]
-        assert tier.tails(chain[0].parent) == []
-
-    def test_the_tail_that_shares_most_is_found(self, tier: Tier) -> None:
+    def test_tails_of_one_parent_do_not_mix(self, tier: Tier) -> None:
         (block,) = make_chain(1, 1)
         texts = ([1, 2, 3], [1, 2], [1, 9, 9], [])
         tails = [make_tail(block.key, np.array(tokens, dtype=np.int32), SIZE) for tokens in texts]
-        for tail in tails:
+        for tail in tails[::2]:
             tier.put([block, tail])
-
-        def found(*like: int) -> list[object]:
-            return all_facts(tier.tails(block.key, np.array(like, dtype=np.int32)))
-
-        assert found(1, 2, 3, 4) == [facts(tails[0])]
-        assert found(1, 2, 7) == [facts(tails[1])], "of equals the one with fewest others"
-        assert found(1, 9) == [facts(tails[2])]
-        assert found(5, 6) == found() == []
+        places = [place_of(tail) for tail in tails]
+        assert tier.contains(places) == [True, False, True, False]
+        assert all_facts(tier.get(places)) == [facts(tails[0]), None, facts(tails[2]), None]
 
     def test_what_is_removed_is_gone(self, tier: Tier) -> None:
         chain = make_chain(1, 4, tail=2)
@@ -177,7 +160,6 @@ class TestTier:
         tier.remove([place_of(block) for block in gone])
         left = [None if block in gone else facts(block) for block in chain]
         assert all_facts(tier.get([place_of(block) for block in chain])) == left
-        assert tier.tails(chain[3].key) == []
         assert tier.stats().blocks == 3
 
     def test_clear_forgets_everything(self, tier: Tier) -> None:
@@ -195,7 +177,6 @@ class TestTier:
         assert not {block.key for block in ours} & {block.key for block in theirs}
         tier.put(ours)
         assert tier.contains([place_of(block) for block in theirs]) == [False] * 7
-        assert all(tier.tails(block.key) == [] for block in theirs)
         tier.put(theirs)
         assert all_facts(tier.get([place_of(block) for block in theirs])) == all_facts(theirs)
         tier.remove([place_of(block) for block in theirs])
@@ -217,7 +198,7 @@ class TestTier:
             chain = data.draw(st.sampled_from(chains))
             part = chain[: data.draw(st.integers(0, len(chain)))]
             places = [place_of(block) for block in part]
-            match data.draw(st.sampled_from(["put", "put", "get", "remove", "touch", "tails", "clear"])):
+            match data.draw(st.sampled_from(["put", "put", "get", "remove", "touch", "clear"])):
                 case "put":
                     shared_tier.put(part)
                     expected |= {block.key: facts(block) for block in part}
@@ -229,9 +210,6 @@ class TestTier:
                     expected = {key: value for key, value in expected.items() if key not in {p.key for p in places}}
                 case "touch":
                     shared_tier.touch(places)
-                case "tails":
-                    known = [expected[chain[-1].key]] if chain[-1].key in expected else []
-                    assert all_facts(shared_tier.tails(chain[-1].parent)) == known
                 case "clear":
                     shared_tier.clear()
                     expected = {}

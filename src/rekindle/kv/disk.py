@@ -37,13 +37,11 @@ from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
 from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder, disk_bytes
-from rekindle.kv.format import Buffer, decode, encode_parts, peek, peek_tokens
-from rekindle.kv.keys import Key
+from rekindle.kv.format import Buffer, decode, encode_parts, peek
 from rekindle.kv.reading import read_files
 from rekindle.kv.slabs import Slabs
-from rekindle.kv.tier import Place, TierStats, most_alike, place_of
+from rekindle.kv.tier import Place, TierStats, place_of
 from rekindle.kv.totals import Totals
-from rekindle.tokens import Tokens
 
 _TOUCH_NS = 10 * 10**9  # a mark younger than this is not renewed
 _MAX_VICTIMS = 4096
@@ -52,7 +50,6 @@ _KEPT_SHARE = 2  # of the budget: the most that pinned blocks may take
 _ASIDE_SHARE = 16  # of the budget: the most that files set aside may take
 _DEAD_WRITER_SECONDS = 600
 _MAX_BACKOFF_SECONDS = 30.0
-_PEEK = 256  # tails of one parent that are looked into, at most
 
 
 class DiskTier:
@@ -129,33 +126,6 @@ class DiskTier:
                 for place in places
             ]
 
-    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
-        with self._reads.attempt(), self._faults("read"):
-            places = self._folder.tails(parent)
-            if like is not None:
-                best = most_alike(self._peek(places[:_PEEK]), like)
-                places = [best] if best is not None else []
-            return [block for place in places if (block := self._read_one(place)) is not None]
-
-    def _peek(self, places: Sequence[Place]) -> Iterator[tuple[Place, Tokens]]:
-        for place in places:
-            with suppress(FileNotFoundError):
-                path = self._folder.path_of(place)
-                tokens = peek_tokens(self._folder.read_beginning(path))
-                if tokens is None:  # a tail longer than that, or no tail
-                    block = self._read_one(place)
-                    tokens = None if block is None else block.tokens
-                if tokens is not None:
-                    yield place, tokens
-
-    def _read_one(self, place: Place) -> Block | None:
-        path = self._folder.path_of(place)
-        try:
-            data = self._folder.read(path)
-        except FileNotFoundError:
-            return self._counted(None)
-        return self._counted(self._decoded(data, path, place))
-
     def _decoded(self, data: Buffer, path: str | Path, place: Place) -> Block | None:
         """A file that is not the block it should be is set aside, and counted as that."""
         try:
@@ -166,10 +136,6 @@ class DiskTier:
             self._totals.add(corrupt=1)
             self._set_aside(Path(path))
             return None
-        return block
-
-    def _counted(self, block: Block | None) -> Block | None:
-        self._totals.add(hits=1) if block is not None else self._totals.add(misses=1)
         return block
 
     def _set_aside(self, path: Path) -> None:

@@ -204,9 +204,3 @@ def peek(beginning: bytes) -> Front | None:
         return None
     tokens = np.frombuffer(view[header.tokens], dtype=_TYPES["I32"]).copy()
     return Front(header.key, header.parent, header.position, tokens, header.logits is not None, header.fingerprint)
-
-
-def peek_tokens(beginning: bytes) -> Tokens | None:
-    """The tokens of a block whose first bytes these are, unchecked; None if they don't reach so far or make no sense."""
-    front = peek(beginning)
-    return None if front is None else front.tokens

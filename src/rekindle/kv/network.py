@@ -1,8 +1,6 @@
 """The network tier: blocks on a Valkey or Redis server (7.0 or later), which any number of Rekindles may share.
 
-    rekindle:v1:block:<key>       a block, as the file of it would be
-    rekindle:v1:tails:<parent>    hash: key of each tail after a parent -> its tokens, so that the best tail is found
-                                  without reading the others
+    rekindle:v1:block:<key>       a block or a tail, as the file of it would be
 
 The server forgets what was not used for `ttl_seconds`. A block's time runs out a little before its predecessor's, so
 chains die from the tail. A pinned block's time is that of its pin, if that is longer; a use, whoever's, only ever prolongs
@@ -16,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-import numpy as np
 import redis
 from redis.client import Pipeline
 
@@ -24,18 +21,16 @@ from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
 from rekindle.kv.format import VERSION, decode, encode, peek
-from rekindle.kv.keys import Key
 from rekindle.kv.link import Link
-from rekindle.kv.tier import Place, TierStats, most_alike, place_of
+from rekindle.kv.tier import Place, TierStats, place_of
 from rekindle.kv.totals import Totals
-from rekindle.tokens import Tokens
 
 _PREFIX = f"rekindle:v{VERSION}:".encode()
+_BLOCK_PREFIX = _PREFIX + b"block:"
 _PROBE = b"rekindle:probe"  # no name of a block
 _BATCH_BYTES = 4 << 20  # asked for or written together, about
 _MAX_BATCH = 64  # blocks
 _FIRST_GUESS_BYTES = 1 << 20  # of a block, before one was seen
-_PEEK = 256  # tails of one parent that are looked at, at most
 _SCAN_COUNT = 1000
 _FRONT_BYTES = 4096  # that say what a block is
 
@@ -103,21 +98,6 @@ class NetworkTier:
             batch.exists(_name(place))
         return [reply == 1 for reply in self._link.send(batch)]
 
-    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
-        reply = self._link.ask("HRANDFIELD", _tails_name(parent), _PEEK, "WITHVALUES")
-        known = {
-            Place(key=key, parent=parent, tail=True): np.frombuffer(tokens, dtype="<i4")
-            for key, tokens in zip(reply[::2], reply[1::2], strict=True)
-        }
-        if like is not None:
-            best = most_alike(known.items(), like)
-            known = {} if best is None else {best: known[best]}
-        found = dict(zip(known, self.get(list(known)), strict=True))
-        lost = [place.key for place, block in found.items() if block is None]
-        if lost:
-            self._link.ask("HDEL", _tails_name(parent), *lost)
-        return [block for block in found.values() if block is not None]
-
     def touch(self, places: Sequence[Place]) -> None:
         self._renewed(places)
 
@@ -133,19 +113,11 @@ class NetworkTier:
         """Let no time run out before the usual, of a chain from its index `start` on."""
         for index, place in enumerate(places, start):
             batch.pexpire(_name(place), self._ttl(index), gt=True)
-        self._renew_tails(batch, places)
-
-    def _renew_tails(self, batch: Pipeline, places: Sequence[Place]) -> None:
-        for name in [_tails_name(place.parent) for place in places if place.tail]:
-            batch.pexpire(name, self._ttl_ms, nx=True)
-            batch.pexpire(name, self._ttl_ms, gt=True)
 
     def keep(self, places: Sequence[Place], until: float) -> None:
         batch, end_ms = self._link.batch(), int(until * 1000)
         for index, place in enumerate(places):
             batch.pexpireat(_name(place), end_ms - index, gt=True)
-            if place.tail:
-                batch.pexpireat(_tails_name(place.parent), end_ms, gt=True)
         self._link.send(batch)
 
     def release(self, places: Sequence[Place]) -> None:
@@ -194,11 +166,6 @@ class NetworkTier:
                     self._write(batch, sizes)
                     batch, sizes = self._link.batch(), []
             self._write(batch, sizes)
-            tails = [block for block, place in zip(chain, places, strict=True) if place.tail]
-            for block in tails:
-                batch.hset(_tails_name(block.parent), block.key, block.tokens.astype("<i4").tobytes())
-            self._renew_tails(batch, places)
-            self._write(batch)
 
     def _write(self, batch: Pipeline, sizes: Sequence[int] = ()) -> None:
         """Given the sizes of the blocks that its first commands write.
@@ -220,8 +187,6 @@ class NetworkTier:
             sizes = self._link.send(batch)
             for place in places:
                 batch.unlink(_name(place))
-                if place.tail:
-                    batch.hdel(_tails_name(place.parent), place.key)
             self._write(batch)
             self._totals.add(blocks=-len([size for size in sizes if size]), num_bytes=-sum(sizes))
 
@@ -229,7 +194,7 @@ class NetworkTier:
         """All that is ours in this database, of all models, and nothing else."""
         self._try_now()
         with self._writes.attempt():
-            for names in self._names():
+            for names in self._names(_PREFIX):
                 batch = self._link.batch()
                 batch.unlink(*names)
                 self._write(batch)
@@ -238,15 +203,15 @@ class NetworkTier:
     def clear_model(self) -> None:
         """What a block is of says its beginning, so this reads a little of every block."""
         self._try_now()
-        for names in self._names():
+        for names in self._names(_BLOCK_PREFIX):
             batch = self._link.batch()
             for name in names:
-                if b":block:" in name:
-                    batch.getrange(name, 0, _FRONT_BYTES - 1)
+                batch.getrange(name, 0, _FRONT_BYTES - 1)
             fronts = (peek(beginning) for beginning in self._link.send(batch))
             ours = [front for front in fronts if front is not None and front.fingerprint == self._fingerprint]
             if ours:
                 self.remove([Place(key=front.key, parent=front.parent, tail=front.tail) for front in ours])
+        self._totals.recounted(0, 0)
 
     def _try_now(self) -> None:
         """Somebody has asked for what comes: no back-off holds it up."""
@@ -255,20 +220,8 @@ class NetworkTier:
 
     # Counting.
 
-    def scan(self) -> None:
-        """Count what is on the server, whoever wrote it. Until then, and after it, only our own changes are known."""
-        blocks = num_bytes = 0
-        for names in self._names():
-            batch = self._link.batch()
-            for name in names:
-                if b":block:" in name:
-                    batch.strlen(name)
-            lengths = self._link.send(batch)
-            blocks += len([length for length in lengths if length])
-            num_bytes += sum(lengths)
-        self._totals.recounted(blocks, num_bytes)
-
     def stats(self) -> TierStats:
+        """What is held is what we have written and not removed; others' blocks, and those forgotten, aren't known."""
         breaker, writes = self._link.breaker, self._writes
         return self._totals.stats(
             self.name,
@@ -279,17 +232,10 @@ class NetworkTier:
 
     def check_integrity(self) -> None:
         """Reads everything."""
-        for names in self._names():
+        for names in self._names(_BLOCK_PREFIX):
             for name in names:
-                if b":block:" in name:
-                    block = self._whole(name)
-                    assert block is None or _name(place_of(block)) == name, f"{name!r} is filed wrong"
-                else:
-                    for key, tokens in self._link.ask("HGETALL", name).items():
-                        tail = self._whole(_PREFIX + b"block:" + key.hex().encode())
-                        if tail is not None:  # or else it was forgotten before its name
-                            assert _tails_name(tail.parent) == name, f"{tail.key.hex()} is filed under {name!r}"
-                            assert tail.tokens.tobytes() == tokens, f"{tail.key.hex()} has other tokens"
+                block = self._whole(name)
+                assert block is None or _name(place_of(block)) == name, f"{name!r} is filed wrong"
 
     def _whole(self, name: bytes) -> Block | None:
         data = self._link.ask("GET", name)
@@ -301,11 +247,11 @@ class NetworkTier:
     def close(self) -> None:
         self._link.close()
 
-    def _names(self) -> Iterator[list[bytes]]:
-        """All names of ours, some at a time."""
+    def _names(self, prefix: bytes) -> Iterator[list[bytes]]:
+        """All names that begin so, some at a time."""
         cursor = 0
         while True:
-            cursor, names = self._link.ask("SCAN", cursor, "MATCH", _PREFIX + b"*", "COUNT", _SCAN_COUNT)
+            cursor, names = self._link.ask("SCAN", cursor, "MATCH", prefix + b"*", "COUNT", _SCAN_COUNT)
             if names:
                 yield names
             if not cursor:
@@ -313,8 +259,4 @@ class NetworkTier:
 
 
 def _name(place: Place) -> bytes:
-    return _PREFIX + b"block:" + place.key.hex().encode()
-
-
-def _tails_name(parent: Key) -> bytes:
-    return _PREFIX + b"tails:" + parent.hex().encode()
+    return _BLOCK_PREFIX + place.key.hex().encode()

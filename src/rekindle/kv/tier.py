@@ -6,20 +6,17 @@ never give a wrong one. One contract test class runs over every tier.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from rekindle.kv.block import Block
 from rekindle.kv.keys import Key, chain_keys
-from rekindle.tokens import Tokens, common_length
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a block is looked for. A tail is filed under its parent, so that all tails of a parent can be found."""
+    """Where a block is looked for. A tail may be filed under its parent, to be found beside the others."""
 
     key: Key
     parent: Key
@@ -30,7 +27,7 @@ class Place:
 class TierStats:
     """Totals of one tier since it was opened."""
 
-    name: str  # "memory", "disk", "network"
+    name: str  # "disk", "network"; where tiers are shown, "memory" too
     blocks: int  # kept now; for a shared tier as far as it is known
     bytes: int
     max_bytes: int | None  # None: no limit of ours
@@ -58,9 +55,6 @@ class Tier(Protocol):
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
         """Which are there, without reading them or counting a use."""
-
-    def tails(self, parent: Key, like: Tokens | None = None) -> list[Block]:
-        """All tails filed under a parent; with `like` only the one that shares most tokens with it, if any does."""
 
     def put(self, chain: Sequence[Block]) -> None:
         """Keep the blocks of one chain, given head first. What is there already is not written again."""
@@ -101,14 +95,3 @@ def places_along(root: Key, written: bytes, block_tokens: int) -> list[Place]:
     """Of all whole blocks of a prompt, given as `token_bytes`, head first."""
     keys = list(chain_keys(root, written, block_tokens))
     return [Place(key=key, parent=parent) for key, parent in zip(keys, [root, *keys], strict=False)]
-
-
-def most_alike(candidates: Iterable[tuple[T, Tokens]], like: Tokens) -> T | None:
-    """Of things with tokens, the one that shares most of them with `like`; among equals the one with fewest others."""
-    best, best_rank = None, (0, 0)
-    for candidate, tokens in candidates:
-        shared = common_length(tokens, like)
-        rank = (shared, -len(tokens))
-        if shared and rank > best_rank:
-            best, best_rank = candidate, rank
-    return best

@@ -25,14 +25,14 @@ class Totals:
         blocks: int = 0,
         num_bytes: int = 0,
     ) -> None:
-        """The one place where numbers change, but for a recount."""
+        """The one place where numbers change, but for a recount. Never below zero: others' blocks can be lost uncounted."""
         with self._lock:
             self._hits += hits
             self._misses += misses
             self._corrupt += corrupt
             self._evictions += evictions
-            self.blocks += blocks
-            self.num_bytes += num_bytes
+            self.blocks = max(0, self.blocks + blocks)
+            self.num_bytes = max(0, self.num_bytes + num_bytes)
 
     def recounted(self, blocks: int, num_bytes: int) -> None:
         """This is what is held."""
