@@ -158,6 +158,40 @@ def test_a_blended_tail_never_reaches_an_exact_request(learned: LLM, request: py
     learned.service.check_integrity()
 
 
+def test_several_answers_read_their_blended_prompt_once(learned: LLM, request: pytest.FixtureRequest) -> None:
+    rounding = ROUNDING[request.node.callspec.params["llm"]]
+    prompt, events = prompt_of(story().asked[0]), [queue.SimpleQueue[Event]() for _ in range(3)]
+    several = replace(
+        wish(prompt, Blend("none", 0), ignore_eos=True), sampling=Sampling(temperature=0, top_logprobs=TOP)
+    )
+
+    def submit(_: object) -> None:
+        for each in events:
+            learned.service.submit(several, each.put)
+
+    learned.service.run_on_engine(submit)  # between two steps, so that none is over before the others have come
+    answers = [_until_done(each) for each in events]
+    dones = [answer[-1] for answer in answers]
+    infos = [[info for event in answer if isinstance(event, Piece) for info in event.tokens] for answer in answers]
+    assert isinstance(dones[0], Done) and dones[0].usage.computed_tokens > 0
+    for done, info in zip(dones[1:], infos[1:], strict=True):
+        assert isinstance(done, Done) and done.usage.computed_tokens == 0 and done.kept == 0
+        assert done.usage.blended_tokens == dones[0].usage.blended_tokens > 0
+        assert info[0] == infos[0][0], "from the same logits"
+        second, expected = ({token: logprob for token, _, logprob in each[1].top} for each in (info, infos[0]))
+        assert distance(second, expected) < rounding, "on the same KV"
+    full = first_logprobs(learned, prompt, None, use_prefix_cache=False)
+    assert distance(full, first_logprobs(learned, prompt, None)) < rounding, "which nobody else has"
+    learned.service.check_integrity()
+
+
+def _until_done(events: queue.SimpleQueue[Event]) -> list[Event]:
+    found = [events.get()]
+    while not isinstance(found[-1], Done | Failed):
+        found.append(events.get())
+    return found
+
+
 def test_another_salt_has_no_chunk(learned: LLM) -> None:
     done = ask(learned, prompt_of(story().asked[0], salt=b"other"), Blend(), max_tokens=1)
     assert done.usage.cached_tokens == 0 and not done.plan.blended

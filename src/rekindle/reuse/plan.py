@@ -29,6 +29,8 @@ class Fork:
     start: int  # always 0
     stop: int
     reason: str
+    exact: int | None = None  # of its tokens, the first so many have the KV that reading gives; None: all of them
+    blended: int = 0  # of the others, those that were placed
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,12 @@ class Plan:
     @property
     def exact(self) -> int:
         """Tokens whose KV is what a prefill of the prompt gives: all before the first chunk that is placed."""
-        places = (step.start for step in self.steps if isinstance(step, Place) and step.chunk is not None)
-        return next(places, self.total)
+        for step in self.steps:
+            if isinstance(step, Place) and step.chunk is not None:
+                return step.start
+            if isinstance(step, Fork) and step.exact is not None:
+                return step.exact
+        return self.total
 
     @property
     def begin(self) -> int:
@@ -166,7 +172,8 @@ class Plan:
     def blended(self) -> int:
         """Tokens of chunks that are placed: reused, but not exactly."""
         places = (step for step in self.steps if isinstance(step, Place) and step.chunk is not None)
-        return sum(step.stop - step.start for step in places)
+        shared = sum(step.blended for step in self.steps if isinstance(step, Fork))
+        return shared + sum(step.stop - step.start for step in places)
 
     def as_dict(self) -> dict[str, Any]:
         """For the wire: steps with their kind, span and reason; and chunks, if there are any."""

@@ -22,7 +22,7 @@ from rekindle.serve.blending import Blending, Found, blends, cells_to_prepare, i
 from rekindle.serve.room import Room
 from rekindle.serve.run import Part, Run, payload_of
 from rekindle.serve.sampling import Vector
-from rekindle.serve.state import State, shares
+from rekindle.serve.state import State, shares, twins
 from rekindle.tokens import common_length
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ class Admission:
         started = time.perf_counter()
         if (hold := run.generation.hold) is not None and hold.cut is not None:
             self._state.residents.cut(hold.name, hold.cut, run.salt)
+        if (twin := self._twin(run)) is not None:
+            return self._start_beside(run, twin, [other for other in victims if other is not twin])
         residents, match = self._known(run)
         found = self._look(run)
         exact = make_plan(run.generation.prompt, residents, self._stored(run, match))
@@ -154,6 +156,40 @@ class Admission:
         self._state.watching(run).begun(run)
         if run.looking is None:
             self._state.planned(run)
+        return Outcome.STARTED
+
+    def _twin(self, run: Run) -> Run | None:
+        """Another answer to the same request, whose reading can be shared although nobody else may."""
+        for other in self._state.running:
+            assert other.seq is not None
+            if twins(run, other) and (other.reading or self._engine.reach(other.seq) <= len(run.prompt)):
+                return other
+        return None
+
+    def _start_beside(self, run: Run, twin: Run, victims: list[Run]) -> Outcome:
+        """Share the whole prompt with one that has read it in the way in which it is to be read, or wait until it has."""
+        total = len(run.prompt)
+        if twin.reading:
+            run.waits_for, run.waits_until = twin, total
+            return Outcome.WAITS
+        assert twin.seq is not None and twin.plan is not None
+        started = time.perf_counter()
+        if not self._room.make_sequence(keep=[twin.seq]):
+            return Outcome.NO_ROOM
+        seq = self._engine.fork(twin.seq, total)
+        if not self._room.make(1, [seq], victims):
+            self._engine.close(seq)
+            return Outcome.NO_ROOM
+        reason = "another answer to this request has read all of it, with chunks placed"
+        step = Fork(twin.seq, 0, total, reason, twin.plan.exact, twin.plan.blended)
+        run.clock.admitted, run.clock.planned, run.clock.restored = started, started, time.perf_counter()
+        run.seq, run.refused = seq, set(twin.refused)
+        run.start(Plan((step,), total, None, twin.plan.chunks))
+        run.read = total
+        run.marks[total] = twin.marks[total]
+        self._state.enter(run)
+        self._state.watching(run).begun(run)
+        self._state.planned(run)
         return Outcome.STARTED
 
     def _plan(self, run: Run, exact: Plan, found: Found) -> Plan:

@@ -50,7 +50,8 @@ def sources_of(plan: Plan, fetched: Fetched) -> dict[str, int]:
         length = step.stop - step.start
         match step:
             case Fork():
-                counts["resident"] += length
+                counts["resident"] += length - step.blended
+                counts["blended"] += step.blended
             case Compute():
                 counts["computed"] += length
             case Place(chunk=int()):

@@ -117,3 +117,13 @@ class State:
 def shares(one: Run, other: Run) -> bool:
     """Whether two requests may use each other's KV."""
     return one.generation.reuses and other.generation.reuses and one.salt == other.salt
+
+
+def twins(one: Run, other: Run) -> bool:
+    """Whether both answer one request that blends, and the other, by placing chunks, reads what both are to have read.
+
+    Nobody else sees a blended sequence, but a request of several answers need not read its prompt for each of them.
+    """
+    mine, its = one.generation, other.generation
+    is_blended = other.looking is not None or (other.plan is not None and other.plan.blended > 0)
+    return is_blended and mine.prompt is its.prompt and mine.blend == its.blend and shares(one, other)
