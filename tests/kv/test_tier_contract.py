@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tests.kv.redis_server import PROGRAM, RedisServer
 from tests.kv.samples import FINGERPRINT, SIZE, Clock, all_facts, facts, make_chain, make_tail, other_kind
 
+from rekindle.kv.block import Block
 from rekindle.kv.disk import DiskTier
-from rekindle.kv.keys import Key
+from rekindle.kv.keys import Key, block_key, root_key
 from rekindle.kv.network import NetworkTier
 from rekindle.kv.tier import Place, Tier, place_of
 
@@ -170,6 +171,16 @@ class TestTier:
         assert (tier.stats().blocks, tier.stats().bytes) == (0, 0)
         tier.put(chain)
         assert all_facts(tier.get([place_of(block) for block in chain])) == all_facts(chain)
+
+    def test_clearing_the_model_takes_blocks_of_any_number_of_tokens(self, tier: Tier) -> None:
+        """Of which a file's first page would not have all."""
+        root, tokens = root_key(FINGERPRINT, b""), np.arange(5000, dtype=np.int32)
+        large = Block(block_key(root, tokens), root, tokens, 0, memoryview(b"kv"))
+        chain = [large, make_tail(large.key, tokens[:4000], 5000)]
+        tier.put(chain)
+        tier.clear_model()
+        assert list(tier.get([place_of(block) for block in chain])) == [None, None]
+        assert (tier.stats().blocks, tier.stats().bytes) == (0, 0)
 
     def test_two_salts_share_nothing(self, tier: Tier) -> None:
         """The same tokens for two tenants: not one key in common, so neither can see what the other has asked."""

@@ -37,7 +37,7 @@ from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
 from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder, disk_bytes
-from rekindle.kv.format import Buffer, decode, encode_parts, peek
+from rekindle.kv.format import Buffer, decode, encode_parts, fingerprint_of
 from rekindle.kv.reading import read_files
 from rekindle.kv.slabs import Slabs
 from rekindle.kv.tier import Place, TierStats, place_of
@@ -286,8 +286,7 @@ class DiskTier:
         with self._writing, self._writes.attempt(), self._faults("written"):
             for file in self._folder.walk():
                 with suppress(FileNotFoundError):
-                    front = peek(self._folder.read_beginning(file.path)) if file.block else None
-                    if front is not None and front.fingerprint == self._fingerprint:
+                    if file.block and fingerprint_of(self._folder.read_beginning(file.path)) == self._fingerprint:
                         self._folder.delete(file.path)
             self._walk()
 

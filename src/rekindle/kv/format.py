@@ -196,6 +196,12 @@ def _read_rest(rest: bytes) -> tuple[bytes, int, int | None, int] | None:
     return unhexlify(fingerprint), num_tokens, num_logits, num_bytes
 
 
+def fingerprint_of(beginning: bytes) -> bytes | None:
+    """Of the model whose block begins so; None if these bytes don't reach to the end of the header or make no sense."""
+    header = _read_header(memoryview(beginning))
+    return None if header is None or header.version != VERSION else header.fingerprint
+
+
 def peek(beginning: bytes) -> Front | None:
     """What the first bytes of a file say; None if they don't reach to the end of the tokens or make no sense."""
     view = memoryview(beginning)

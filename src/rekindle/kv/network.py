@@ -20,7 +20,7 @@ from redis.client import Pipeline
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.format import VERSION, decode, encode, peek
+from rekindle.kv.format import VERSION, decode, encode, fingerprint_of
 from rekindle.kv.link import Link
 from rekindle.kv.tier import Place, TierStats, place_of
 from rekindle.kv.totals import Totals
@@ -193,11 +193,8 @@ class NetworkTier:
     def clear(self) -> None:
         """All that is ours in this database, of all models, and nothing else."""
         self._try_now()
-        with self._writes.attempt():
-            for names in self._names(_PREFIX):
-                batch = self._link.batch()
-                batch.unlink(*names)
-                self._write(batch)
+        for names in self._names(_PREFIX):
+            self._unlink(names)
         self._totals.recounted(0, 0)
 
     def clear_model(self) -> None:
@@ -207,11 +204,17 @@ class NetworkTier:
             batch = self._link.batch()
             for name in names:
                 batch.getrange(name, 0, _FRONT_BYTES - 1)
-            fronts = (peek(beginning) for beginning in self._link.send(batch))
-            ours = [front for front in fronts if front is not None and front.fingerprint == self._fingerprint]
+            models = map(fingerprint_of, self._link.send(batch))
+            ours = [name for name, model in zip(names, models, strict=True) if model == self._fingerprint]
             if ours:
-                self.remove([Place(key=front.key, parent=front.parent, tail=front.tail) for front in ours])
+                self._unlink(ours)
         self._totals.recounted(0, 0)
+
+    def _unlink(self, names: Sequence[bytes]) -> None:
+        with self._writes.attempt():
+            batch = self._link.batch()
+            batch.unlink(*names)
+            self._write(batch)
 
     def _try_now(self) -> None:
         """Somebody has asked for what comes: no back-off holds it up."""
