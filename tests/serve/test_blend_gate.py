@@ -148,6 +148,32 @@ def test_a_server_does_not_start_with_a_selection_that_its_engine_has_not(select
     assert no.value.param == "blend_select"
 
 
+@pytest.mark.parametrize("select", ["deviation", "auto"])
+def test_a_server_does_not_start_with_a_layer_that_its_model_has_not(select: str) -> None:
+    pytest.importorskip("torch")
+    settings = Settings.load(None, engine="torch", blend_select=select, blend_layer=4, store="none", threads=1)
+    with pytest.raises(InvalidRequest, match=r"at a layer from 1 to 3 of ember's 4 layers, .*; got 4") as no:
+        Service.open(settings)
+    assert no.value.param == "blend_layer"
+
+
+@pytest.mark.parametrize(
+    ("blend", "shares", "is_told"),
+    [
+        (Blend("first", 0.1), SHARES, False),
+        (Blend("first", 0.05), SHARES, True),
+        (Blend("auto", 0.15), SHARES, True),
+        (Blend("first", 0.05), [("first", 0.05, 0.5)], False),  # nothing is good enough, which was told
+    ],
+)
+def test_settings_by_which_nothing_is_blended_are_told_at_the_start(
+    tmp_path: Path, blend: Blend, shares: Any, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate(tmp_path, line(shares=shares)).tell_of(blend, 8)
+    told = [record for record in caplog.records if "by these settings nothing is blended" in record.message]
+    assert bool(told) == is_told and all("Good enough: first from 10%" in record.message for record in told)
+
+
 def test_wishes() -> None:
     default = Blend("first", 0.3)
     assert wished_blend(None, default) is None and wished_blend(False, default) is None

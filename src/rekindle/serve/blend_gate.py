@@ -48,7 +48,7 @@ class BlendGate:
     def load(cls, file: Path, fingerprint: bytes, least: float) -> BlendGate:
         """The latest report on the model in a file, and a line about it in the log."""
         try:
-            reports = list(_reports(file.expanduser().read_text("utf-8")))
+            reports = list(_reports(file.expanduser().read_text("utf-8-sig")))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             _log.warning("blending is refused: cannot read %s: %s", file, reason)
@@ -88,6 +88,15 @@ class BlendGate:
             f"for {self.least:g}. Good enough: {self.passing or 'nothing that was measured'}",
             param="rekindle.blend",
         )
+
+    def tell_of(self, blend: Blend, num_layers: int) -> None:
+        """A line in the log if what is done for those who say no more is refused, although other ways are not."""
+        if not self.passing:
+            return  # which was told
+        try:
+            self.check(blend, num_layers)
+        except BlendingRefused as error:
+            _log.warning("by these settings nothing is blended (blend_select, blend_ratio, blend_layer): %s", error)
 
     @property
     def passing(self) -> str:
@@ -129,5 +138,5 @@ def _arms(report: dict[str, Any]) -> Iterator[Measured]:
     for arm in report["arms"]:
         try:
             yield Measured(str(arm["select"]), float(arm["ratio"]), float(arm["exact_match_of_full"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue

@@ -32,7 +32,7 @@ from rekindle.kv.keys import Key
 from rekindle.kv.speed import Speed
 from rekindle.kv.store import Fetched, Match, Store
 from rekindle.model.spec import ModelSpec
-from rekindle.reuse.blend import SELECTS, OnItsOwn, check_select, make_blend_plan
+from rekindle.reuse.blend import SELECTS, Blend, OnItsOwn, check_select, make_blend_plan
 from rekindle.reuse.blend_select import LOOKING, Select
 from rekindle.reuse.plan import Place, Plan
 from rekindle.reuse.prompt import Prompt
@@ -69,18 +69,23 @@ def offered(spec: ModelSpec) -> tuple[Select, ...]:
     return tuple(select for select in SELECTS if spec.can_look or select not in LOOKING)
 
 
+def check_layer(blend: Blend, spec: ModelSpec, param: str) -> None:
+    """Raises InvalidRequest for a layer at which nothing can be judged in this model."""
+    if blend.select == "deviation" and not blend.judged_at(spec.num_layers) < spec.num_layers:
+        raise InvalidRequest(
+            f"deviation is judged at a layer from 1 to {spec.num_layers - 1} of {spec.name}'s "
+            f"{counted(spec.num_layers, 'layer')}, as in the first nothing can differ yet; got {blend.layer}",
+            param=param,
+        )
+
+
 def check_blend(generation: Generation, spec: ModelSpec) -> None:
     """Raises InvalidRequest for what can't be blended here."""
     blend = generation.blend
     if blend is None:
         return
     check_select(blend.select, offered(spec), "rekindle.blend.select")
-    if blend.select == "deviation" and not blend.judged_at(spec.num_layers) < spec.num_layers:
-        raise InvalidRequest(
-            f"deviation is judged at a layer from 1 to {spec.num_layers - 1} of {spec.name}'s "
-            f"{counted(spec.num_layers, 'layer')}, as in the first nothing can differ yet; got {blend.layer}",
-            param="rekindle.blend.layer",
-        )
+    check_layer(blend, spec, "rekindle.blend.layer")
     if not spec.can_shift:
         raise InvalidRequest(
             f"{spec.name} ({spec.architecture}, {spec.kv_type}) can't be blended: its KV can't be moved to other "

@@ -23,7 +23,7 @@ from rekindle.reuse.blend import Blend, check_select
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_crowding, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
-from rekindle.serve.blending import Blending, blends, check_blend, offered
+from rekindle.serve.blending import Blending, blends, check_blend, check_layer, offered
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.kept import CacheStats, Warmed
 from rekindle.serve.levels import Levels
@@ -86,6 +86,8 @@ class Service(Prompting):
         with ExitStack() as undo:  # what was begun ends, in the opposite order, if something fails here, or in `close`
             undo.callback(engine.shutdown)
             check_select(settings.blend_select, offered(engine.spec), "blend_select")
+            if settings.blend_layer is not None and engine.spec.can_look:
+                check_layer(Blend("deviation", layer=settings.blend_layer), engine.spec, "blend_layer")
             self._store = open_store(settings, model, engine)
             self._writer = threading.Thread(target=self._store.behind.run, name="rekindle-writer", daemon=True)
             self._writer.start()
@@ -128,6 +130,8 @@ class Service(Prompting):
             self._grammars = Grammars(model.tokenizer)
             gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
             self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
+            if self._gate is not None:
+                self._gate.tell_of(self.default_blend, engine.spec.num_layers)
             self._pinning = Pinning(self._store)
             self._started = time.monotonic()
             self.levels = Levels(engine, self._store, self._worker, model=self._about_model())
