@@ -26,6 +26,16 @@ class Clock:
         return self.now
 
 
+def chain(root: Key, tokens: Tokens, block_tokens: int) -> Iterator[tuple[Key, Key, Tokens]]:
+    """(parent, key, tokens) of each whole block, from the first on, by the definition of a key."""
+    parent = root
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        part = tokens[start : start + block_tokens]
+        key = block_key(parent, part)
+        yield parent, key, part
+        parent = key
+
+
 def payload_of(key: Key, length: int) -> bytes:
     return hashlib.shake_128(key).digest(length)
 

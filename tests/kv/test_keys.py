@@ -8,8 +8,9 @@ import sys
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kv.samples import chain
 
-from rekindle.kv.keys import KEY_BYTES, block_key, chain, digest, root_key, tail_key
+from rekindle.kv.keys import KEY_BYTES, block_key, chain_keys, digest, root_key, tail_key, token_bytes
 from rekindle.tokens import as_tokens
 
 ROOT = root_key(b"fingerprint", b"salt")
@@ -18,7 +19,7 @@ IDS = st.lists(st.integers(0, 2**31 - 1), max_size=20)
 
 
 def keys_of(ids: list[int], block_tokens: int = 4, root: bytes = ROOT) -> list[bytes]:
-    return [key for _, key, _ in chain(root, as_tokens(ids), block_tokens)]
+    return list(chain_keys(root, token_bytes(as_tokens(ids)), block_tokens))
 
 
 def test_keys_are_these_for_ever() -> None:
@@ -33,7 +34,8 @@ def test_another_process_makes_the_same_keys() -> None:
     program = (
         "from rekindle.kv.keys import *; from rekindle.tokens import as_tokens\n"
         "root = root_key(b'fingerprint', b'salt')\n"
-        "print(*(key.hex() for _, key, _ in chain(root, as_tokens(range(1000)), 64)), tail_key(root, as_tokens([7])).hex())"
+        "keys = chain_keys(root, token_bytes(as_tokens(range(1000))), 64)\n"
+        "print(*(key.hex() for key in [*keys, tail_key(root, as_tokens([7]))]))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     here = [*keys_of(list(range(1000)), 64), tail_key(ROOT, as_tokens([7]))]
@@ -72,9 +74,8 @@ def test_the_integers_type_and_layout_do_not_matter() -> None:
         assert block_key(ROOT, made) == expected
 
 
-def test_a_chain_links_whole_blocks_only() -> None:
-    links = list(chain(ROOT, as_tokens(range(11)), 4))
-    assert [part.tolist() for _, _, part in links] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert links[0][0] == ROOT
-    assert links[1][0] == links[0][1]
-    assert not keys_of([1, 2, 3])
+@given(IDS, st.integers(1, 6))
+def test_a_chains_keys_are_those_of_its_whole_blocks_each_after_the_one_before(ids: list[int], size: int) -> None:
+    links = list(chain(ROOT, as_tokens(ids), size))
+    assert len(links) == len(ids) // size
+    assert keys_of(ids, size) == [key for _, key, _ in links]

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.kv.samples import chain
 
 from rekindle.errors import InvalidRequest
 from rekindle.kv.block import Block
-from rekindle.kv.keys import Key, chain, digest
+from rekindle.kv.keys import Key, digest
 from rekindle.kv.memory import MemoryTier
 from rekindle.kv.pins import Held, Pins
 from rekindle.kv.policies import POLICIES

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kv.samples import chain
 
 from rekindle.kv.block import Block
-from rekindle.kv.keys import Key, chain, digest, token_bytes
+from rekindle.kv.keys import Key, digest, token_bytes
 from rekindle.kv.tree import Tree
 from rekindle.tokens import as_tokens
 

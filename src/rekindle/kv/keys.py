@@ -47,14 +47,6 @@ def token_bytes(tokens: Tokens) -> bytes:
     return np.ascontiguousarray(tokens, dtype="<i4").tobytes()
 
 
-def chain(root: Key, tokens: Tokens, block_tokens: int) -> Iterator[tuple[Key, Key, Tokens]]:
-    """(parent, key, tokens) of each whole block, from the first on."""
-    parent = root
-    for index, key in enumerate(chain_keys(root, token_bytes(tokens), block_tokens)):
-        yield parent, key, tokens[index * block_tokens : (index + 1) * block_tokens]
-        parent = key
-
-
 def chain_keys(root: Key, tokens: bytes, block_tokens: int) -> Iterator[Key]:
     """`block_key` of each whole block, from the first on, given `token_bytes` of the prompt."""
     width = block_tokens * TOKEN_BYTES

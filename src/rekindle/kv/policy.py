@@ -1,4 +1,4 @@
-"""Which block goes when room is needed: the rule of the interface, and the policies by name.
+"""Which block goes when room is needed: what a tier tells a policy, and what it asks. The policies are in `policies`.
 
 A policy sees the chains that are used and stored, and names victims. It never sees payloads, holds no thread and reads no
 clock: its time is the volume that was asked for. A tier uses it like this:
@@ -8,6 +8,7 @@ clock: its time is the volume that was asked for. A tier uses it like this:
     while too_large:
         key = policy.evict(pinned)           # the block that can best be spared; it may be one that has just come:
         …                                    # this is how a policy refuses to admit
+    policy.remove(keys)                      # the last one is gone for another reason
 
 Chains die from the tail: a victim is never the predecessor of a stored block. All operations cost O(1) or O(log n),
 amortised, per block or better.
