@@ -260,21 +260,22 @@ def test_urls(url: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "got"),
     [
-        "http://:secret@host",
-        "host:6379",
-        "redis://:secret@host:port/0",
-        "redis://:secret@host:99999/0",
-        "redis://:secret@host/db",
-        "redis://:secret@host/-1",
-        "redis://",
-        "redis://:secret@host?db=1",
-        "",
+        ("http://:secret@host", "the scheme 'http'"),
+        ("host:6379", "the scheme 'host'"),
+        ("redis://:secret@host:port/0", "port or db is not valid"),
+        ("redis://:secret@host:99999/0", "port or db is not valid"),
+        ("redis://:secret@[host/0", "one whose host"),
+        ("redis://:secret@host/db", "port or db is not valid"),
+        ("redis://:secret@host/-1", "a db below 0"),
+        ("redis://", "without a host"),
+        ("redis://:secret@host?db=1", "more behind it"),
+        ("", "the scheme ''"),
     ],
 )
-def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"redis://host:port/db .* expected, got") as caught:
+def test_other_urls_are_refused_without_their_secrets(url: str, got: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"redis://host:port/db .* expected, got .*{got}") as caught:
         NetworkTier(url, fingerprint=FINGERPRINT, ttl_seconds=100, timeout_seconds=1)
     assert "secret" not in str(caught.value)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None

@@ -97,11 +97,13 @@ def parse_url(url: str) -> tuple[str, str]:
         port, path = parts.port or _DEFAULT_PORT, parts.path.strip("/")
         database = int(path) if path else 0
     except ValueError:
-        raise InvalidRequest(f"{expected}, got one whose port or db is no number", param="store_url") from None
+        raise InvalidRequest(f"{expected}, got one whose host, port or db is not valid", param="store_url") from None
     if parts.scheme not in _SCHEMES:
         raise InvalidRequest(f"{expected}, got one with the scheme {parts.scheme!r}", param="store_url")
-    if not parts.hostname or database < 0 or parts.query or parts.fragment:
-        raise InvalidRequest(f"{expected}, got one without a host or with more behind it", param="store_url")
+    if not parts.hostname:
+        raise InvalidRequest(f"{expected}, got one without a host", param="store_url")
+    if database < 0 or parts.query or parts.fragment:
+        raise InvalidRequest(f"{expected}, got one with a db below 0 or with more behind it", param="store_url")
     scheme = _SCHEMES[parts.scheme]
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return parts._replace(scheme=scheme).geturl(), f"{scheme}://{host}:{port}/{database}"
