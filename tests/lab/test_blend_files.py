@@ -78,6 +78,12 @@ def test_a_mark_of_the_encoding_is_no_part_of_the_examples(tmp_path: Path, write
         assert list(file_tasks(saved(tmp_path, f"\ufeff{content}"), write))
 
 
+def test_lines_end_with_newlines_and_nothing_else(tmp_path: Path, write: Write) -> None:
+    row = ROW | {"context": "one\u2028two\x85three"}
+    lines = [json.dumps(row, ensure_ascii=False)] * 2
+    assert len(list(file_tasks(saved(tmp_path, "\r\n".join(lines)), write))) == 2
+
+
 def test_a_task_is_the_prompt_of_a_server(tmp_path: Path, ember: Prompting) -> None:
     (task,) = file_tasks(saved(tmp_path, json.dumps([CTXS])), writer(ember))
     decode = ember.model.tokenizer.decode

@@ -96,7 +96,7 @@ def file_tasks(path: Path, write: Write, seed: int = 0) -> Iterator[BlendTask]:
 def _rows(path: Path) -> list[Any]:
     try:
         text = path.read_text("utf-8-sig")  # some editors begin a file with a mark of its encoding
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]  # other ends of lines may stand within texts
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except OSError as error:
         raise InvalidRequest(f"the examples in {path} can't be read: {error.strerror}", param="data") from None
