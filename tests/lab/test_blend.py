@@ -230,6 +230,12 @@ def test_orders_are_new_each_time_and_begin_with_another_chunk() -> None:
     assert texts.prompt([1, 0]) == SEPARATOR.join([texts.begin, "b", "a", texts.question])
 
 
+def test_a_model_whose_kv_cannot_be_moved_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REKINDLE_KV_TYPE", "q8_0")  # its heads are too narrow for that
+    with pytest.raises(InvalidRequest, match=r"ember \(llama, q8_0\) can't be blended: .* or another kv_type"):
+        run_blend(engine="llama", documents=1)
+
+
 def test_other_models_need_examples(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="--data"):
         run_blend(str(ember.weights_path()), documents=1)

@@ -53,6 +53,7 @@ from rekindle.model.tokenizer import Tokenizer
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.blend_select import LOOKING, Select
 from rekindle.serve.assembly import engine_name
+from rekindle.serve.blending import check_movable
 from rekindle.serve.prompting import Prompting
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -157,6 +158,7 @@ def run_blend(
         context = max(context, _SEQUENCES * max(map(_size, tasks)))
         settings = settings.model_copy(update={"context": context})
     with Service.open(settings) as service:
+        check_movable(service.engine_spec, "model", "measure another model, or another kv_type")
         found: list[str] = [*selects]
         if looking:
             service.run_on_engine(lambda each: found.extend(_looking(each)))

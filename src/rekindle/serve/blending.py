@@ -86,11 +86,16 @@ def check_blend(generation: Generation, spec: ModelSpec) -> None:
         return
     check_select(blend.select, offered(spec), "rekindle.blend.select")
     check_layer(blend, spec, "rekindle.blend.layer")
+    check_movable(spec, "rekindle.blend", "leave blend out, and chunks are reused as part of exact beginnings only")
+
+
+def check_movable(spec: ModelSpec, param: str, advice: str) -> None:
+    """Raises InvalidRequest, with what to do, for a model whose chunks can't be placed elsewhere."""
     if not spec.can_shift:
         raise InvalidRequest(
             f"{spec.name} ({spec.architecture}, {spec.kv_type}) can't be blended: its KV can't be moved to other "
-            "positions; leave blend out, and chunks are reused as part of exact beginnings only",
-            param="rekindle.blend",
+            f"positions; {advice}",
+            param=param,
         )
 
 
