@@ -245,14 +245,21 @@ def lab_load(
         str, typer.Option(help="in transcripts: own (what the server said) or scripted (the same for all servers)")
     ] = "own",
     peer: Annotated[
-        str | None, typer.Option(help="run in turn with it: llama-server (the xllamacpp wheel), or a path of one")
+        str | None,
+        typer.Option(
+            help="compare with it: llama-server (the xllamacpp wheel), or a path of one. Both are up and asked in turn "
+            "by cold, burst, repeat and stall; other workloads run with one up at a time"
+        ),
     ] = None,
     peer_option: Annotated[list[str] | None, typer.Option(help="for the peer, name=value; may be repeated")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="of servers that are started here")] = "builtin",
     threads: Annotated[int | None, typer.Option(help="of these; default: the machine's cores", min=1)] = None,
     context: Annotated[int | None, typer.Option(help="of these, in cells; default: by the workload", min=64)] = None,
     parallel: Annotated[int | None, typer.Option(help="sequences at a time, of these", min=1, max=64)] = None,
-    rounds: Annotated[int | None, typer.Option(help="of all arms; default: 2 with a peer, else 1", min=1)] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="of all that is asked, each of other texts; default: 2 with a peer, else 1", min=1),
+    ] = None,
     seed: Annotated[int, typer.Option(help="the same seed asks the same questions at the same times", min=0)] = 0,
     api_key: Annotated[str | None, typer.Option(help="for the server at the URL")] = None,
     api_model: Annotated[str | None, typer.Option(help="the server's name of its model; default: its first")] = None,

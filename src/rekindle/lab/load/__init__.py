@@ -13,11 +13,14 @@ server gets queues. A session is a conversation: its turns follow one another in
 has in this server's tokenizer. Answers have a fixed length where the server can ignore the end of a turn. What the arms
 then did (prompt tokens, answer tokens, answers shorter than asked) is counted and printed, and said if it differs.
 
-**Arms in turn.** With a peer the two servers run alternately, each started afresh: A B A B. Only one runs at a time, on
-the same file with as many threads, cells and parallel sequences. A ratio is the median over pairs of neighbours, so what
-else the machine does falls on both. The instruction sets that the two were built for are compared, because a build for
-any machine may lack what this one has; then the arithmetic differs, whatever the servers do. Of servers that were started
-here the processor time is told too: on a machine that does other things it says more than the clock on the wall.
+**Arms in turn.** With a peer both servers are asked the same, on the same file with as many threads, cells and parallel
+sequences. What comes in pieces of seconds (cold, burst, repeat, stall) is asked of one and then of the other while both
+are up, A B B A, and the next is asked when the last is at rest: `turns.py`. Sessions (chat, agent, rag, trace) run on one
+server at a time, started afresh, A B A B: `run.py` says why. A ratio is the median over pairs of neighbours, turns or
+rounds, with its quartiles, so what else the machine does falls on both. The instruction sets that the two were built for
+are compared, because a build for any machine may lack what this one has; then the arithmetic differs, whatever the servers
+do. Of servers that were started here the processor time is told too, of their own turns and while the other was asked: on
+a machine that does other things it says more than the clock on the wall.
 
     texts      words by name and seed, as many as make so many tokens
     client     one streamed request, and what a server can do
@@ -26,6 +29,7 @@ here the processor time is told too: on a machine that does other things it says
     measures   cold, burst, repeat, stall: workloads with a question of their own
     servers    starts rekindle and llama-server, on a leash: they end with us
     figures    from answers to percentiles and ratios
-    run        the arms in turn
+    turns      servers asked in turn while all are up
+    run        the arms: which servers are up when
     show       table, JSON; plot: the PNG
 """

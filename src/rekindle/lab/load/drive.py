@@ -31,6 +31,7 @@ class Load:
     skipped: int = 0  # requests that were never sent, because one before them failed
     began: float = 0.0
     ended: float = 0.0
+    spent: float = 0.0  # seconds of earlier turns
 
     async def ask(
         self,
@@ -48,10 +49,14 @@ class Load:
         self.tick(1)
         return answer
 
+    def pause(self) -> None:
+        """Another server's turn: until the next request no time counts."""
+        self.spent, self.began, self.ended = self.seconds, 0.0, 0.0
+
     @property
     def seconds(self) -> float:
-        """From the first request to the end of the last."""
-        return self.ended - self.began
+        """From the first request of a turn to the end of its last, all turns together."""
+        return self.spent + self.ended - self.began
 
 
 async def drive_closed(load: Load, sessions: Sequence[Session], clients: int, answers: Answers = "own") -> None:

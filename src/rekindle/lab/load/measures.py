@@ -9,13 +9,17 @@ repeat  a prompt again, to the letter. Nothing has to be computed if the last lo
         take longer than any other token of the answer.
 stall   the gaps between a stream's tokens while a long prompt is read beside it, against its gaps alone. Those are of the
         time before, since afterwards the prompt's KV is there; and many, since the p99 of few is about the greatest.
+
+Each is asked in turns, `turns.py` says how: of cold a turn is one prompt, one stream, or all streams together; of the
+others it is the whole, since a repeat belongs to its first time, and a burst and a stall to those beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -28,9 +32,10 @@ from rekindle.lab.load.workloads import Sizes, cells_for, system, user
 
 _SHORT_PROMPT = 64  # tokens
 _STREAMS = 8
-_READS = 3  # long prompts of which the speed is taken together
+_SINGLES = 3  # turns of one prompt, and of one stream, in a round
 _ALONE = 512  # gaps of a stream before it gets company
 STALL_FACTOR = 3.0  # ITL p99 beside a long prompt, of that alone
+Piece = Callable[[Load, Sizes, Texts], Awaitable[list[Figure]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,42 +43,45 @@ class Measure:
     """A workload that is not a list of sessions."""
 
     name: str
-    run: Callable[[Load, Sizes, Texts], Awaitable[list[Figure]]]
+    about: str
+    turns: tuple[Piece, ...]  # of a round
     defaults: Sizes
     reads: frozenset[str]  # which of the sizes mean something
     cells: Callable[[Sizes], int]
     parallel: Callable[[Sizes], int]
-    requests: Callable[[Sizes], int]  # how many the progress bar is to expect
-
-    @property
-    def about(self) -> str:
-        return (self.run.__doc__ or "").strip()
+    requests: Callable[[Sizes], int]  # how many the progress bar is to expect, of all turns
 
 
-async def cold(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
-    """Reading what nobody has seen, and decoding, alone and together."""
-    marks = [load.cpu_seconds()]
-    reads = [_whole(await load.ask([user(texts.text(f"read {i}", sizes.system_tokens))], 1)) for i in range(_READS)]
-    marks.append(load.cpu_seconds())
-    single = _whole(await load.ask([user(texts.text("single", _SHORT_PROMPT))], sizes.answer_tokens))
-    marks.append(load.cpu_seconds())
-    prompts = [texts.text(f"stream {i}", _SHORT_PROMPT) for i in range(sizes.clients)]
-    streams = await asyncio.gather(*(load.ask([user(each)], sizes.answer_tokens) for each in prompts))
-    marks.append(load.cpu_seconds())
-    together = [_whole(each) for each in streams]
-    seconds = max(each.ended for each in together) - min(each.due for each in together)
-    decoding = single.arrivals[-1] - single.arrivals[0]
-    counts = _computed(reads), single.num_tokens, sum(each.num_tokens for each in together)
-    names = "prefill", "decode", f"{sizes.clients}_streams"
+async def read(load: Load, sizes: Sizes, texts: Texts, number: int) -> list[Figure]:
+    """Reading what nobody has seen."""
+    before = load.cpu_seconds()
+    answer = _whole(await load.ask([user(texts.text(f"read {number}", sizes.system_tokens))], 1))
+    count = _computed([answer])
     return [
-        _rate(f"{names[0]}_tokens_per_second", counts[0], sum(each.ttft or 0.0 for each in reads)),
-        _rate(f"{names[1]}_tokens_per_second", counts[1] - 1, decoding),
-        _rate(f"{names[2]}_tokens_per_second", counts[2], seconds),
-        *(
-            _rate(f"{name}_tokens_per_cpu_second", count, after - before)
-            for name, count, (before, after) in zip(names, counts, pairwise(marks), strict=True)
-            if before is not None and after is not None
-        ),
+        _rate("prefill_tokens_per_second", count, answer.ttft or 0.0),
+        *_per_cpu_second("prefill", count, before, load.cpu_seconds()),
+    ]
+
+
+async def decode(load: Load, sizes: Sizes, texts: Texts, number: int) -> list[Figure]:
+    """Decoding, alone."""
+    before = load.cpu_seconds()
+    answer = _whole(await load.ask([user(texts.text(f"single {number}", _SHORT_PROMPT))], sizes.answer_tokens))
+    return [
+        _rate("decode_tokens_per_second", answer.num_tokens - 1, answer.arrivals[-1] - answer.arrivals[0]),
+        *_per_cpu_second("decode", answer.num_tokens, before, load.cpu_seconds()),
+    ]
+
+
+async def streams(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
+    """Decoding, together: all tokens, from the first request to the last answer's end."""
+    before = load.cpu_seconds()
+    prompts = [texts.text(f"stream {i}", _SHORT_PROMPT) for i in range(sizes.clients)]
+    together = await asyncio.gather(*(load.ask([user(each)], sizes.answer_tokens) for each in prompts))
+    count = sum(_whole(each).num_tokens for each in together)
+    return [
+        _rate(f"{sizes.clients}_streams_tokens_per_second", count, _seconds(together)),
+        *_per_cpu_second(f"{sizes.clients}_streams", count, before, load.cpu_seconds()),
     ]
 
 
@@ -81,9 +89,9 @@ async def burst(load: Load, sizes: Sizes, texts: Texts) -> list[Figure]:
     """Simultaneous requests with one beginning that nobody has seen."""
     shared = system(texts.text("shared", sizes.system_tokens))
     questions = [user(texts.text(f"question {i}", sizes.message_tokens)) for i in range(sizes.clients)]
-    await asyncio.gather(*(load.ask([shared, question], sizes.answer_tokens) for question in questions))
-    whole = [answer for answer in load.answers if answer.error is None and answer.prompt_tokens is not None]
-    figures = [Figure(name="total_seconds", value=load.seconds)]
+    answers = await asyncio.gather(*(load.ask([shared, question], sizes.answer_tokens) for question in questions))
+    whole = [answer for answer in answers if answer.error is None and answer.prompt_tokens is not None]
+    figures = [Figure(name="total_seconds", value=_seconds(answers))]
     if whole:
         once = _computed_once(whole, len(shared["content"]), sum(len(each["content"]) for each in questions))
         figures.append(
@@ -222,6 +230,18 @@ def _computed(answers: list[Answer]) -> int:
     return sum(answer.computed_tokens or 0 for answer in answers)
 
 
+def _seconds(answers: Sequence[Answer]) -> float:
+    """Of simultaneous requests, until the last has ended."""
+    return max(each.ended for each in answers) - min(each.due for each in answers)
+
+
+def _per_cpu_second(name: str, count: int, before: float | None, after: float | None) -> list[Figure]:
+    """Tokens by the processor time that the server used in between, if it is known."""
+    if before is None or after is None:
+        return []
+    return [_rate(f"{name}_tokens_per_cpu_second", count, after - before)]
+
+
 def _rate(name: str, count: int, seconds: float) -> Figure:
     return Figure(name=name, value=count / seconds if seconds > 0 else float("nan"))
 
@@ -231,18 +251,24 @@ MEASURES: dict[str, Measure] = {
     for each in (
         Measure(
             name="cold",
-            run=cold,
+            about="Reading what nobody has seen, and decoding, alone and together.",
+            turns=(
+                *(partial(read, number=number) for number in range(_SINGLES)),
+                *(partial(decode, number=number) for number in range(_SINGLES)),
+                streams,
+            ),
             defaults=Sizes(clients=_STREAMS, system_tokens=1_024, answer_tokens=64),
             reads=frozenset({"clients", "system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(
-                sizes.clients * (_SHORT_PROMPT + sizes.answer_tokens + 32) + _READS * sizes.system_tokens
+                sizes.clients * (_SHORT_PROMPT + sizes.answer_tokens + 32) + _SINGLES * sizes.system_tokens
             ),
             parallel=lambda sizes: sizes.clients,
-            requests=lambda sizes: _READS + 1 + sizes.clients,
+            requests=lambda sizes: 2 * _SINGLES + sizes.clients,
         ),
         Measure(
             name="burst",
-            run=burst,
+            about="Simultaneous requests with one beginning that nobody has seen.",
+            turns=(burst,),
             defaults=Sizes(clients=16, system_tokens=1_000, message_tokens=20, answer_tokens=8),
             reads=frozenset({"clients", "system_tokens", "message_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(sizes.clients * sizes.conversation_tokens),
@@ -251,7 +277,8 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             name="repeat",
-            run=repeat,
+            about="A prompt again, to the letter.",
+            turns=(repeat,),
             defaults=Sizes(clients=1, requests=8, system_tokens=1_000, answer_tokens=8),
             reads=frozenset({"requests", "system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(2 * sizes.conversation_tokens),
@@ -260,7 +287,8 @@ MEASURES: dict[str, Measure] = {
         ),
         Measure(
             name="stall",
-            run=stall,
+            about="Gaps of a stream while a long prompt is read.",
+            turns=(stall,),
             defaults=Sizes(clients=1, system_tokens=4_000, answer_tokens=4_608),  # enough for one token a step
             reads=frozenset({"system_tokens", "answer_tokens"}),
             cells=lambda sizes: cells_for(sizes.system_tokens + sizes.answer_tokens + 2 * _SHORT_PROMPT),

@@ -1,23 +1,31 @@
-"""The arms in turn: starts servers, drives a workload at each, and gathers what came of it."""
+"""The arms: starts servers, has a workload asked of each, and gathers what came of it.
+
+Workloads that are asked in short turns (`measures.py`) have all servers up, for all rounds; `turns.py` says why. Sessions
+have one server up at a time, started afresh for each round, A B A B: an open loop can't stop for another server's turn, a
+pause would be rest for the clients of a closed one, and what sessions measure, how much of a conversation is still there
+when it goes on, hangs on all that the server was asked before.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rekindle.errors import InvalidRequest, nearest
 from rekindle.lab.decode import weight_bytes_per_token
 from rekindle.lab.load.client import ServerError, Target
 from rekindle.lab.load.drive import Answers, Load, drive_closed, drive_open
-from rekindle.lab.load.figures import Figure, Run
-from rekindle.lab.load.measures import MEASURES, Measure
+from rekindle.lab.load.figures import Figure, Run, total
+from rekindle.lab.load.measures import MEASURES, Measure, Piece
 from rekindle.lab.load.servers import Server, Setup, Start, find_model, peer_starter, rekindle_server
 from rekindle.lab.load.texts import Texts
+from rekindle.lab.load.turns import Arm, Turn, take_turns
 from rekindle.lab.load.workloads import SESSIONS, Sizes, Workload
 from rekindle.lab.machine import Machine, read_bandwidth, this_machine, usable_cores
+from rekindle.serve.budget import free_bytes
 
 Progress = Callable[[str, int, int], None]  # what runs now, requests done, of how many in it
 WORKLOADS: dict[str, Workload | Measure] = {**SESSIONS, **MEASURES}
@@ -53,6 +61,11 @@ class Wish:
             raise InvalidRequest(f"the workload {self.workload} has no transcripts; leave answers out", param="answers")
         if self.rounds < 1 or self.timeout_seconds <= 0:
             raise InvalidRequest("rounds and timeout must be more than 0")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether servers are up together and asked piece by piece, or one at a time."""
+        return self.workload in MEASURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +126,22 @@ def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) 
     """
     starts = _arms(wish, setup)
     bandwidth = _bandwidth(wish, setup)
-    servers: dict[str, Server] = {}
-    runs: list[Run] = []
-    texts: Texts | None = None
-    for number in range(wish.rounds):
-        for arm, start in enumerate(starts):
-            with start() as server:
-                run, texts = _Arm(wish, server, number, progress).run(texts)
-                if arm and run.server == runs[-1].server:  # two of a kind
-                    run = replace(run, server=f"{run.server} (peer)")
-                servers.setdefault(run.server, replace(server, name=run.server))
-                runs.append(run)
-    assert texts is not None
+    servers: list[Server] = []  # of the first round
+    rounds = _Rounds(wish, progress)
+    if wish.takes_turns:
+        _check_memory(wish, setup)
+        with ExitStack() as stack:
+            servers = [stack.enter_context(start()) for start in starts]
+            for number in range(wish.rounds):
+                rounds.run(number, servers)
+    else:
+        for number in range(wish.rounds):
+            for start in starts:
+                with start() as server:
+                    rounds.run(number, [server])
+                servers = [*servers, server][: len(starts)]
+    runs = _told_apart(rounds.runs, len(starts))
+    assert rounds.texts is not None
     if bandwidth is not None and setup is not None:
         # the better of two measurements: what else the machine does may slow one down, and a limit must not be too low
         rate = max(bandwidth, read_bandwidth(setup.threads)) / weight_bytes_per_token(setup.model)
@@ -133,8 +150,8 @@ def run_load(wish: Wish, setup: Setup | None, progress: Progress | None = None) 
         wish=wish,
         machine=this_machine(),
         setup=setup,
-        servers=tuple(servers.values()),
-        tokens_per_word=texts.tokens_per_word,
+        servers=tuple(replace(server, name=run.server) for server, run in zip(servers, runs, strict=False)),
+        tokens_per_word=rounds.texts.tokens_per_word,
         runs=tuple(runs),
     )
 
@@ -154,75 +171,114 @@ def _arms(wish: Wish, setup: Setup | None) -> list[Start]:
     return starts
 
 
-@dataclass(frozen=True)
-class _Arm:
-    """One workload on one server, once."""
+def _check_memory(wish: Wish, setup: Setup | None) -> None:
+    """Raises ServerError if two servers can't both hold the model, each in a copy of its own: llama.cpp repacks weights."""
+    if setup is None or wish.url is not None or wish.peer is None:
+        return
+    need, free = 2 * setup.model.stat().st_size, free_bytes()
+    if free < need:
+        raise ServerError(
+            f"{wish.workload} is asked in turn with both servers up, each with its own weights: expected "
+            f"{need / 1e9:.1f} GB of free memory, got {free / 1e9:.1f} GB; take a smaller model, or end other programs"
+        )
+
+
+def _told_apart(runs: Sequence[Run], num_arms: int) -> list[Run]:
+    """With names that differ, although both servers may be of a kind."""
+    is_same = num_arms > 1 and runs[0].server == runs[1].server
+    return [
+        replace(run, server=f"{run.server} (peer)") if is_same and number % num_arms else run
+        for number, run in enumerate(runs)
+    ]
+
+
+@dataclass
+class _Rounds:
+    """One workload, round by round, on one server or on several that take turns."""
 
     wish: Wish
-    server: Server
-    round: int
     progress: Progress | None
+    runs: list[Run] = field(default_factory=list)
+    texts: Texts | None = None  # of the first arm: later ones get words for the same tokenizer
+    _done: int = 0  # requests of this round
+    _total: int = 0
 
-    def run(self, texts: Texts | None) -> tuple[Run, Texts]:
-        """The run, and the texts of the first: later arms get words for the same tokenizer."""
+    def run(self, number: int, servers: Sequence[Server]) -> None:
+        """A round; its runs in the order of the servers. Raises ServerError."""
+        asyncio.run(self._run(number, servers))
+
+    async def _run(self, number: int, servers: Sequence[Server]) -> None:
+        async with AsyncExitStack() as stack:
+            arms = [await self._arm(number, server, stack) for server in servers]
+            assert self.texts is not None
+            texts = replace(self.texts, seed=self.wish.seed * 1_000 + number)
+            turns, requests = _turns(self.wish, texts)
+            self._done, self._total = 0, requests * len(arms)
+            arms[0].load.tick(0)
+            await take_turns(arms, turns, first=number)
+            self.runs += [_run_of(arm, number) for arm in arms]
+
+    async def _arm(self, number: int, server: Server, stack: AsyncExitStack) -> Arm:
+        """The server, connected."""
+        is_given = not server.name  # a running server, which says itself what it is
         try:
-            return asyncio.run(self._measure(texts))
-        except ServerError as error:
-            named = f"{self.server.name}: " if self.server.name else ""  # one that was given is named by its address
-            raise ServerError(f"{named}{error}") from None
-
-    async def _measure(self, texts: Texts | None) -> tuple[Run, Texts]:
-        is_given = not self.server.name  # a running server, which says itself what it is
-        async with Target(
-            self.server.url,
-            api_key=self.wish.api_key if is_given else None,
-            model=self.wish.api_model if is_given else None,
-            timeout_seconds=self.wish.timeout_seconds,
-        ) as target:
+            target = await stack.enter_async_context(
+                Target(
+                    server.url,
+                    api_key=self.wish.api_key if is_given else None,
+                    model=self.wish.api_model if is_given else None,
+                    timeout_seconds=self.wish.timeout_seconds,
+                )
+            )
             await target.connect()
             tokens_per_word = await target.tokens_per_word()  # on every server, so that all are as warm
-            texts = replace(
-                texts or Texts(seed=0, tokens_per_word=tokens_per_word), seed=self.wish.seed * 1_000 + self.round
-            )
-            name = self.server.name or target.name
-            before = self.server.cpu_seconds()
-            load, figures = await self._drive(target, texts, name)
-            after = self.server.cpu_seconds()
-        run = Run(
-            server=name,
-            round=self.round,
-            seconds=load.seconds,
-            answers=tuple(load.answers),
-            skipped=load.skipped,
-            figures=tuple(figures),
-            cpu_seconds=None if before is None or after is None else after - before,
-            fixes_length=target.fixes_length,
-        )
-        return run, texts
-
-    async def _drive(self, target: Target, texts: Texts, name: str) -> tuple[Load, list[Figure]]:
-        wish, plan = self.wish, workload_named(self.wish.workload)
-        done = 0
+        except ServerError as error:
+            raise error if is_given else ServerError(f"{server.name}: {error}") from None  # else it says its address
+        self.texts = self.texts or Texts(seed=0, tokens_per_word=tokens_per_word)
+        name = server.name or target.name
 
         def tick(count: int) -> None:
-            nonlocal done
-            done += count
+            self._done += count
             if self.progress is not None:
-                self.progress(f"{name}, round {self.round + 1} of {wish.rounds}", done, total)
+                self.progress(f"{name}, round {number + 1} of {self.wish.rounds}", self._done, self._total)
 
-        load = Load(target, tick, self.server.cpu_seconds)
-        if isinstance(plan, Measure):
-            total = plan.requests(wish.sizes)
-            tick(0)
-            return load, await plan.run(load, wish.sizes, texts)
-        sessions = plan.sessions(wish.sizes, texts)
-        total = sum(len(session.steps) for session in sessions)
-        tick(0)
+        return Arm(name=name, server=server, load=Load(target, tick, server.cpu_seconds))
+
+
+def _turns(wish: Wish, texts: Texts) -> tuple[list[Turn], int]:
+    """Of a round, and how many requests they hold."""
+    plan = workload_named(wish.workload)
+    if isinstance(plan, Measure):
+        return [_bound(piece, wish.sizes, texts) for piece in plan.turns], plan.requests(wish.sizes)
+    sessions = plan.sessions(wish.sizes, texts)
+
+    async def drive(load: Load) -> list[Figure]:
         if wish.rate is None:
             await drive_closed(load, sessions, wish.sizes.clients, wish.answers)
         else:
             await drive_open(load, sessions, wish.rate, texts.seed, wish.answers)
-        return load, []
+        return []
+
+    return [drive], sum(len(session.steps) for session in sessions)
+
+
+def _bound(piece: Piece, sizes: Sizes, texts: Texts) -> Turn:
+    return lambda load: piece(load, sizes, texts)
+
+
+def _run_of(arm: Arm, number: int) -> Run:
+    idle = total(arm.idle_cpu_seconds)
+    return Run(
+        server=arm.name,
+        round=number,
+        seconds=arm.load.seconds,
+        answers=tuple(arm.load.answers),
+        skipped=arm.load.skipped,
+        figures=tuple(arm.figures),
+        cpu_seconds=total(arm.cpu_seconds),
+        idle_share=None if idle is None else idle / arm.idle_seconds,
+        fixes_length=arm.load.target.fixes_length,
+    )
 
 
 def _bandwidth(wish: Wish, setup: Setup | None) -> float | None:

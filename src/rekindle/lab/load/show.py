@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rekindle.lab.load.figures import Figure, Run, ratios
+from rekindle.lab.load.figures import Figure, Ratio, Run, ratios
 from rekindle.lab.load.run import LoadReport, workload_named
 
 _SAME_WORK = 0.02  # difference in tokens that is said
+_IDLE = 0.02  # share of a core that is said
 
 
 def print_report(report: LoadReport, console: Console) -> None:
@@ -24,7 +25,10 @@ def print_report(report: LoadReport, console: Console) -> None:
     figures = _figures_table(report)
     if figures.row_count:
         console.print(figures)
-    for line in [*_conditions(report), *_ratio_lines(report), *remarks(report)]:
+    found = ratios(report.runs)
+    if found:
+        console.print(_ratio_table(found, list(dict.fromkeys(run.server for run in report.runs))))
+    for line in [*_conditions(report), *remarks(report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(as_json(report), soft_wrap=True, markup=False, highlight=False)
 
@@ -32,11 +36,15 @@ def print_report(report: LoadReport, console: Console) -> None:
 def as_json(report: LoadReport) -> str:
     """One line."""
     sizes = {name: value for name, value in asdict(report.wish.sizes).items() if name != "trace"}
-    setup = report.setup
+    setup, found = report.setup, ratios(report.runs)
     record: dict[str, Any] = {
         "workload": report.wish.workload,
         "runs": [run.as_dict() for run in report.runs],
-        "ratios": ratios(report.runs),
+        "ratios": {name: round(ratio.median, 4) for name, ratio in found.items()},
+        "spread": {
+            name: {"quartiles": [round(each, 4) for each in ratio.quartiles], "pairs": len(ratio.values)}
+            for name, ratio in found.items()
+        },
         "sizes": sizes,
         "loop": "closed" if report.wish.rate is None else "open",
         "rate": report.wish.rate,
@@ -82,7 +90,7 @@ def _table(report: LoadReport) -> Table:
 
 
 def _figures_table(report: LoadReport) -> Table:
-    """What the workload measured besides: medians over the rounds."""
+    """What the workload measured besides: medians over all turns."""
     table = Table()
     servers = list(dict.fromkeys(run.server for run in report.runs))
     table.add_column("")
@@ -109,13 +117,16 @@ def _median_expected(figures: Sequence[Figure]) -> float | None:
     return median(known) if known else None
 
 
-def _ratio_lines(report: LoadReport) -> list[str]:
-    found = ratios(report.runs)
-    if not found:
-        return []
-    first, second = dict.fromkeys(run.server for run in report.runs)
-    text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    return [f"{first} / {second}, median of {report.wish.rounds}: {text}"]
+def _ratio_table(found: dict[str, Ratio], servers: Sequence[str]) -> Table:
+    """Medians with quartiles, which say how far a median may be trusted."""
+    table = Table()
+    table.add_column(" / ".join(servers), no_wrap=True)
+    for heading in ("median", "quartiles", "pairs"):
+        table.add_column(heading, justify="right")
+    for name, ratio in found.items():
+        low, high = ratio.quartiles
+        table.add_row(name, f"{ratio.median:.3f}", f"{low:.3f} to {high:.3f}", str(len(ratio.values)))
+    return table
 
 
 def _conditions(report: LoadReport) -> list[str]:
@@ -125,6 +136,9 @@ def _conditions(report: LoadReport) -> list[str]:
         f"{loop}, seed {wish.seed}, {report.tokens_per_word:.2f} tokens per word, answers of {wish.sizes.answer_tokens} "
         f"tokens; {machine.processor}, {machine.cores} cores, {machine.system}, Python {machine.python}."
     ]
+    if wish.peer is not None:
+        how = "both servers up and asked in turn, A B B A" if wish.takes_turns else "one server up at a time, A B A B"
+        lines.append(f"Rounds: {wish.rounds}, {how}. A pair is a turn, or for what is only known of all turns a round.")
     if setup is not None:
         lines.append(
             f"Started with {setup.model.name}, threads {setup.threads}, context {setup.context}, "
@@ -135,7 +149,7 @@ def _conditions(report: LoadReport) -> list[str]:
 
 def remarks(report: LoadReport) -> list[str]:
     """What a reader must know to believe the figures."""
-    return [*_kernels(report), *_work(report), *_errors(report.runs)]
+    return [*_kernels(report), *_work(report), *_idle(report.runs), *_errors(report.runs)]
 
 
 def _kernels(report: LoadReport) -> list[str]:
@@ -171,14 +185,23 @@ def _work(report: LoadReport) -> list[str]:
             lines.append(f"{name} does not say how many tokens it had cached.")
         if any(run.knew_all for run in runs):
             lines.append(f"{name} had more than half of every prompt cached: ask it what is new, with another seed.")
-    pairs = {
-        name: value for name, value in ratios(report.runs).items() if name in ("prompt_tokens", "completion_tokens")
-    }
-    for name, value in pairs.items():
-        if abs(value - 1) > _SAME_WORK:
+    found = ratios(report.runs)
+    for name in ("prompt_tokens", "completion_tokens"):
+        factor = found[name].median if name in found else 1.0
+        if abs(factor - 1) > _SAME_WORK:
             lines.append(
-                f"The servers did not do the same work: {name.replace('_', ' ')} differ by a factor of {value:.3f}."
+                f"The servers did not do the same work: {name.replace('_', ' ')} differ by a factor of {factor:.3f}."
             )
+    return lines
+
+
+def _idle(runs: Sequence[Run]) -> list[str]:
+    """A server that computes while the other is asked takes from it."""
+    lines = []
+    for name in dict.fromkeys(run.server for run in runs):
+        most = max(run.idle_share or 0.0 for run in runs if run.server == name)
+        if most > _IDLE:
+            lines.append(f"{name} used up to {most:.1%} of a core while the other server was asked.")
     return lines
 
 
