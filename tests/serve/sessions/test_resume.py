@@ -126,7 +126,14 @@ def test_a_torn_or_foreign_file_is_refused(kept: Service) -> None:
     (file,) = (kept.folder / "sessions").glob("*/*.json")
     assert file.stat().st_mode & 0o077 == file.parent.stat().st_mode & 0o077 == 0
     whole = file.read_text()
-    for text, says in ((whole[:50], "can't be read"), (whole.replace('"version": 1', '"version": 0'), "another model")):
+    damaged = (
+        (whole[:50], "can't be read"),
+        (whole.replace('"version": 1', '"version": 0'), "another model"),
+        (whole.replace('"retention"', '"retentive"'), "can't be read"),  # as by a later build of this version
+        (whole.replace('"turns"', '"exchanges"'), "can't be read"),
+    )
+    for text, says in damaged:
+        assert text != whole
         file.write_text(text)
         with Sessions(kept) as later, pytest.raises(SessionError, match=says):
             resume(later, handle)
@@ -216,3 +223,17 @@ def test_an_ended_session_is_forgotten(kept: Service) -> None:
         talker.call(lambda: sessions.end(talker.session))
         with pytest.raises(SessionError):
             resume(sessions, handle)
+
+
+def test_a_session_whose_file_cannot_be_deleted_has_ended_and_the_log_says_why(
+    kept: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Sessions(kept) as sessions:
+        talker = Talker(sessions)
+        assert kept.folder is not None
+        (file,) = (kept.folder / "sessions").glob("*/*.json")
+        file.unlink()
+        file.mkdir()
+        talker.call(lambda: sessions.end(talker.session))
+        assert not talker.call(sessions.all)
+    assert "the file of session one could not be deleted" in caplog.text

@@ -12,6 +12,7 @@ from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionEr
 from rekindle.serve.request import Generation
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.news import End, System, Token, UserInput
+from rekindle.serve.sessions.options import Options
 from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
 
@@ -132,6 +133,19 @@ def test_what_follows_an_interrupt_is_what_a_reader_of_the_same_would_say(toy: S
     talker.do("commit", "Go on.")
     tokens = talker.tokens()
     assert list(talker.ask(None, 8).done.tokens) == list(read_anew(toy, tokens, 8).tokens)  # type: ignore[union-attr]
+
+
+def test_what_a_session_has_cost_counts_on_when_a_context_begins_anew(toy: Service, sessions: Sessions) -> None:
+    talker = Talker(sessions, head=head(LONG))
+    talker.ask("Hello.")
+    settled(toy, talker)
+    before = talker.call(lambda: talker.session.status)
+    assert before["computed_tokens"] and before["generated_tokens"] == 8
+    talker.do("add_context", "main", head("Answer briefly."))
+    talker.ask("Hello.")
+    settled(toy, talker)
+    after = talker.call(lambda: talker.session.status)
+    assert after["computed_tokens"] > before["computed_tokens"] and after["generated_tokens"] == 16
 
 
 def test_going_back_switching_and_copying_compute_nothing(toy: Service, sessions: Sessions) -> None:
@@ -291,6 +305,19 @@ def test_a_session_of_which_a_context_is_refused_holds_nothing(toy: Service, ses
     holders: list[str | None] = []
     toy._worker.call(lambda scheduler: holders.extend(each.holder for each in scheduler.residents._all))
     assert {each for each in holders if each is not None} <= {f"{talker.session.key}/main"}
+
+
+def test_a_head_for_which_there_is_no_room_is_refused(sessions: Sessions) -> None:
+    with pytest.raises(SessionError, match="the head has"):
+        sessions.call(lambda: sessions.open("one", head=head(LONG * 1000))).result(60)
+    assert not sessions.call(sessions.all).result(60)
+
+
+def test_a_window_that_an_answer_would_take_up_is_refused(sessions: Sessions) -> None:
+    options = Options(window=100, answer_tokens=100)
+    with pytest.raises(SessionError, match="answer_tokens: expected fewer than the window's 100, got 100"):
+        sessions.call(lambda: sessions.open("one", head=head("Read."), options=options)).result(60)
+    assert not sessions.call(sessions.all).result(60)
 
 
 def test_what_is_done_to_a_closed_session_is_neither_read_nor_written(toy: Service) -> None:

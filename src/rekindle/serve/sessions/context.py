@@ -31,6 +31,7 @@ from rekindle.serve.sessions.script import Message, Script
 from rekindle.tokens import Tokens, as_tokens
 
 _PRIVATE_BYTES = 16
+_EVERYTHING = 1 << 30  # tokens: more than any context has
 
 
 @dataclass(eq=False)
@@ -224,10 +225,9 @@ class Context:
 
     def clear(self) -> None:
         """Go back to the head, whose KV is what reading it gives, however often the rest has slid."""
-        last = len(self.script.opening) + (1 << 30)
         self.turns, self.open, self.draft, self.forgotten = [], None, "", 0
         if self.salt != self.base_salt:
-            self._cut(len(self.script.opening), last, self.base_salt)
+            self._cut(len(self.script.opening), _EVERYTHING, self.base_salt)
 
     def begin_with(self, head: Sequence[Message], script: Script) -> None:
         """Another head, which all turns follow."""

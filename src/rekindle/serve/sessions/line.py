@@ -51,8 +51,9 @@ class Work:
 class Line:
     """Feeds and asks for one context. Belongs to the sessions' thread."""
 
-    def __init__(self, service: Service, post: Post, holder: str) -> None:
-        self.work = Work()
+    def __init__(self, service: Service, post: Post, holder: str, work: Work) -> None:
+        """What it has done is added to `work`."""
+        self.work = work
         self._service = service
         self._post = post
         self._holder = holder

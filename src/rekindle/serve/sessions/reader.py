@@ -43,10 +43,12 @@ class Reader:
         return self._lines[context.name]
 
     def adopt(self, context: Context) -> None:
-        """Have a line for this context, in place of that of another of this name."""
-        if context.name in self._lines:
-            self._lines[context.name].let_go()
-        self._lines[context.name] = Line(self._service, self._post, f"{self._key}/{context.name}")
+        """Have a line for this context, in place of that of another of this name; what that one has done still counts."""
+        work, before = Work(), self._lines.get(context.name)
+        if before is not None:
+            before.let_go()
+            work = before.work
+        self._lines[context.name] = Line(self._service, self._post, f"{self._key}/{context.name}", work)
 
     def read(self, context: Context, most: int) -> None:
         """Have all that is known read, unless it has more than so many tokens: then commit makes room, or says why not."""

@@ -75,7 +75,7 @@ class SavedSessions:
         except FileNotFoundError:
             content = None
         except (OSError, ValueError) as error:
-            raise SessionError(f"the saved session can't be read ({type(error).__name__}); begin a new one") from None
+            raise unreadable(error) from None
         if not isinstance(content, dict):
             raise SessionError("there is no session of this handle; it may have been on another server")
         if (content.get("version"), content.get("fingerprint")) != (VERSION, self._fingerprint):
@@ -83,7 +83,7 @@ class SavedSessions:
         return content
 
     def delete(self, salt: bytes, key: str) -> None:
-        """Forget it, if it is there."""
+        """Forget it, if it is there. Raises OSError."""
         if self._folder is not None:
             self._path(salt, key).unlink(missing_ok=True)
 
@@ -104,6 +104,10 @@ class SavedSessions:
                         path.unlink()
                         num_deleted += 1
         return num_deleted
+
+
+def unreadable(error: Exception) -> SessionError:
+    return SessionError(f"the saved session can't be read ({type(error).__name__}); begin a new one")
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -133,7 +133,7 @@ class Session:
         """From now on keep and answer like this; what was said stays until room is needed. Raises SessionError."""
         window = Window(self._service, options)
         for context in self.contexts.values():
-            _check_head(context.script, window.size - window.answer_tokens)
+            _check_head(context.script, window)
         self.options, self._window = options, window
 
     # Listening.
@@ -176,7 +176,7 @@ class Session:
         if template is None:
             raise SessionError(f"{self._service.model_name} has no chat template, so there are no turns to be had")
         script = Script(template, self._service.model.tokenizer, head)
-        _check_head(script, self.window - self.answer_tokens)
+        _check_head(script, self._window)
         return script
 
     def adopt(self, context: Context) -> None:
@@ -370,8 +370,9 @@ class Session:
 
     def _drop_answer(self, reason: str) -> None:
         """An answer under way ends, and nothing is kept of it."""
-        turn = self.context.open
-        if self._answering and turn is not None:
+        if self._answering:  # or else there may be no context yet
+            turn = self.context.open
+            assert turn is not None
             self._reader.line(self.context).hang_up()
             self._stop_answering(None)
             self._tell(End(turn.number, reason, turn.text, None))
@@ -445,7 +446,10 @@ class Session:
         self._tell(System("warning", message))
 
 
-def _check_head(script: Script, room: int) -> None:
+def _check_head(script: Script, window: Window) -> None:
+    room = window.size - window.answer_tokens
+    if room <= 0:
+        raise SessionError(f"answer_tokens: expected fewer than the window's {window.size}, got {window.answer_tokens}")
     if len(script.opening) >= room:
         raise SessionError(
             f"the head has {len(script.opening)} tokens; expected fewer than {room}, so that there is room for turns"

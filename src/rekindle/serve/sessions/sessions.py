@@ -31,7 +31,7 @@ from rekindle.serve.service import Service
 from rekindle.serve.sessions.context import Context, Turn
 from rekindle.serve.sessions.gate import Gate, Open
 from rekindle.serve.sessions.options import Options
-from rekindle.serve.sessions.saved import SavedSessions
+from rekindle.serve.sessions.saved import SavedSessions, unreadable
 from rekindle.serve.sessions.script import Message, Script
 from rekindle.serve.sessions.session import MAIN, Session
 
@@ -206,12 +206,16 @@ class Sessions:
             if owner == salt and entry.session.key == handle:
                 return self._use(entry)
         content = self._saved.read(salt, handle)
-        name = name or content["name"]
+        try:
+            name, active, options = name or content["name"], content["active"], _options(content["options"])
+            contexts = [self._context(each, salt) for each in content["contexts"]]
+        except (KeyError, TypeError) as error:  # another build's, which has not said so
+            raise unreadable(error) from error
         self._check_new(salt, name)
-        session = self._make(name, salt, handle, _options(content["options"]))
-        for each in content["contexts"]:
-            session.adopt(self._context(each, salt))
-        session.active = content["active"]
+        session = self._make(name, salt, handle, options)
+        for context in contexts:
+            session.adopt(context)
+        session.active = active
         self._enter(session)
         session.wake()
         return session
@@ -220,7 +224,10 @@ class Sessions:
         """Close it and forget its file; what the store has of it goes when its turn comes."""
         session.close()
         self._entries.pop((session.salt, session.name), None)
-        self._saved.delete(session.salt, session.key)
+        try:
+            self._saved.delete(session.salt, session.key)
+        except OSError as error:  # it goes when it is too old, if it can be deleted then
+            _log.warning("the file of session %s could not be deleted: %s", session.name, error)
 
     def tick(self) -> None:
         """Let those hibernate that nobody has used for a while, and delete files that nobody has for long."""
