@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from tests.api.realtime_client import Realtime
 from tests.api.steps import Steps
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from rekindle.api import server as server_module
 from rekindle.api import sockets as module
 from rekindle.api.server import running
 from rekindle.serve.service import Service
@@ -361,4 +365,73 @@ def test_sockets_are_told_when_the_server_stops() -> None:
             while True:
                 client.next()
         client.close()
-        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012  # the server restarts
+        assert closed.value.rcvd is not None and closed.value.rcvd.code in (1001, 1012)
+
+
+class Draining:
+    """Lets a server drain from within, and waits until it has asked whether there is more to tell."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._apps: list[FastAPI] = []
+        self._asked = threading.Semaphore(0)
+        create_app, holds = server_module.create_app, module.LiveSessions.holds
+
+        def kept(service: Service) -> FastAPI:
+            self._apps.append(create_app(service))
+            return self._apps[-1]
+
+        async def counted(live: module.LiveSessions, condition: Any) -> bool:
+            is_so = await holds(live, condition)
+            self._asked.release()
+            return is_so
+
+        patch.setattr(server_module, "create_app", kept)
+        patch.setattr(module.LiveSessions, "holds", counted)
+
+    def begin(self) -> None:
+        self._apps[0].state.load.drain()
+        for _ in range(3):
+            assert self._asked.acquire(timeout=WAIT_SECONDS)
+
+
+def test_a_server_that_drains_answers_live_sessions_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    draining = Draining(monkeypatch)
+    with Service.open(Settings(engine="toy", store="none", drain_seconds=WAIT_SECONDS)) as service:
+        steps = Steps(service)
+        with running(service) as url:
+            client, realtime = Client(url, "/ws"), Realtime(url)
+            client.send(ASKED)
+            client.until("user_input")
+            realtime.item("Hello.")
+            realtime.send("response.create", response={"max_output_tokens": 6})
+            realtime.until("response.created")
+            draining.begin()
+            client.send(ASKED)
+            assert client.until("error")[-1]["error"]["code"] == "stopping"
+            steps.let_all()
+            assert client.until("end")[-1]["reason"] in ("stop", "length")
+            assert realtime.last("response.done")["response"]["status"] in ("completed", "incomplete")
+            for socket in (client.socket, realtime.socket):
+                with pytest.raises(ConnectionClosed) as closed:
+                    socket.recv(timeout=WAIT_SECONDS)
+                assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
+        client.close()
+        realtime.close()
+
+
+def test_an_answer_that_a_server_has_no_time_for_is_told_to_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_CUT_SECONDS", WAIT_SECONDS)
+    with Service.open(Settings(engine="toy", store="none", drain_seconds=0)) as service:
+        steps = Steps(service)
+        with running(service) as url:
+            client, realtime = Client(url, "/ws"), Realtime(url)
+            client.send(ASKED)
+            client.until("user_input")
+            realtime.item("Hello.")
+            realtime.send("response.create", response={"max_output_tokens": 6})
+            realtime.until("response.created")
+        assert client.until("end")[-1]["reason"] == "cancelled"
+        assert realtime.last("response.done")["response"]["status"] == "cancelled"
+        steps.let_all()
+        client.close()
+        realtime.close()

@@ -177,7 +177,7 @@ def test_ctrl_c_interrupts_an_answer_and_then_ends(url: str, at: list[str], envi
             terminal.press(CTRL_C)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(1)
-        assert process.returncode == 130
+        assert process.returncode in (130, -signal.SIGINT)  # one that comes while it is ending ends it at once
 
 
 def test_on_a_terminal_a_restart_of_the_server_is_told_and_survived(

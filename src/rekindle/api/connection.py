@@ -72,15 +72,15 @@ class Connection:
         outbox: int,
         idle_seconds: float | None = None,
         back: str = "",
-        is_busy: Callable[[], bool] = lambda: False,
+        is_busy: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         """`outbox` messages may wait; None of `idle_seconds` lets it be silent for ever; `back` says how to come back.
 
-        When the server drains, it is hung up on once it is no longer busy.
+        When the server drains, it is hung up on once it is no longer busy and what there was to tell has gone out.
         """
         self._socket, self._load, self._idle_seconds, self._back = socket, load, idle_seconds, back
         self._is_busy = is_busy
-        self.num_unsent = 0  # messages on their way
+        self._num_unsent = 0  # messages on their way
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[Message] = asyncio.Queue(outbox)
         self._over = asyncio.Event()
@@ -91,7 +91,7 @@ class Connection:
         """Send this, in its turn."""
         try:
             self._outbox.put_nowait(message)
-            self.num_unsent += 1
+            self._num_unsent += 1
         except asyncio.QueueFull:
             self.end(TOO_SLOW, f"{self._outbox.maxsize} messages were not read{self._back}")
 
@@ -158,7 +158,7 @@ class Connection:
                 text = json.dumps(await self._outbox.get(), ensure_ascii=False).encode("utf-8", "replace").decode()
                 async with asyncio.timeout(SEND_SECONDS):
                     await self._socket.send_text(text)
-                self.num_unsent -= 1
+                self._num_unsent -= 1
                 self._active_at = self._loop.time()
         except TimeoutError:
             self.end(TOO_SLOW, f"nothing was read for {SEND_SECONDS:g} seconds{self._back}")
@@ -167,8 +167,12 @@ class Connection:
 
     async def _watch(self) -> None:
         """Nobody is held up by a socket: not the end of the server, and not its memory."""
-        while not self._load.draining or self._is_busy():
+        while not self._load.draining or await self._has_more_to_tell():
             await asyncio.sleep(WATCH_SECONDS)
             if self._idle_seconds is not None and self._loop.time() - self._active_at > self._idle_seconds:
                 self.end(IDLE, f"nothing was said for {self._idle_seconds:g} seconds{self._back}")
         self.end(GOING_AWAY, _STOPPING)
+
+    async def _has_more_to_tell(self) -> bool:
+        is_busy = self._is_busy is not None and await self._is_busy()
+        return is_busy or self._num_unsent > 0  # in this order: what ends it has been posted by then

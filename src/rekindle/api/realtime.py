@@ -157,6 +157,7 @@ class _Client:
                 outbox=OUTBOX,
                 idle_seconds=IDLE_SECONDS,
                 back="; come back with session or resume, and last_event",
+                is_busy=lambda: talk.is_busy(),
             ),
             self._live,
             self._realtime,
@@ -186,6 +187,10 @@ class _Talk:
         finally:
             await self._leave()
             await self._connection.hang_up()
+
+    async def is_busy(self) -> bool:
+        """Whether there is something that a client waits for."""
+        return await self._live.holds(lambda: self._commands.is_busy)
 
     def _sink(self, event: Event) -> None:
         """On the sessions' thread."""

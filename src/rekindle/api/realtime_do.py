@@ -119,6 +119,11 @@ class Commands:
             aside.cancel()
 
     @property
+    def is_busy(self) -> bool:
+        """Whether an answer is under way, or something waits for its end."""
+        return self._session.state == "answering" or bool(self._asides or self._waiting)
+
+    @property
     def _is_busy(self) -> bool:
         return self._session.state == "answering" or any(aside.is_adopted for aside in self._asides.values())
 

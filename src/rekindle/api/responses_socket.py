@@ -93,8 +93,8 @@ class _Responses:
         self._running: dict[str | None, tuple[ResponseWriter, Answers]] = {}  # by stream
         self._workers: set[asyncio.Task[None]] = set()
 
-    def _is_busy(self) -> bool:
-        return bool(self._waiting or self._connection.num_unsent)
+    async def _is_busy(self) -> bool:
+        return bool(self._waiting)
 
     async def run(self) -> None:
         """Until either side hangs up."""

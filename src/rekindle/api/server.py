@@ -9,7 +9,8 @@ wait 40 ms for the client's acknowledgement of the one before.
        `--the worker fails--> alarm (FAILURE_SECONDS, for whoever asks why) --> closed, with an error
 
 While it drains, connections are still accepted, so that a load balancer is told and a client is asked to come back. Who
-is cut gets an error in the format of its API.
+is cut gets an error in the format of its API; live sessions' answers are told to have ended, and sockets hung up on with a
+reason.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from types import FrameType
 
 import anyio
+import anyio.to_thread
 import uvicorn
 
 from rekindle.api.answers import Runner
@@ -91,10 +93,15 @@ class _Server(uvicorn.Server):
         return time.monotonic() - self._failed_at >= FAILURE_SECONDS
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
         self._load.drain()
         self._runner.stop()
+        await anyio.to_thread.run_sync(self._live.close)
+        with anyio.move_on_after(_CUT_SECONDS):  # uvicorn hangs up on sockets without a word
+            while self._load.num_requests:
+                await anyio.sleep(0.01)
         await super().shutdown(sockets)
-        self._live.close()
 
 
 def serve(

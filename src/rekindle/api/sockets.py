@@ -63,6 +63,13 @@ class LiveSessions:
         sessions = self.sessions
         return await asyncio.wrap_future(sessions.call(lambda: action(sessions)))
 
+    async def holds(self, condition: Callable[[], bool]) -> bool:
+        """Whether this is so, on their thread, where all that was told before has been posted; not after their end."""
+        try:
+            return await self.call(lambda _: condition())
+        except Stopping:
+            return False
+
     def close(self) -> None:
         """Write them to their files."""
         if self._sessions is not None:
@@ -139,12 +146,16 @@ class _Socket:
         return await self._live.call(lambda sessions: sessions.open(name or DEFAULT_SESSION, salt=salt))
 
     async def _converse(self, session: Session, last: int | None) -> None:
+        async def is_answering() -> bool:
+            return await self._live.holds(lambda: session.state == "answering")
+
         connection = Connection(
             self._socket,
             self._load,
             outbox=OUTBOX,
             idle_seconds=None if self._hears else IDLE_SECONDS,
             back="; come back with last_event" if self._hears else "",
+            is_busy=is_answering if self._hears else None,
         )
 
         def listener(number: int, news: News) -> None:
