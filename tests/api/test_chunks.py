@@ -266,6 +266,21 @@ def test_bad_warming(http: httpx.Client, body: dict[str, Any], status: int) -> N
     assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "long"),
+    [("chunks", "a " * 2000), ("documents", {"text": "a " * 2000}), ("prompts", "a " * 2000)],
+)
+def test_one_that_is_too_long_is_named_before_any_is_computed(http: httpx.Client, field: str, long: Any) -> None:
+    text = f"{field}, one that fits. " * 9  # which nobody else has asked for
+    short = {"text": text} if field == "documents" else text
+    answer = http.post("/cache/warm", json={field: [short, long]})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == "context_length_exceeded" and error["param"] == f"{field}[1]"
+    assert error["message"].startswith(f"{field}[1]: the prompt has ")
+    warmed = good(http.post("/cache/warm", json={field: [short]}))
+    assert warmed["computed"] >= warmed["tokens"] - 3 > 20  # others may begin alike
+
+
 def test_an_empty_chunk_is_none_at_all(http: httpx.Client) -> None:
     whole = good(http.post(CHAT, json=chat("", "  ", PASSAGES[0], **blended())))
     assert whole["rekindle"]["plan"]["chunks"][0]["start"] == whole["rekindle"]["plan"]["chunks"][0]["stop"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import rekindle
-from rekindle.errors import InvalidRequest
+from rekindle.errors import InvalidRequest, PromptTooLong
+from rekindle.model.chunks import Chunk
 from rekindle.serve.local import LLM
 
 
@@ -72,6 +73,13 @@ def test_what_is_no_prompt_is_told(toy: LLM, prompt: Any) -> None:
     for ask in (toy.generate, toy.chat, toy.warm, partial(toy.pin, ttl="1m")):
         with pytest.raises(InvalidRequest, match=f"a prompt is text, .* got {type(prompt).__name__}"):
             ask(prompt)
+
+
+def test_one_of_several_that_is_too_long_is_named_before_any_is_warmed(toy: LLM) -> None:
+    before = toy.service.num_computed
+    with pytest.raises(PromptTooLong, match=r"prompts\[1\]: the prompt has \d+ tokens; the context holds"):
+        toy.warm([Chunk("It fits. " * 9), Chunk("too long " * 5000)])
+    assert toy.service.num_computed == before
 
 
 @pytest.mark.parametrize("ttl", [True, None, [1], 0, -1.0, "soon"], ids=repr)

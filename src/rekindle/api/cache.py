@@ -88,6 +88,7 @@ def cache_router(runner: Runner) -> APIRouter:
             prompts, tokenize_ms = await _prompts(service, request, body, body.wanted)
         else:
             prompts, tokenize_ms = await _chunks(service, request, body, body.alone)
+        service.check_lengths(prompts, body.name)  # before anything is computed
         warmed = [await _warm(runner, request, prompt, tokenize_ms / len(prompts)) for prompt in prompts]
         parts = [each.as_dict() for each in warmed]
         totals = {name: sum(part[name] for part in parts) for name in ("tokens", "computed", "reused", "bytes")}

@@ -83,6 +83,11 @@ class WarmRequest(PromptFields):
         return self
 
     @property
+    def name(self) -> str:
+        """The field whose elements are warmed."""
+        return "chunks" if self.chunks is not None else "prompts" if self.documents is None else "documents"
+
+    @property
     def alone(self) -> list[Chunk | Document] | None:
         """What is to be computed on its own, so that it can be placed anywhere; None: prompts are."""
         if self.chunks is not None:

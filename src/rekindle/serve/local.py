@@ -157,7 +157,9 @@ class LLM:
         wherever it stands. Generations that are asked for meanwhile go first. Returns what each prompt has cost. Raises
         PromptTooLong.
         """
-        return [self.service.warm(self._alone(prompt, raw)) for prompt in _several(prompts)]
+        alone = [self._alone(prompt, raw) for prompt in _several(prompts)]
+        self.service.check_lengths(alone, "prompts")  # before anything is computed
+        return [self.service.warm(prompt) for prompt in alone]
 
     def stats(self) -> CacheStats:
         return self.service.stats()

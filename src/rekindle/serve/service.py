@@ -234,6 +234,16 @@ class Service(Prompting):
                 param="prompt",
             )
 
+    def check_lengths(self, prompts: Sequence[Prompt], name: str) -> None:
+        """Raises PromptTooLong for one that is, and says which of them it is."""
+        for number, prompt in enumerate(prompts):
+            try:
+                self._check_length(prompt)
+            except PromptTooLong as error:
+                if len(prompts) == 1:
+                    raise
+                raise PromptTooLong(f"{name}[{number}]: {error}", param=f"{name}[{number}]") from None
+
     def _run(self, generation: Generation, sink: Sink) -> Run:
         """A run of what can be run here. Raises InvalidRequest."""
         size = self.engine_spec.vocab_size
