@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from tests.api.steps import Steps
 from websockets.sync.server import ServerConnection, serve
 
 from rekindle.api.server import running
@@ -281,6 +283,23 @@ def test_after_a_restart_the_conversation_goes_on(tmp_path: Path) -> None:
         second = until(line, "end")
     assert (first["turn"], second["turn"]) == (1, 2)
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+
+
+def test_an_answer_that_ends_with_its_server_has_an_end() -> None:
+    """Of a server that dies, and can tell nobody."""
+    settings = Settings(engine="toy", store="none")
+    with Service.open(settings) as service, running(service) as url:
+        steps = Steps(service)
+        line = Line(address_of(url, "lost"), "/ws", 10, pause=lambda seconds: None)
+        line.send({"type": "message", "data": "Hello.", "max_tokens": 4})
+        turn = until(line, "user_input")["turn"]
+        assert line._socket is not None
+        line._socket.socket.shutdown(socket.SHUT_RDWR)
+        steps.let_all()
+    with Service.open(settings) as service, running(service, port=urlsplit(url).port or 0), line:
+        assert line.receive() == {"type": "end", "turn": turn, "reason": "cancelled", "data": ""}
+        line.send({"type": "message", "data": "Hello again.", "max_tokens": 4})
+        assert until(line, "end")["reason"] in ("length", "stop")
 
 
 def test_what_was_said_while_the_line_was_broken_is_told(url: str) -> None:

@@ -61,6 +61,8 @@ class Line:
         self._handle: str | None = None
         self._last_event: int | None = None
         self._unsure: Message | None = None  # sent, but nothing has come since that says it arrived
+        self._answered: Message | None = None  # the latest news of an answer under way
+        self._lost_end: Message | None = None  # of an answer that ended with its server; for the next to receive
         self.welcome: Message = {}  # what the server said when it last let us in
         self.tell: Callable[[str], None] = complain  # of what the connection goes through
 
@@ -92,10 +94,17 @@ class Line:
                 return
 
     def receive(self, timeout: float | None = None) -> Message | None:
-        """The next message, of whatever kind; None if none comes in so many seconds. Raises ServerError."""
+        """The next message, of whatever kind; None if none comes in so many seconds. Raises ServerError.
+
+        An answer that has ended with its server has an end, too, though nobody is left to tell of it.
+        """
         while True:
             try:
-                message = json.loads(self._connected().recv(timeout=timeout))
+                socket = self._connected()
+                if (end := self._lost_end) is not None:
+                    self._lost_end = None
+                    return end
+                message = json.loads(socket.recv(timeout=timeout))
             except TimeoutError:
                 return None
             except ConnectionClosed as closed:
@@ -105,6 +114,8 @@ class Line:
             assert isinstance(message, dict)
             self._last_event = message.get("event", self._last_event)
             self._unsure = None
+            if message["type"] in ("user_input", "token", "end") or "turn" in message:
+                self._answered = message if message["type"] in ("user_input", "token") else None
             return message
 
     def _lost(self, closed: ConnectionClosed) -> None:
@@ -168,8 +179,12 @@ class Line:
             reason = "said something unexpected; is it a Rekindle server?"
             raise ServerError(f"{self._address.url} {reason}") from None
         self.welcome = welcome
-        if self._last_event is None or detail.get("last_event", 0) < self._last_event:  # a new one counts from 1 again
+        if self._last_event is None:
             self._last_event = detail.get("last_event")
+        elif detail.get("last_event", 0) < self._last_event:  # a new one counts from 1 again
+            self._last_event, answered, self._answered = detail.get("last_event"), self._answered, None
+            if answered is not None and detail.get("state") != "answering":
+                self._lost_end = {"type": "end", "turn": answered["turn"], "reason": "cancelled", "data": ""}
 
     def _wait(self, attempt: int, reason: str) -> None:
         """Before the next attempt. Raises ServerError after the last."""
