@@ -9,18 +9,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
 
 from rekindle.errors import SessionError
 from rekindle.serve.service import Service
+from rekindle.serve.sessions import saved
 from rekindle.serve.sessions.options import Options
+from rekindle.serve.sessions.saved import SavedSessions
 from rekindle.serve.sessions.session import Session
 from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
 
 NUM_SESSIONS = 10
+FINGERPRINT = b"f" * 16
 FIRST_LIFE = """
 import sys, time
 from tests.serve.sessions.talker import Talker, head
@@ -237,3 +242,32 @@ def test_a_session_whose_file_cannot_be_deleted_has_ended_and_the_log_says_why(
         talker.call(lambda: sessions.end(talker.session))
         assert not talker.call(sessions.all)
     assert "the file of session one could not be deleted" in caplog.text
+
+
+def test_two_processes_that_write_a_session_at_once_leave_one_of_both_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two servers on one folder, if a client has gone from one to the other."""
+    one, other = (SavedSessions(tmp_path, FINGERPRINT, max_files=9, ttl_seconds=DAY) for _ in range(2))
+
+    def in_two_parts(content: dict[str, Any], file: TextIO) -> None:
+        text = json.dumps(content)
+        file.write(text[:50])
+        file.flush()
+        monkeypatch.undo()
+        other.write(b"owner", "key", {"name": "other"})
+        file.write(text[50:])
+
+    monkeypatch.setattr(saved, "json", SimpleNamespace(**vars(json) | {"dump": in_two_parts}))
+    one.write(b"owner", "key", {"name": "one" * 100})
+    assert one.read(b"owner", "key")["name"] == "one" * 100
+    assert len(list(tmp_path.glob("*/*"))) == 1
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    files = SavedSessions(tmp_path, FINGERPRINT, max_files=9, ttl_seconds=DAY)
+    files.write(b"owner", "key", {"name": "one"})
+    with pytest.raises(TypeError):
+        files.write(b"owner", "key", {"name": object()})
+    assert files.read(b"owner", "key")["name"] == "one"
+    assert len(list(tmp_path.glob("*/*"))) == 1

@@ -62,11 +62,15 @@ class SavedSessions:
         path = self._path(salt, key)
         for folder in (self._folder, path.parent):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = path.with_suffix(".tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"version": VERSION, "fingerprint": self._fingerprint} | content, file)
-        temporary.replace(path)
+        temporary = path.with_suffix(f".{os.urandom(8).hex()}.tmp")  # two servers may write one session at once
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"version": VERSION, "fingerprint": self._fingerprint} | content, file)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def read(self, salt: bytes, key: str) -> dict[str, Any]:
         """What was written for this key. Raises SessionError if there is nothing, or nothing that fits."""
