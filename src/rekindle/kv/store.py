@@ -9,7 +9,7 @@ A prompt is kept as a chain of whole blocks and a tail with the logits after its
 serves with the tokens it shares. After a key match the tokens themselves are compared, so a collision can't serve other KV.
 
 Slower tiers stand behind the memory, in the order of their speed. Writes reach memory at once and them later (`Behind`);
-`fetch` brings what they have of a prompt's beginning into memory, and is called where waiting does no harm.
+`fetch` brings what they have of a prompt's beginning into memory (`Fetching`), and is called where waiting does no harm.
 
 A look-up is no use: `used` tells of one, once per request, whoever served it. The memory's policy and slower tiers judge
 blocks by their uses.
