@@ -100,8 +100,8 @@ class Steps:
                     followed.end = event
                 self._changed.notify_all()
 
-        followed.ticket = self._submit(generation, both)
-        with self._changed:
+        with self._changed:  # its first forward begins when it is listed
+            followed.ticket = self._submit(generation, both)
             self.generations.append(followed)
             self._changed.notify_all()
         return _Ticket(followed, self._changed)

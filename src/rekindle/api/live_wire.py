@@ -60,7 +60,7 @@ class MessageIn(TextOnly):
         """Say it, and have it answered."""
         if session.state == "answering":
             session.interrupt()
-        session.commit(self.data)
+        session.commit(self.data, ahead=False)
         sampling = None if self.temperature is None else Sampling(temperature=self.temperature)
         session.answer(max_tokens=self.max_tokens, sampling=sampling)
 

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Snapshot(NamedTuple):
-    """The worker's state after its latest step."""
+    """The worker's state after its latest step, or what was called since."""
 
     running: int = 0
     waiting: int = 0
@@ -90,6 +90,7 @@ class Worker:
             except Exception as error:
                 errors.append(error)
             finally:
+                self._publish()
                 done.set()
 
         with self._lock:

@@ -260,7 +260,7 @@ class Session:
             raise
 
     def _ask(self, max_tokens: int | None, sampling: Sampling) -> int:
-        turn, context = self.context.open or self.commit(), self.context
+        turn, context = self.context.open or self.commit(ahead=False), self.context
         if context.num_tokens >= self.window:  # it was narrowed while the message waited, which may be unread
             self._fit(context, self.answer_tokens, is_read=False)
         room = self.window - context.num_tokens
