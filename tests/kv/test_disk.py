@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kv.samples import FINGERPRINT, Clock, all_facts, make_chain
 
+from rekindle.kv import folder
 from rekindle.kv.block import Block
 from rekindle.kv.disk import DiskTier
+from rekindle.kv.folder import last_use
 from rekindle.kv.keys import root_key
 from rekindle.kv.tier import place_of
 
@@ -295,6 +297,29 @@ def test_a_file_that_is_gone_when_its_turn_to_be_a_victim_comes_is_counted_once(
         tier.remove([place_of(old[2])])
     bench.put(tier, make_chain(3, 2))
     assert bench.kept(tier, old) == (0 if damaged else 1), "one for each new block, and one for what lies aside"
+
+
+@pytest.mark.parametrize(("most", "num_looks"), [(256, 1), (6, 1), (5, 10), (0, 10)])
+def test_tails_are_found_by_one_listing_or_where_too_many_lie_beside_them_by_a_look_for_each(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, most: int, num_looks: int
+) -> None:
+    """Short prompts all hang on the root."""
+    tier = bench.tier()
+    tails = [make_chain(seed, 0, tail=3)[0] for seed in range(9)]
+    for tail in tails[:6]:
+        tier.put([tail])
+    (block,) = make_chain(9, 1)
+    tier.put([block])
+    looked: list[Path] = []
+
+    def look(path: Path) -> int | None:
+        looked.append(path)
+        return last_use(path)
+
+    monkeypatch.setattr(folder, "_MOST_LISTED", most)
+    monkeypatch.setattr(folder, "last_use", look)
+    assert tier.contains([place_of(each) for each in (*tails, block)]) == [True] * 6 + [False] * 3 + [True]
+    assert len(looked) == num_looks, "one for the block"
 
 
 def test_integrity_is_really_checked(bench: Bench) -> None:

@@ -36,7 +36,7 @@ from typing import Any
 from rekindle.errors import CorruptBlock, TierUnavailable
 from rekindle.kv.block import Block
 from rekindle.kv.breaker import Breaker
-from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder, disk_bytes
+from rekindle.kv.folder import KEPT_NS, STEP_NS, File, Folder, disk_bytes, last_use
 from rekindle.kv.format import Buffer, decode, encode_parts, fingerprint_of
 from rekindle.kv.reading import read_files
 from rekindle.kv.slabs import Slabs
@@ -119,12 +119,7 @@ class DiskTier:
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
         with self._reads.attempt(), self._faults("read"):
-            parents = {place.parent for place in places if place.tail}
-            tails = {parent: frozenset(self._folder.tails(parent)) for parent in parents}  # one listing, not 63 looks
-            return [
-                place in tails[place.parent] if place.tail else _used_ns(self._folder.path_of(place)) is not None
-                for place in places
-            ]
+            return self._folder.contains(places)
 
     def _decoded(self, data: Buffer, path: str | Path, place: Place) -> Block | None:
         """A file that is not the block it should be is set aside, and counted as that."""
@@ -150,7 +145,7 @@ class DiskTier:
     def touch(self, places: Sequence[Place]) -> None:
         with self._reads.attempt(), self._faults("read"):
             paths = [self._folder.path_of(place) for place in places]
-            found = ((path, _used_ns(path)) for path in paths)
+            found = ((path, last_use(path)) for path in paths)
             self._mark([(path, used_ns) for path, used_ns in found if used_ns is not None])
 
     def keep(self, places: Sequence[Place], until: float) -> None:
@@ -166,7 +161,7 @@ class DiskTier:
         with self._reads.attempt(), self._faults("read"):
             for index, place in enumerate(places):
                 path = self._folder.path_of(place)
-                used_ns = _used_ns(path)
+                used_ns = last_use(path)
                 if used_ns is not None and (mark := mark_of(index, used_ns)) != used_ns:
                     with suppress(OSError):  # gone, or not ours to mark
                         os.utime(path, ns=(mark, mark))
@@ -203,7 +198,7 @@ class DiskTier:
         """Blocks that don't fit beside more recently used ones are left out, and so are those after them."""
         with self._writing, self._writes.attempt(), self._faults("written"):
             paths = [self._folder.path_of(place_of(block)) for block in chain]
-            known = [_used_ns(path) for path in paths]
+            known = [last_use(path) for path in paths]
             newest = self._mark(list(zip(paths, known, strict=True)))
             for index, (block, path) in enumerate(zip(chain, paths, strict=True)):
                 if known[index] is None and not self._write(path, block, newest - index * STEP_NS):
@@ -247,7 +242,7 @@ class DiskTier:
 
     def _evict(self, victim: File) -> None:
         """Unless it has been used since the walk."""
-        used_ns = _used_ns(victim.path)
+        used_ns = last_use(victim.path)
         if used_ns == victim.used_ns:
             self._folder.delete(victim.path)
             self._totals.add(evictions=1)
@@ -370,11 +365,3 @@ class DiskTier:
         except OSError as error:
             full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(error.errno or 0)
             raise TierUnavailable(f"the store's folder {self._folder.path} can't be {done}: {full}") from error
-
-
-def _used_ns(path: Path) -> int | None:
-    """When a file was last used; None if it is not there."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _WRITING = ".writing"
 _PAGE_BYTES = 4096  # what a file system gives out at once, mostly
 _MAX_ASIDE = 16
 _TRIES = 3
+_MOST_LISTED = 256  # names
 STEP_NS = 1000  # between the marks of a block and its successor, in one use
 KEPT_NS = 60 * 10**9  # a file marked as used so far in the future is pinned until then
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600  # prompts are private
@@ -54,6 +56,14 @@ def disk_bytes(length: int) -> int:
     return -(-length // _PAGE_BYTES) * _PAGE_BYTES
 
 
+def last_use(path: Path) -> int | None:
+    """When a file was last used; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 class Folder:
     """One folder of blocks, shared with whoever else uses it. Holds nothing but its path."""
 
@@ -67,22 +77,32 @@ class Folder:
 
     def name_of(self, place: Place) -> str:
         """The path of its file: a string made in one go, because this is done for every look-up."""
-        name = place.key.hex()
-        fan, file = (name, name) if not place.tail else (parent := place.parent.hex(), f"{parent}.{name}")
-        return f"{self._prefix}{fan[:2]}/{fan[2:4]}/{file}{SUFFIX}"
+        file = _file_of(place)
+        return f"{self._prefix}{file[:2]}/{file[2:4]}/{file}"
 
     def path_of(self, place: Place) -> Path:
         return Path(self.name_of(place))
 
-    def tails(self, parent: Key) -> list[Place]:
-        beginning = f"{parent.hex()}."
+    def contains(self, places: Sequence[Place]) -> list[bool]:
+        """Which of these there is a file of.
+
+        Tails of one parent, of which a prompt may end with 64, are in one folder: one listing costs less than looking
+        for each, unless the folder is large.
+        """
+        listed = {parent: self._names_beside(parent) for parent in {place.parent for place in places if place.tail}}
+        return [self._is_there(place, listed[place.parent] if place.tail else None) for place in places]
+
+    def _names_beside(self, parent: Key) -> frozenset[str] | None:
+        """The names of all files in the folder of a parent's tails; None if they are too many to look through."""
         try:
             with os.scandir(self._fan(parent)) as entries:
-                names = [entry.name for entry in entries if entry.name.startswith(beginning)]
+                names = frozenset(entry.name for entry in islice(entries, _MOST_LISTED + 1))
         except FileNotFoundError:
-            return []
-        matches = (_NAME.fullmatch(name) for name in names)
-        return [Place(key=bytes.fromhex(match[2]), parent=parent, tail=True) for match in matches if match]
+            return frozenset()
+        return names if len(names) <= _MOST_LISTED else None
+
+    def _is_there(self, place: Place, names: frozenset[str] | None) -> bool:
+        return last_use(self.path_of(place)) is not None if names is None else _file_of(place) in names
 
     def read(self, path: Path) -> bytes:
         """All of a file. For many files see `read_files`."""
@@ -213,6 +233,12 @@ class Folder:
                     with suppress(FileNotFoundError):
                         folder.mkdir(_FOLDER_MODE, exist_ok=True)
         return os.open(path, flags, _FILE_MODE)
+
+
+def _file_of(place: Place) -> str:
+    """What its file is called; the two folders that it lies in are called as this begins."""
+    file = f"{place.key.hex()}{SUFFIX}"
+    return f"{place.parent.hex()}.{file}" if place.tail else file
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
