@@ -74,6 +74,8 @@ def test_prometheus_gets_openmetrics_that_its_parser_reads(http: httpx.Client) -
         "rekindle_http_requests",
         "rekindle_tier_hits",
         "rekindle_tier_misses",
+        "rekindle_tier_read_bytes",
+        "rekindle_tier_written_bytes",
     }  # of who has answered, or has tiers
     assert {f"rekindle_{metric.name}" for metric in METRICS} - of_some <= names
 

@@ -78,6 +78,17 @@ class TestTier:
         after = tier.stats()
         assert (after.hits - before.hits, after.misses - before.misses) == (2, 1)
 
+    def test_it_counts_bytes_that_are_written_and_read(self, tier: Tier) -> None:
+        before, chain = tier.stats(), make_chain(1, 4)
+        tier.put(chain)
+        tier.put(chain)  # what is there is not written again
+        written = tier.stats().written_bytes - before.written_bytes
+        assert written >= sum(len(block.payload) for block in chain)
+        for _ in range(2):
+            list(tier.get([place_of(block) for block in chain]))
+        list(tier.get([place_of(block) for block in make_chain(2, 4)]))
+        assert tier.stats().read_bytes - before.read_bytes == 2 * written
+
     def test_blocks_come_one_by_one(self, tier: Tier) -> None:
         """A reader that has had enough stops, and the tier is as before."""
         chain = make_chain(1, 40)

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from rekindle.api.refusals import Json
 from rekindle.kv.tier import TierStats
+from rekindle.serve.levels import OF_SLOWER_TIERS
 from rekindle.serve.service import Service
 
 _VARY = {"Vary": "Accept"}
@@ -73,7 +74,7 @@ def overview(service: Service) -> dict[str, Any]:
 
 def tier_numbers(tier: TierStats) -> dict[str, Any]:
     """One tier's totals, without its name. Look-ups in memory are not counted."""
-    left_out = {"name", "hits", "misses"} if tier.name == "memory" else {"name"}
+    left_out = {"name", *OF_SLOWER_TIERS} if tier.name == "memory" else {"name"}
     return {name: value for name, value in vars(tier).items() if name not in left_out}
 
 

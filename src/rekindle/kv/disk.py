@@ -101,20 +101,21 @@ class DiskTier:
         """Read as they are asked for; what the system doesn't have in its memory is fetched ahead."""
         paths = [self._folder.name_of(place) for place in places]
         used: list[tuple[str, int]] = []
-        misses = 0
+        misses = read_bytes = 0
         try:
             with self._reads.attempt(), self._faults("read"):
                 for path, place, contents in zip(paths, places, read_files(paths, self._slabs), strict=True):
                     block = None if contents is None else self._decoded(contents.data, path, place)
                     if block is not None and contents is not None:
                         used.append((path, contents.used_ns))
+                        read_bytes += len(contents.data)
                     else:
                         misses += 1
                     contents = None  # so that one less is in memory while the next is read
                     yield block
                     block = None
         finally:
-            self._totals.add(hits=len(used), misses=misses)
+            self._totals.add(hits=len(used), misses=misses, read_bytes=read_bytes)
             self._mark(used)
 
     def contains(self, places: Sequence[Place]) -> list[bool]:
@@ -209,11 +210,12 @@ class DiskTier:
     def _write(self, path: Path, block: Block, mark: int) -> bool:
         """Whether there was room for it."""
         parts = encode_parts(block, self._fingerprint)
-        num_bytes = disk_bytes(sum(len(part) for part in parts))
+        length = sum(len(part) for part in parts)
+        num_bytes = disk_bytes(length)
         if not self._make_room(num_bytes, mark):
             return False
         self._folder.write(path, parts, mark)
-        self._totals.add(blocks=1, num_bytes=num_bytes)
+        self._totals.add(blocks=1, num_bytes=num_bytes, written_bytes=length)
         self._bytes_since_walk = (self._bytes_since_walk or 0) + num_bytes
         return True
 

@@ -147,7 +147,7 @@ class NetworkTier:
             with suppress(TierUnavailable):
                 self._link.ask("UNLINK", _name(place))
             return None
-        self._totals.add(hits=1)
+        self._totals.add(hits=1, read_bytes=len(data))
         return block
 
     # Writing.
@@ -175,7 +175,7 @@ class NetworkTier:
         replies = self._link.send(batch, may_refuse=True)
         refusals = [isinstance(reply, redis.ResponseError) for reply in replies]
         written = [size for size, refused in zip(sizes, refusals, strict=False) if not refused]
-        self._totals.add(blocks=len(written), num_bytes=sum(written))
+        self._totals.add(blocks=len(written), num_bytes=sum(written), written_bytes=sum(written))
         if any(refusals):
             raise _Refusal(f"the store's server {self._link.server} refuses to write: {replies[refusals.index(True)]}")
 

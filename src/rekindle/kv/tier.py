@@ -34,6 +34,8 @@ class TierStats:
     hits: int = 0  # blocks found
     misses: int = 0
     evictions: int = 0
+    read_bytes: int = 0  # of blocks found
+    written_bytes: int = 0  # of blocks
     faults: int = 0  # operations that failed
     corrupt: int = 0  # blocks set aside because they were not what was written
     state: str = "ok"  # "ok", or what is wrong at present, in words

@@ -13,6 +13,7 @@ class Totals:
     def __init__(self) -> None:
         self.blocks = self.num_bytes = 0  # held
         self._hits = self._misses = self._evictions = self._corrupt = 0
+        self._read_bytes = self._written_bytes = 0
         self._lock = threading.Lock()
 
     def add(
@@ -24,6 +25,8 @@ class Totals:
         evictions: int = 0,
         blocks: int = 0,
         num_bytes: int = 0,
+        read_bytes: int = 0,
+        written_bytes: int = 0,
     ) -> None:
         """The one place where numbers change, but for a recount. Never below zero: others' blocks can be lost uncounted."""
         with self._lock:
@@ -31,6 +34,8 @@ class Totals:
             self._misses += misses
             self._corrupt += corrupt
             self._evictions += evictions
+            self._read_bytes += read_bytes
+            self._written_bytes += written_bytes
             self.blocks = max(0, self.blocks + blocks)
             self.num_bytes = max(0, self.num_bytes + num_bytes)
 
@@ -50,6 +55,8 @@ class Totals:
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
+                read_bytes=self._read_bytes,
+                written_bytes=self._written_bytes,
                 faults=faults,
                 corrupt=self._corrupt,
                 state=state,

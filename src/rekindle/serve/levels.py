@@ -19,6 +19,12 @@ from rekindle.kv.tier import TierStats
 from rekindle.serve.metric_list import BY_NAME, PREFIX
 from rekindle.serve.worker import Worker
 
+OF_SLOWER_TIERS = ("hits", "misses", "read_bytes", "written_bytes")  # of memory: where tokens come from says more
+    "hits",
+    "misses",
+    "read_bytes",
+    "written_bytes",
+)  # not counted of memory: where tokens come from says more
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
 
@@ -102,12 +108,15 @@ def _tier_samples(tiers: Iterable[TierStats]) -> dict[str, list[tuple[Labels, fl
             "tier_up": tier.state == "ok",
             "tier_hits": tier.hits,
             "tier_misses": tier.misses,
+            "tier_read_bytes": tier.read_bytes,
+            "tier_written_bytes": tier.written_bytes,
             "tier_evictions": tier.evictions,
             "tier_faults": tier.faults,
             "tier_corrupt_blocks": tier.corrupt,
         }
-        if tier.name == "memory":  # its look-ups are not counted: where tokens come from says more
-            del numbers["tier_hits"], numbers["tier_misses"]
+        if tier.name == "memory":
+            for name in OF_SLOWER_TIERS:
+                del numbers[f"tier_{name}"]
         for name, number in numbers.items():
             if number is not None:
                 values.setdefault(name, []).append(((tier.name,), float(number)))

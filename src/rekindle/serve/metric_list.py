@@ -108,6 +108,8 @@ METRICS = (
     Metric("tier_up", "gauge", "1 while the tier works, 0 after a fault, until it works again.", ("tier",)),
     Metric("tier_hits", "counter", "Blocks that were asked of a slower tier and found.", ("tier",)),
     Metric("tier_misses", "counter", "Blocks that were asked of a slower tier and not found.", ("tier",)),
+    Metric("tier_read_bytes", "counter", "Bytes of blocks that a slower tier has given.", ("tier",)),
+    Metric("tier_written_bytes", "counter", "Bytes of blocks that were written to a slower tier.", ("tier",)),
     Metric("tier_evictions", "counter", "Blocks that left to make room.", ("tier",)),
     Metric("tier_faults", "counter", "Operations that failed.", ("tier",)),
     Metric("tier_corrupt_blocks", "counter", "Blocks set aside because they were not what was written.", ("tier",)),
