@@ -19,12 +19,7 @@ from rekindle.kv.tier import TierStats
 from rekindle.serve.metric_list import BY_NAME, PREFIX
 from rekindle.serve.worker import Worker
 
-OF_SLOWER_TIERS = ("hits", "misses", "read_bytes", "written_bytes")  # of memory: where tokens come from says more
-    "hits",
-    "misses",
-    "read_bytes",
-    "written_bytes",
-)  # not counted of memory: where tokens come from says more
+OF_SLOWER_TIERS = ("hits", "misses", "read_bytes", "written_bytes")  # of memory, where tokens come from says more
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]
 
