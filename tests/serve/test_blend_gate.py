@@ -126,11 +126,12 @@ def test_a_measured_report_opens_the_gate_of_the_same_model(tmp_path: Path, capl
 
 
 def test_a_model_that_cannot_be_blended_is_read_exactly_unless_blending_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")  # then llama.cpp cannot move what is quantised
     settings = Settings(store="none", context=512, threads=1, kv_type="q8_0", blend="marked")
     with Service.open(settings) as service:
+        assert "can't be moved to other positions; marked chunks are read exactly" in caplog.text
         marked = service.text_prompt(["Read this:", Chunk(" Vodris paints in orange."), " What?"])
         usual = Generation(prompt=marked, max_tokens=1, blend=service.blend_of(None, marked))
         assert isinstance(list(service.events(usual))[-1], Done)

@@ -99,6 +99,14 @@ def check_movable(spec: ModelSpec, param: str, advice: str) -> None:
         )
 
 
+def tell_if_unmovable(spec: ModelSpec) -> None:
+    """A line in the log of a server that is to blend whatever is marked, with a model that it can't do that with."""
+    try:
+        check_movable(spec, "blend", "marked chunks are read exactly")
+    except InvalidRequest as error:
+        _log.warning("%s", error)
+
+
 def own_prompt(head: Tokens, chunk: Tokens, salt: bytes) -> Prompt:
     """A chunk on its own."""
     return Prompt(np.concatenate([head, chunk]), salt=salt)

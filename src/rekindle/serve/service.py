@@ -23,7 +23,7 @@ from rekindle.reuse.blend import Blend, check_select
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.assembly import check_store_url, engine_name, open_crowding, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
-from rekindle.serve.blending import Blending, blends, check_blend, check_layer, offered
+from rekindle.serve.blending import Blending, blends, check_blend, check_layer, offered, tell_if_unmovable
 from rekindle.serve.grammar import Grammars
 from rekindle.serve.kept import CacheStats, Warmed
 from rekindle.serve.levels import Levels
@@ -130,6 +130,8 @@ class Service(Prompting):
             self._grammars = Grammars(model.tokenizer)
             gate, fingerprint = settings.blend_gate, engine.spec.fingerprint
             self._gate = None if gate is None else BlendGate.load(Path(gate), fingerprint, settings.blend_least)
+            if settings.blend == "marked":
+                tell_if_unmovable(engine.spec)
             if self._gate is not None:
                 self._gate.tell_of(self.default_blend, engine.spec.num_layers)
             self._pinning = Pinning(self._store)
