@@ -84,9 +84,11 @@ class ResponseRequest(GenerationFields):
 
     of_others = fields_of_others(
         "use text.format with a json_schema",
+        "max_output_tokens",
         response_format="use text.format",
         max_tokens="use max_output_tokens",
         max_completion_tokens="use max_output_tokens",
+        max_new_tokens="use max_output_tokens",
         messages="use input",
     )
 

@@ -220,13 +220,18 @@ class RekindleOptions(Ours):
         return self.blend.wish
 
 
-def fields_of_others(by_schema: str, **more: str) -> dict[str, str]:
-    """Those of llama-server and vLLM that are refused, and what to do instead."""
+def fields_of_others(by_schema: str, limit: str, **more: str) -> dict[str, str]:
+    """Those of llama-server and vLLM that are refused, and what to do instead; `limit` is the field for it here."""
     schemas = ("grammar", "json_schema", "structured_outputs")
     guided = ("guided_choice", "guided_grammar", "guided_json", "guided_regex")
     return {
+        "allowed_token_ids": "use logit_bias",
+        "bad_words": "use logit_bias",
+        "chat_template": "messages are written as the model's own says",
         "continue_final_message": "send the text to be continued to /v1/completions",
+        "n_predict": f"use {limit}",
         "stop_token_ids": "use stop, with the tokens' text",
+        "use_beam_search": "use n, and choose",
         **dict.fromkeys((*schemas, *guided), by_schema),
         **more,
     }
@@ -235,7 +240,7 @@ def fields_of_others(by_schema: str, **more: str) -> dict[str, str]:
 class GenerationFields(Wire):
     """What all requests for answers share; null is as good as absent."""
 
-    of_others: ClassVar[dict[str, str]] = fields_of_others("use response_format with a json_schema")
+    of_others: ClassVar[dict[str, str]] = fields_of_others("use response_format with a json_schema", "max_tokens")
 
     temperature: float | None = None
     top_p: float | None = None
@@ -300,6 +305,8 @@ def _by_token(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
 class OpenAIFields(GenerationFields):
     """What chats and completions share."""
 
+    of_others = GenerationFields.of_others | {"max_new_tokens": "use max_tokens"}
+
     model: Str | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = None
@@ -351,7 +358,7 @@ _BY_COMPLETIONS = "use /v1/completions, with response_format and a json_schema"
 class GenerateRequest(GenerationFields):
     """`POST /generate` and `POST /generate_stream`. The default temperature is 0: greedy."""
 
-    of_others = fields_of_others(_BY_COMPLETIONS, response_format=_BY_COMPLETIONS)
+    of_others = fields_of_others(_BY_COMPLETIONS, "max_new_tokens", response_format=_BY_COMPLETIONS)
 
     prompt: Text
     max_new_tokens: int = Field(128, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
