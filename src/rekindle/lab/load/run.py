@@ -179,7 +179,7 @@ def _check_memory(wish: Wish, setup: Setup | None) -> None:
     if free < need:
         raise ServerError(
             f"{wish.workload} is asked in turn with both servers up, each with its own weights: expected "
-            f"{need / 1e9:.1f} GB of free memory, got {free / 1e9:.1f} GB; take a smaller model, or end other programs"
+            f"at least {need / 1e9:.1f} GB of free memory, got {free / 1e9:.1f} GB; take a smaller model, or end other programs"
         )
 
 
