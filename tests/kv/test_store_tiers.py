@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -307,3 +307,21 @@ def test_a_chain_longer_than_memory_is_useful_from_its_head(bench: Bench) -> Non
     bench.fresh(max_bytes=5000).fetch(prompt)
     assert 20 <= bench.store.match(prompt).length < 400
     bench.store.check_integrity()
+
+
+def test_what_is_being_written_at_the_end_is_told_of_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, may_end = Event(), Event()
+
+    def put(chain: object) -> None:
+        begun.set()
+        may_end.wait(60)
+
+    monkeypatch.setattr(bench.tiers[0], "put", put)
+    bench.put(PROMPT)
+    assert begun.wait(60)
+    assert not bench.store.close(0)
+    may_end.set()
+    assert "stopped with up to 4 blocks not written" in caplog.text
+    assert bench.store.stats().dropped == 0, "it may have come to its end"

@@ -43,6 +43,7 @@ class Behind:
         self._tiers = tiers
         self._max_bytes = max_bytes
         self._num_bytes = 0  # queued or being written
+        self._num_blocks = 0  # the same
         self._keys: set[Key] = set()  # of the blocks in it
         self._queue: deque[_Job] = deque()
         self._changed = Condition()
@@ -98,6 +99,7 @@ class Behind:
                 self.dropped += job.num_blocks
                 return False
             self._num_bytes += job.num_bytes
+            self._num_blocks += job.num_blocks
             self._keys |= job.keys
             self._queue.append(job)
             self._changed.notify_all()
@@ -133,6 +135,7 @@ class Behind:
         """What these jobs took of the queue's room is free."""
         for job in jobs:
             self._num_bytes -= job.num_bytes
+            self._num_blocks -= job.num_blocks
             self._keys -= job.keys
         self._changed.notify_all()
 
@@ -152,11 +155,11 @@ class Behind:
         done = self.flush(timeout_seconds)
         with self._changed:
             self._closed = True
-            given_up = sum(job.num_blocks for job in self._queue)
+            left = self._num_blocks
+            self.dropped += sum(job.num_blocks for job in self._queue)
             self.clear()
-            self.dropped += given_up
         if not done:
-            _log.warning("stopped with %d blocks not written to slower tiers", given_up)
+            _log.warning("stopped with up to %d blocks not written to slower tiers", left)
         return done
 
     def probe(self) -> None:
