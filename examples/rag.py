@@ -159,6 +159,8 @@ def main(
     ] = False,
 ) -> None:
     """Answers from looked-up passages: blended beside exact, with times."""
+    if select not in SELECTS:
+        raise SystemExit(f"rag: --select is one of {', '.join(SELECTS)}, got {select}")
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
     with tempfile.TemporaryDirectory() as made:
         if folder is None:

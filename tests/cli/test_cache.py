@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import rekindle
 from rekindle.cli.app import app
+from rekindle.cli.cache_chunks import read_chunks
 
 STORY = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. "
 DOCUMENTS = {"one.txt": STORY * 8, "two.txt": "Grevmar lives in Babmouth. " * 30, "short.txt": "Kundas plays the tuba."}
@@ -125,6 +126,13 @@ def test_chunks_are_computed_on_their_own_and_placed_later(bench: Bench) -> None
         titled = [{"title": "About Grevmar", "text": DOCUMENTS["two.txt"]}]
         llm.chat([{"role": "user", "content": "Who?"}], documents=titled, max_tokens=2, blend={"select": "none"})
         assert llm.last.plan.chunks[0].placed > 150
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "One."), ("a.json", '["One."]'), ("a.jsonl", '"One."')])
+def test_a_mark_of_the_encoding_is_no_part_of_a_chunk(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(f"\ufeff{content}", "utf-8")
+    ((_, document),) = read_chunks(tmp_path / name, None)
+    assert document.text == "One."
 
 
 def test_one_file_that_does_not_fit_stops_no_other(bench: Bench) -> None:

@@ -118,6 +118,7 @@ def test_rag_about_a_folder(tmp_path: Path) -> None:
         ([str(EXAMPLES), "--question", " "], "expected a question"),
         ([str(tmp_path / "none"), "--question", "Who?"], "there is no folder"),
         (["--model", "none.gguf"], "there is no model file"),
+        (["--select", "best"], "--select is one of none, first,"),
     ):
         refused = run_here("rag", *options)
         assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rekindle.errors import counted
 from rekindle.lab.blend import SELECTS, Arm, BlendReport, by_select
 from rekindle.lab.blend_speed import SpeedArm, SpeedReport
 from rekindle.lab.image import image
@@ -62,7 +63,7 @@ def print_speed(report: SpeedReport, console: Console) -> None:
     console.print(
         _speed_table(
             f"Time to the first token, {report.model}, {report.engine}, {report.chunks} chunks of about "
-            f"{report.chunk_tokens} tokens in another order, {report.threads} threads",
+            f"{report.chunk_tokens} tokens in another order, {counted(report.threads, 'thread')}",
             report.arms,
         )
     )
