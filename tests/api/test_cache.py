@@ -259,6 +259,13 @@ BAD: list[tuple[str, str, dict[str, Any], str, str | None]] = [
         "prompt",
     ),
     ("a pin too long", "/cache/pin", {"prompt": "a " * 5000, "ttl": 60}, "the context holds 1024", "prompt"),
+    (
+        "arguments of no messages",
+        "/cache/warm",
+        {"prompt": "a", "chat_template_kwargs": {"a": 1}},
+        "there are none",
+        "chat_template_kwargs",
+    ),
     ("an unknown model", "/cache/pin", {"prompt": STORY, "ttl": 60, "model": "gpt-9"}, "gpt-9", "model"),
     ("nothing to warm", "/cache/warm", {}, "expected one of prompts (an array), prompt", "prompts"),
     ("no prompts", "/cache/warm", {"prompts": []}, "at least one element", "prompts"),

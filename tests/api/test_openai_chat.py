@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -211,6 +212,12 @@ def test_arguments_of_the_chat_template(
         return response.usage.input_tokens
 
     assert num_input_tokens(**without) > num_input_tokens()
+
+    def num_warmed(**extra: Any) -> int:
+        body = {"messages": GREEDY["messages"]} | extra
+        return httpx.post(f"{client.base_url}".replace("/v1/", "/cache/warm"), json=body).json()["prompts"][0]["tokens"]
+
+    assert (num_warmed(**without), num_warmed()) == (num_tokens(**without), num_tokens())
 
 
 def test_the_models_list(client: openai.OpenAI) -> None:

@@ -123,7 +123,8 @@ def _prompt(service: Service, wanted: PromptFields, salt: bytes) -> Prompt:
         return service.text_prompt(wanted.prompt, salt=salt)
     if wanted.tokens is not None:
         return service.token_prompt(wanted.tokens, salt=salt)
-    return service.opening_prompt([message.for_template() for message in wanted.messages or ()], salt=salt)
+    messages = [message.for_template() for message in wanted.messages or ()]
+    return service.opening_prompt(messages, salt=salt, **(wanted.chat_template_kwargs or {}))
 
 
 async def _warm(runner: Runner, request: Request, prompt: Prompt, tokenize_ms: float) -> Warmed:

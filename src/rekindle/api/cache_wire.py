@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rekindle.api.chat_wire import Documents, Message
+from rekindle.api.chat_wire import Documents, Message, TemplateArguments
 from rekindle.api.wire import (
     Ours,
     Span,
@@ -27,6 +27,16 @@ class PromptFields(Ours):
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     tokens: TokenIds | None = None
+    chat_template_kwargs: TemplateArguments | None = Field(
+        default=None, description="those of the chats with these messages"
+    )
+
+    @model_validator(mode="after")
+    def _has_messages(self) -> Self:
+        if self.chat_template_kwargs and self.messages is None:
+            name = "chat_template_kwargs"
+            raise InvalidRequest(f"{name} say how messages are written, and there are none", param=name)
+        return self
 
     @property
     def num_given(self) -> int:
