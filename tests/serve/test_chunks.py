@@ -84,7 +84,7 @@ def test_all_forms_of_a_prompt_blend(llm: rekindle.LLM) -> None:
     assert placed(llm) == [True, True]
     llm.chat([{"role": "user", "content": QUESTION}], documents=[c.text for c in CHUNKS], max_tokens=2, blend=True)
     assert placed(llm) == [True, True]
-    llm.generate(CHUNKS[0], max_tokens=2)
+    llm.generate(CHUNKS[0], max_tokens=2, documents=None)
     assert placed(llm) == []
     llm.warm(CHUNKS, raw=True)
     llm.generate(["Read: ", *CHUNKS, QUESTION], raw=True, max_tokens=2, blend=none)

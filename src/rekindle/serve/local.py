@@ -86,7 +86,9 @@ class LLM:
         pieces = self.stream(prompt, max_tokens=max_tokens, temperature=temperature, stop=stop, raw=raw, **options)
         return "".join(pieces)
 
-    def chat(self, messages: Messages, *, documents: Sequence[Any] = (), blend: Wish = None, **options: Any) -> str:
+    def chat(
+        self, messages: Messages, *, documents: Sequence[Any] | None = (), blend: Wish = None, **options: Any
+    ) -> str:
         """The answer to a conversation. `documents`: what to answer from, each a chunk, put where the template says.
 
         Each is `{"title": …, "text": …}`, a text or a Chunk. `content` of a message is text, or a list of texts and Chunks.
@@ -104,7 +106,7 @@ class LLM:
         raw: bool = False,
         ignore_eos: bool = False,
         priority: int = 0,
-        documents: Sequence[Any] = (),
+        documents: Sequence[Any] | None = (),
         blend: Wish = None,
         **sampling: Any,
     ) -> Iterator[str]:
@@ -207,6 +209,7 @@ class LLM:
 
 def _documents(given: Any) -> list[Document]:
     """Each of them. One alone is no list of documents, though a text or a mapping can be iterated over."""
+    given = () if given is None else given  # as null in the API
     if isinstance(given, (str, bytes, Mapping, Document, Chunk)) or not isinstance(given, Iterable):
         raise InvalidRequest(
             f"documents: expected a list of texts, Chunks or mappings, got one {type(given).__name__}",
