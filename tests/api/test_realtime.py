@@ -354,6 +354,26 @@ def test_an_answer_to_other_instructions_does_not_end_in_another_context(clients
     assert client.conversation() == []
 
 
+def test_an_answer_to_other_instructions_does_not_end_in_a_conversation_that_went_back(
+    clients: Any, url: str, steps: Steps
+) -> None:
+    client, speaker = clients("session=went-back"), Client(url, "/ws/input?session=went-back")
+    client.item(QUESTION)
+    steps.hold()
+    client.send("response.create", response={"instructions": "Be brief.", "max_output_tokens": 5, "temperature": 0})
+    item = client.last("response.output_item.added")["item"]
+    speaker.send({"type": "reset"})
+    client.until("conversation.item.deleted")
+    steps.let_all()
+    assert "went back" in client.error()["message"]
+    assert client.last("conversation.item.deleted")["item_id"] == item["id"]
+    assert client.last("response.done")["response"]["conversation_id"] is None
+    assert client.conversation() == []
+    client.ask(QUESTION)
+    assert len(client.conversation()) == 2
+    speaker.close()
+
+
 def test_contexts_have_conversations_of_their_own(clients: Any) -> None:
     client = clients()
     client.ask(QUESTION)

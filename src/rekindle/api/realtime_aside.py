@@ -41,6 +41,7 @@ class Aside:
         self,
         response: Response,
         context: Context,
+        behind: Item | None,
         gate: Gate,
         owner: bytes,
         *,
@@ -49,10 +50,10 @@ class Aside:
     ) -> None:
         """`ended` is called before the response is told to be done, and gives the id of the item before it.
 
-        Adopted ones become part of the conversation, if the context is still the same. `gate` counts it among the
-        answers of its owner, whose salt it is.
+        Adopted ones become part of the conversation, if the context is still the same and `behind`, its last item when
+        this was asked, is still there. `gate` counts it among the answers of its owner, whose salt it is.
         """
-        self.response, self.context = response, context
+        self.response, self.context, self.behind = response, context, behind
         self._gate, self._owner = gate, owner
         self.is_adopted = is_adopted
         self.text = ""

@@ -353,7 +353,8 @@ class Commands:
             raise Overloaded(f"{MAX_ASIDES} answers beside the conversation are under way; wait for one to end")
         gate, owner = self._sessions.gate, self._session.salt
         context = self._session.context
-        aside = Aside(response, context, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
+        behind = self.conversation.items[-1] if self.conversation.items else None
+        aside = Aside(response, context, behind, gate, owner, is_adopted=is_adopted, ended=self._aside_ended)
         aside.ask(self._service, generation, self._sessions.call)
         self._asides[response.id] = aside
         if is_adopted:
@@ -404,6 +405,8 @@ class Commands:
         try:
             if aside.context is not self._session.context:
                 raise SessionError("the context has been swapped: what was answered in the one before is no part of it")
+            if aside.behind is not None and not any(aside.behind.is_same(each) for each in conversation.items):
+                raise SessionError("the conversation went back meanwhile: what was answered is no part of it")
             with conversation.amended([*conversation.items, item]):
                 pass
         except RekindleError as error:

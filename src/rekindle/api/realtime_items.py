@@ -33,6 +33,10 @@ class Item:
     turn: int = 0  # the number of the session's turn that it is part of; 0: of the head
     parts: Sequence[Part] = ()  # as they came, if they did
 
+    def is_same(self, other: Item) -> bool:
+        """Whether both show the same message, under whatever ids."""
+        return (self.role, self.text, self.turn) == (other.role, other.text, other.turn)
+
     @property
     def content(self) -> str | list[Part]:
         """For chat templates: the text, or its parts if there is a chunk among them."""
