@@ -178,8 +178,8 @@ def _check_memory(wish: Wish, setup: Setup | None) -> None:
     need, free = 2 * setup.model.stat().st_size, free_bytes()
     if free < need:
         raise ServerError(
-            f"{wish.workload} is asked in turn with both servers up, each with its own weights: expected "
-            f"at least {need / 1e9:.1f} GB of free memory, got {free / 1e9:.1f} GB; take a smaller model, or end other programs"
+            f"{wish.workload} is asked in turn with both servers up, each with its own weights: expected at least "
+            f"{need / 1e9:.1f} GB of free memory, got {free / 1e9:.1f} GB; take a smaller model, or end other programs"
         )
 
 
