@@ -387,15 +387,21 @@ def test_an_owners_answers_are_counted_until_they_end_in_whatever_way(toy: Servi
     gate = OnlyOne()
     with Sessions(toy, gate=gate) as sessions:
         one, two, other = (Talker(sessions, name, salt=salt) for name, salt in (("1", b"a"), ("2", b"a"), ("1", b"b")))
-        for end in ("interrupt", "reset", "ask"):
-            one.do("commit", "Hello.")
-            one.do("answer", max_tokens=4000)
-            with pytest.raises(Overloaded):
-                two.do("answer")
-            other.ask("Hello.")
-            if end != "ask":
-                one.do(end)
-            one.until(lambda news: isinstance(news, End))
+        for end in ("interrupt", "reset", None):
+
+            def answer(end: str | None = end) -> None:  # as one command, so that none ends by itself before
+                for talker in (one, other):
+                    talker.session.commit("Hello.")
+                    talker.session.answer(max_tokens=8)
+                with pytest.raises(Overloaded):
+                    two.session.answer()
+                assert sorted(gate.inside) == [b"a", b"b"]
+                if end is not None:
+                    getattr(one.session, end)()
+
+            one.call(answer)
+            for talker in (one, other):
+                talker.until(lambda news: isinstance(news, End))
             assert gate.inside == []
             two.ask("Hello.")
         with pytest.raises(RekindleError):
