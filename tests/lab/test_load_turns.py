@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -264,10 +265,18 @@ def test_one_that_dies_in_the_middle_is_told_and_the_other_ends_too(peer: Path, 
 def servers_of(pid_file: Path) -> dict[str, int]:
     """Both servers, by name."""
     peer = int(pid_file.read_text())
-    (own,) = (
-        each.pid for each in psutil.Process().children() if each.pid != peer and "--max-running" in each.cmdline()
-    )
+    (own,) = (pid for pid in servers_up("--max-running") if pid != peer)  # an option that the stand-in hasn't
     return {"rekindle": own, "llama-server": peer}
+
+
+def servers_up(option: str = "serve") -> list[int]:
+    """Children of this process that were started with it."""
+    found = []
+    for each in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # ended, and nobody has asked how
+            if option in each.cmdline():
+                found.append(each.pid)
+    return found
 
 
 def test_two_models_that_memory_does_not_hold_are_refused_before_any_is_started(
@@ -275,7 +284,9 @@ def test_two_models_that_memory_does_not_hold_are_refused_before_any_is_started(
 ) -> None:
     setup = setup_for("cold")
     monkeypatch.setattr(arms, "free_bytes", lambda: 2 * setup.model.stat().st_size - 1)
-    with pytest.raises(ServerError, match=r"expected at least 0\.\d GB of free memory, got 0\.\d GB; take a smaller model"):
+    with pytest.raises(
+        ServerError, match=r"expected at least 0\.\d GB of free memory, got 0\.\d GB; take a smaller model"
+    ):
         run_load(Wish(workload="cold", sizes=SMALL, peer=str(peer)), setup)
     assert not peer.with_name("pid").exists()
 
@@ -284,11 +295,11 @@ def test_two_models_that_memory_does_not_hold_are_refused_before_any_is_started(
 def test_sessions_have_one_server_up_at_a_time(monkeypatch: pytest.MonkeyPatch, peer: Path) -> None:
     """So there need be memory for one only."""
     monkeypatch.setattr(arms, "free_bytes", lambda: 0)
-    up: list[int] = []
+    before, up = set(servers_up()), list[int]()
 
     def count(_: str, done: int, total: int) -> None:
         if done == total:
-            up.append(sum("serve" in each.cmdline() for each in psutil.Process().children()))
+            up.append(len(set(servers_up()) - before))
 
     report = run_load(Wish(workload="rag", sizes=SMALL, peer=str(peer)), setup_for("rag"), count)
     assert up == [1, 1]
