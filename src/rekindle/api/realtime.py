@@ -190,7 +190,7 @@ class _Talk:
 
     async def is_busy(self) -> bool:
         """Whether there is something that a client waits for."""
-        return await self._live.holds(lambda: self._commands.is_busy)
+        return await self._live.holds(lambda: self._commands.is_needed)
 
     def _sink(self, event: Event) -> None:
         """On the sessions' thread."""

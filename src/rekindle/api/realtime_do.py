@@ -119,7 +119,7 @@ class Commands:
             aside.cancel()
 
     @property
-    def is_busy(self) -> bool:
+    def is_needed(self) -> bool:
         """Whether an answer is under way, or something waits for its end."""
         return self._session.state == "answering" or bool(self._asides or self._waiting)
 
