@@ -138,13 +138,15 @@ def test_a_client_that_never_reads_is_no_trouble_when_it_leaves(address: tuple[s
     listener.wait(lambda events: listener.ends == ["cancelled"])
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate_stream"])
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", ASK), ("/generate_stream", LONG)])
 @pytest.mark.parametrize("who", ["server", "service"])
-def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(path: str, who: str) -> None:
+def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(
+    path: str, body: dict[str, Any], who: str
+) -> None:
     service = Service.open(Settings(engine="toy", context=CONTEXT))
     with ExitStack() as server:
         host, _, port = server.enter_context(running(service)).removeprefix("http://").rpartition(":")
-        with post((host, int(port)), path, ASK | LONG | {"stream": True}) as connection:
+        with post((host, int(port)), path, body | {"stream": True}) as connection:
             received = b""
             while received.count(b"\ndata: ") < 3:
                 received += connection.recv(4096)
