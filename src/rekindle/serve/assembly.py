@@ -18,6 +18,7 @@ from rekindle.model.model import Model, file_state
 from rekindle.model.spec import ModelSpec
 from rekindle.serve.budget import free_bytes, memory_budget
 from rekindle.serve.cores import reachable_cores, usable_cores
+from rekindle.serve.courtesy import Courtesy
 from rekindle.serve.crowding import Crowding, watch_crowding
 from rekindle.serve.place import store_folder
 from rekindle.settings import Settings
@@ -46,6 +47,12 @@ def open_crowding(settings: Settings, model: Model) -> Crowding | None:
     """Who watches for other programs on the engine's cores, if that is of use to it."""
     is_llama = engine_name(settings, model) == "llama.cpp"
     return watch_crowding(num_threads(settings), reachable_cores()) if is_llama else None
+
+
+def open_courtesy(settings: Settings, model: Model) -> Courtesy | None:
+    """Who lets first tokens out, if the engine's threads leave no core for that."""
+    is_on_cores = engine_name(settings, model) == "llama.cpp" and not settings.gpu_layers
+    return Courtesy() if is_on_cores and num_threads(settings) >= reachable_cores() else None
 
 
 def num_threads(settings: Settings) -> int:

@@ -21,7 +21,7 @@ from rekindle.kv.store import Fetched
 from rekindle.model.model import Model
 from rekindle.reuse.blend import Blend, check_select
 from rekindle.reuse.prompt import Prompt
-from rekindle.serve.assembly import check_store_url, engine_name, open_crowding, open_engine, open_store
+from rekindle.serve.assembly import check_store_url, engine_name, open_courtesy, open_crowding, open_engine, open_store
 from rekindle.serve.blend_gate import BlendGate, BlendingRefused
 from rekindle.serve.blending import Blending, blends, check_blend, check_layer, offered, tell_if_unmovable
 from rekindle.serve.grammar import Grammars
@@ -106,6 +106,8 @@ class Service(Prompting):
             if crowding is not None:
                 undo.callback(crowding.close)
                 observers = [*observers, crowding]
+            if (courtesy := open_courtesy(settings, model)) is not None:
+                observers = [*observers, courtesy]
             self._scores = Scores(engine.spec.fingerprint, self.head, self.folder)
             rows = Rows() if engine_name(settings, model) == "llama.cpp" else None
             self._blending = Blending(self._store, self.head, self._scores, rows)
