@@ -308,7 +308,8 @@ def test_a_key_has_no_more_answers_at_a_time_than_it_may(tmp_path: Path, clients
         steps.let_all()
         assert other.until("end")[-1]["turn"] == 1
         one.until("end")
-        two.send({"type": "message"})  # what was said is waiting
+        two.send(ASKED)  # what was refused was not said
+        assert two.until("user_input")[-1]["data"] == ASKED["data"]
         assert two.until("end")[-1]["turn"] == 1
         handle = one.welcome["detail"]["handle"]
         with pytest.raises(InvalidStatus):

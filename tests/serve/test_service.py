@@ -166,6 +166,8 @@ def test_the_queue_has_a_limit() -> None:
             service.submit(generation(service), lambda event: None)
         with pytest.raises(Overloaded, match="the limit is 2"):
             service.submit(generation(service), lambda event: None)
+        with pytest.raises(Overloaded, match="the limit is 2"):
+            service.check_room()
         gate.set()
 
 

@@ -60,9 +60,8 @@ class MessageIn(TextOnly):
         """Say it, and have it answered."""
         if session.state == "answering":
             session.interrupt()
-        session.commit(self.data, ahead=False)
         sampling = None if self.temperature is None else Sampling(temperature=self.temperature)
-        session.answer(max_tokens=self.max_tokens, sampling=sampling)
+        session.say(self.data, max_tokens=self.max_tokens, sampling=sampling)
 
 
 class PartialIn(TextOnly):

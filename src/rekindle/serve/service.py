@@ -230,6 +230,14 @@ class Service(Prompting):
             raise
         return _Ticket(run, self._worker)
 
+    def check_room(self) -> None:
+        """For who would do something before one more generation is queued. Raises Overloaded."""
+        try:
+            self._worker.check_room()
+        except RekindleError:
+            self.metrics.refused()
+            raise
+
     def _check_length(self, prompt: Prompt) -> None:
         """Raises PromptTooLong."""
         if len(prompt) >= self.max_tokens:

@@ -70,14 +70,22 @@ class Worker:
     def submit(self, run: Run) -> None:
         """Queue a request. Raises Overloaded, Stopping, or EngineError when the worker has failed."""
         with self._lock:
-            self._check_alive()
-            waiting = len(self._scheduler.waiting) + self._posted
-            if waiting >= self._max_queue:
-                raise Overloaded(
-                    f"{counted(waiting, 'request')} waiting already, the limit is {self._max_queue}; try again later"
-                )
+            self._check_room()
             self._posted += 1
             self._inbox.put(lambda: self._take(run))
+
+    def check_room(self) -> None:
+        """Whether one more request may come just now. Raises what `submit` raises."""
+        with self._lock:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        self._check_alive()
+        waiting = len(self._scheduler.waiting) + self._posted
+        if waiting >= self._max_queue:
+            raise Overloaded(
+                f"{counted(waiting, 'request')} waiting already, the limit is {self._max_queue}; try again later"
+            )
 
     def call(self, action: Callable[[Scheduler], object]) -> None:
         """Do something on the worker's thread, between two steps, and wait for it. Raises what it raises."""

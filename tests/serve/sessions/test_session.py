@@ -410,6 +410,25 @@ def test_an_owners_answers_are_counted_until_they_end_in_whatever_way(toy: Servi
         assert sum(seconds is not None for seconds in gate.seconds) == 7
 
 
+def test_what_is_said_where_one_more_answer_is_too_many_was_not_said(toy: Service) -> None:
+    with Sessions(toy, gate=OnlyOne()) as sessions:
+        one, two = (Talker(sessions, name, salt=b"a") for name in "12")
+
+        def say() -> None:  # as one command, so that the answer can't end before
+            one.session.say("Hello.")
+            two.session.append("Hel")
+            for text in ("Hello?", None):
+                with pytest.raises(Overloaded):
+                    two.session.say(text)
+            assert (two.session.state, two.session.context.draft) == ("idle", "Hel")
+
+        one.call(say)
+        one.until(lambda news: isinstance(news, End))
+        two.call(lambda: two.session.say("Hello?"))
+        two.until(lambda news: isinstance(news, End))
+        assert [news.text for news in two.news if isinstance(news, UserInput)] == ["Hello?"]
+
+
 @pytest.mark.parametrize(
     ("operation", "arguments", "reason"),
     [

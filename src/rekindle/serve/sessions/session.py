@@ -249,18 +249,26 @@ class Session:
 
         Raises Overloaded, SessionError, InvalidRequest.
         """
+        return self._enter(lambda: self.context.open or self.commit(ahead=False), max_tokens, sampling)
+
+    def say(self, text: str | None, *, max_tokens: int | None = None, sampling: Sampling | None = None) -> int:
+        """Commit this, or the draft, and have it answered; where one more answer is too many, neither is done."""
+        return self._enter(lambda: self.commit(text, ahead=False), max_tokens, sampling)
+
+    def _enter(self, begin: Callable[[], Turn], max_tokens: int | None, sampling: Sampling | None) -> int:
         if self.is_closed:
             raise SessionError("the session has ended; open it again")
         self._check_quiet()
         self._gate.enter(self.salt)
         try:
-            return self._ask(max_tokens, sampling or self.options.sampling)
+            self._service.check_room()
+            return self._ask(begin(), max_tokens, sampling or self.options.sampling)
         except Exception:
             self._gate.leave(self.salt, None)
             raise
 
-    def _ask(self, max_tokens: int | None, sampling: Sampling) -> int:
-        turn, context = self.context.open or self.commit(ahead=False), self.context
+    def _ask(self, turn: Turn, max_tokens: int | None, sampling: Sampling) -> int:
+        context = self.context
         if context.num_tokens >= self.window:  # it was narrowed while the message waited, which may be unread
             self._fit(context, self.answer_tokens, is_read=False)
         room = self.window - context.num_tokens
