@@ -395,17 +395,23 @@ class Draining:
             assert self._asked.acquire(timeout=WAIT_SECONDS)
 
 
+def both_asked(url: str) -> tuple[Client, Realtime]:
+    """A client of either API, whose answer is under way."""
+    client, realtime = Client(url, "/ws"), Realtime(url)
+    client.send(ASKED)
+    client.until("user_input")
+    realtime.item("Hello.")
+    realtime.send("response.create", response={"max_output_tokens": 6})
+    realtime.until("response.created")
+    return client, realtime
+
+
 def test_a_server_that_drains_answers_live_sessions_first(monkeypatch: pytest.MonkeyPatch) -> None:
     draining = Draining(monkeypatch)
     with Service.open(Settings(engine="toy", store="none", drain_seconds=WAIT_SECONDS)) as service:
         steps = Steps(service)
         with running(service) as url:
-            client, realtime = Client(url, "/ws"), Realtime(url)
-            client.send(ASKED)
-            client.until("user_input")
-            realtime.item("Hello.")
-            realtime.send("response.create", response={"max_output_tokens": 6})
-            realtime.until("response.created")
+            client, realtime = both_asked(url)
             draining.begin()
             client.send(ASKED)
             assert client.until("error")[-1]["error"]["code"] == "stopping"
@@ -425,12 +431,7 @@ def test_an_answer_that_a_server_has_no_time_for_is_told_to_have_ended(monkeypat
     with Service.open(Settings(engine="toy", store="none", drain_seconds=0)) as service:
         steps = Steps(service)
         with running(service) as url:
-            client, realtime = Client(url, "/ws"), Realtime(url)
-            client.send(ASKED)
-            client.until("user_input")
-            realtime.item("Hello.")
-            realtime.send("response.create", response={"max_output_tokens": 6})
-            realtime.until("response.created")
+            client, realtime = both_asked(url)
         assert client.until("end")[-1]["reason"] == "cancelled"
         assert realtime.last("response.done")["response"]["status"] == "cancelled"
         steps.let_all()
