@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import rekindle
 from rekindle.errors import InvalidRequest, PromptTooLong
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.local import LLM
-from rekindle.serve.request import Done, Generation, Sampling
+from rekindle.serve.request import Done, Event, Generation, Sampling
 from rekindle.serve.service import Service
 
 STORY = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. "
@@ -46,6 +48,17 @@ def computed(llm: LLM, prompt: Prompt | str) -> int:
 def answer(service: Service, prompt: Prompt, **options: object) -> Done:
     generation = Generation(prompt=prompt, max_tokens=4, sampling=Sampling(temperature=0), **options)  # type: ignore[arg-type]
     return next(event for event in service.events(generation) if isinstance(event, Done))
+
+
+def give_up(service: Service, prompt: Prompt) -> None:
+    """Ask for a prompt to be pinned, go before it is read, and wait until that is over."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    left = threading.Event()
+    service._worker.post(lambda scheduler: left.wait())
+    service.submit(Generation(prompt=prompt, pin_seconds=60.0), events.put).cancel()
+    left.set()
+    ended = events.get()
+    assert isinstance(ended, Done) and ended.reason == "cancelled"
 
 
 def flood(llm: LLM, salt: bytes = b"") -> None:
@@ -127,16 +140,13 @@ def test_an_answer_is_pinned_with_its_prompt(open_llm: Open) -> None:
 def test_nobody_is_left_with_the_pin_of_a_request_that_failed(open_llm: Open) -> None:
     llm = open_llm()
     prompt = llm.service.text_prompt(PROMPTS[0])
-    ticket = llm.service.submit(Generation(prompt=prompt, pin_seconds=60.0), lambda event: None)
-    ticket.cancel()
-    llm.service.settle()
+    give_up(llm.service, prompt)
     assert llm.pins() == []
     with pytest.raises(PromptTooLong):
         answer(llm.service, llm.service.text_prompt(STORY * 150), pin_seconds=60.0)
     assert llm.pins() == []
     kept = llm.pin(PROMPTS[0], ttl=60, raw=True)
-    llm.service.submit(Generation(prompt=prompt, pin_seconds=60.0), lambda event: None).cancel()
-    llm.service.settle()
+    give_up(llm.service, prompt)
     assert [pin.id for pin in llm.pins()] == [kept.id]  # this one was there before
 
 
