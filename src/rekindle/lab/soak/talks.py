@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from rekindle.lab.soak.load import BACK_OFF_SECONDS, BUSY, PATIENCE_SECONDS, Tally
+from rekindle.lab.soak.load import BACK_OFF_SECONDS, BUSY, PATIENCE_SECONDS, Kind, Tally
 
 TALKERS = 4
 _BUSY = ("overloaded", "conversation_already_has_active_response")  # one that a lost connection has left
@@ -106,28 +106,36 @@ class _Talker(ABC):
         self._said += 1
         text = f"{self._said}. " + " ".join(self._random.choices(("Vodris", "paints", "in", "orange.", "Who?"), k=12))
         await self._say(text, [text[: len(text) // 3], text[: len(text) // 2]][: self._random.randrange(3)])
+        await self._ask(text)
         if way == "drop" and self._random.random() < 0.5:
             return self._drop()
-        is_cut, code = False, ""
-        while not (is_over := self._is_over(event := await self._next())):
-            code = self._error(event) or code
-            if code in _BUSY:
-                break
+        while (came := await self._hear(way)) == "busy":
+            self._tally.add("busy")
+            await asyncio.sleep(BACK_OFF_SECONDS)
+            await self._ask(text)
+        if came == "left":
+            return self._drop()
+        self._tally.add(came)
+        return True
+
+    async def _hear(self, way: Way) -> Kind:
+        """What comes of a question. Raises Refused for what may not."""
+        is_cut = False
+        while not self._is_over(event := await self._next()):
+            if (code := self._error(event)) in _BUSY:
+                return "busy"
             if code and not self._is_late(code, is_cut):
                 raise Refused(json.dumps(event))
             if self._is_token(event) and way == "drop":
-                return self._drop()
+                return "left"
             if self._is_token(event) and way == "cut off" and not is_cut:
                 is_cut = True
                 await self._cut_off()
-        if code in _BUSY or self._failed(event) in _BUSY:
-            self._tally.add("busy")
-            await asyncio.sleep(BACK_OFF_SECONDS)
-        elif is_over and self._failed(event):
+        if (code := self._failed(event)) in _BUSY:
+            return "busy"
+        if code:
             raise Refused(json.dumps(event))
-        else:
-            self._tally.add("cut off" if is_cut else "talked")
-        return True
+        return "cut off" if is_cut else "talked"
 
     def _drop(self) -> bool:
         """As when the network fails: no goodbye."""
@@ -160,7 +168,11 @@ class _Talker(ABC):
 
     @abstractmethod
     async def _say(self, text: str, drafts: list[str]) -> None:
-        """Have it read while it grows, and answered."""
+        """Have it read while it grows."""
+
+    @abstractmethod
+    async def _ask(self, text: str) -> None:
+        """For an answer to what was said; once more if it was refused."""
 
     @abstractmethod
     async def _cut_off(self) -> None:
@@ -209,6 +221,8 @@ class Simple(_Talker):
             await self._send("swap", context="main")
         for draft in drafts:
             await self._send("partial", data=draft)
+
+    async def _ask(self, text: str) -> None:
         self._turn = -1
         await self._send("message", data=text, max_tokens=self._random.choice((1, 8, 24)), temperature=0)
 
@@ -254,6 +268,8 @@ class Realtime(_Talker):
             await self._send("input_text_buffer.replace", text=draft)
         await self._send("input_text_buffer.replace", text=text)
         await self._send("input_text_buffer.commit")
+
+    async def _ask(self, text: str) -> None:
         wish = {"max_output_tokens": self._random.choice((1, 8, 24)), "temperature": 0}
         await self._send("response.create", response=wish | {"metadata": {"said": str(self._said)}})
 
