@@ -17,6 +17,7 @@ import rekindle
 PACKAGE = Path(rekindle.__file__).parent
 FLOORS = {
     "errors": 0,
+    "heap": 0,
     "openmp": 0,
     "tokens": 0,
     "settings": 1,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import ByteSize
 
+from rekindle import heap
 from rekindle.cli.refusals import FAILED, complain
 from rekindle.errors import EngineError
 from rekindle.settings import Settings
@@ -36,6 +37,7 @@ CLOSE_SECONDS = 5.0  # beside writing the store, for closing what a failed worke
 
 def run_server(settings: Settings, *, at_end: Callable[[Service], object] | None = None) -> None:
     """Serve until SIGINT or SIGTERM, then do something `at_end`, before the service closes. Raises RekindleError."""
+    heap.share_arenas()  # before there are threads
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.disable()  # what is loaded stays: looking through it for garbage takes a tenth of the start
     outside = _Signals()

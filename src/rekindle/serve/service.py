@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from rekindle import heap
 from rekindle.engine.protocol import Engine
 from rekindle.errors import InvalidRequest, PromptTooLong, RekindleError
 from rekindle.kv.disk import DiskTier
@@ -335,12 +336,16 @@ class Service(Prompting):
     def clear_cache(self, *, every_model: bool = False) -> None:
         """Forget all residents and everything stored of this model, or of every model. Running requests go on.
 
-        Pins stay: what is stored of their prompts later is kept again. Raises TierUnavailable if a tier keeps what it has.
+        Pins stay: what is stored of their prompts later is kept again. Memory goes back to the system.
+        Raises TierUnavailable if a tier keeps what it has.
         """
         self._transcripts.clear()
         self._worker.call(Scheduler.clear_cache)
         self._scores.clear()
-        self._store.clear(every_model=every_model)
+        try:
+            self._store.clear(every_model=every_model)
+        finally:
+            heap.trim()
 
     def clear_memory(self) -> None:
         """Forget all residents and what is in memory; slower tiers keep what they have."""
