@@ -195,6 +195,30 @@ def test_a_folder_removed_under_our_feet_is_made_again(bench: Bench) -> None:
     bench.tier.check_integrity()
 
 
+def test_a_folder_that_another_process_deletes_while_we_make_it_is_made_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever deletes the last file of a folder deletes the folder; here when we have just seen that it exists."""
+    outer = bench.path(CHAIN[0]).parent.parent
+    outer.mkdir(parents=True)
+    make, deleted = os.mkdir, list[Path]()
+
+    def then_deleted(path: Path, mode: int = 0o777) -> None:
+        try:
+            make(path, mode)
+        except FileExistsError:
+            if Path(path) == outer and not deleted:
+                deleted.append(outer)
+                outer.rmdir()
+            raise
+
+    monkeypatch.setattr(os, "mkdir", then_deleted)
+    bench.tier.put(CHAIN)
+    assert deleted == [outer]
+    assert all_facts(bench.tier.get(PLACES)) == all_facts(CHAIN)
+    assert bench.tier.stats().faults == 0
+
+
 def test_a_file_where_the_folder_should_be(bench: Bench) -> None:
     bench.folder.write_text("not a folder")
     bench.fails(lambda: bench.tier.put(CHAIN), "can't be written: Not a directory")

@@ -230,7 +230,7 @@ class Folder:
             except FileNotFoundError:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 for folder in (self.path, self._root, path.parent.parent, path.parent):
-                    with suppress(FileNotFoundError):
+                    with suppress(FileNotFoundError, FileExistsError):  # it was there, and is gone when looked at
                         folder.mkdir(_FOLDER_MODE, exist_ok=True)
         return os.open(path, flags, _FILE_MODE)
 
