@@ -53,7 +53,7 @@ class Bench:
         (store or self.store).put(tokens, payloads, salt=salt, tails=tails)
 
     def restart(self) -> Store:
-        assert self.store.close()
+        assert self.store.close(60)
         return self.fresh()
 
 
@@ -124,7 +124,7 @@ def test_what_a_fast_tier_lacks_comes_from_the_slow_one_and_is_kept_in_the_fast_
     for key in missing:
         del disk.blocks[key]
     assert store.fetch(PROMPT).tokens == {"disk": 8, "network": 6}
-    assert store.behind.flush(10)
+    assert store.behind.flush(60)
     assert disk.blocks.keys() == network.blocks.keys()
 
 
@@ -152,7 +152,7 @@ def test_a_failing_tier_is_a_miss_and_is_logged_once(bench: Bench, caplog: pytes
     bench.tiers[0].failing = True
     for number in range(3):
         bench.put(PROMPT + number)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     assert len([record for record in caplog.records if "cannot be written to" in record.message]) == 1
     store = bench.restart()
     assert store.fetch(PROMPT).tokens == {"network": 14}
@@ -166,7 +166,7 @@ def test_a_failing_tier_is_a_miss_and_is_logged_once(bench: Bench, caplog: pytes
 
 def test_a_tier_that_cannot_be_cleared_keeps_no_other_from_it(bench: Bench) -> None:
     bench.put(PROMPT)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     bench.tiers[0].failing = True
     with pytest.raises(TierUnavailable, match="the disk tier keeps what it has") as told:
         bench.store.clear()
@@ -210,7 +210,7 @@ def test_a_chain_that_grows_takes_the_queues_room_once(room: int, fits: bool) ->
 
 def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Bench) -> None:
     bench.put(PROMPT)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     compute = Speed()
     compute.add(1000, 1.0)
     refusals = 0
@@ -226,7 +226,7 @@ def test_a_tier_slower_than_computing_is_passed_over_and_tried_again(bench: Benc
 
 def test_a_fetch_that_failed_on_the_way_says_nothing_of_the_tiers_speed(bench: Bench) -> None:
     bench.put(PROMPT)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     store = bench.restart()
     disk = bench.tiers[0]
     disk.num_good = disk.num_read + 2
@@ -240,15 +240,15 @@ def test_slower_tiers_hear_of_what_memory_serves_once_a_minute(bench: Bench) -> 
     for _ in range(3):
         match = bench.store.match(PROMPT)
         bench.store.used(match)
-    assert bench.store.behind.flush()
+    assert bench.store.behind.flush(60)
     assert disk.touched == network.touched == [[block.key for block in match.blocks]]
     bench.store.used(bench.store.match(PROMPT[:8]))
-    assert bench.store.behind.flush()
+    assert bench.store.behind.flush(60)
     assert disk.touched[1:] == [[block.key for block in match.blocks[:2]]]
     bench.now += 60
     disk.failing = True
     bench.store.used(bench.store.match(PROMPT))
-    assert bench.store.behind.flush()
+    assert bench.store.behind.flush(60)
     assert (len(disk.touched), len(network.touched)) == (2, 3)
     disk.failing = False
 
@@ -267,7 +267,7 @@ def test_a_use_that_finds_the_queue_full_is_no_lost_block() -> None:
 def test_an_empty_queue_takes_a_chain_of_any_size() -> None:
     bench = Bench(DictTier(), max_behind_bytes=10)
     bench.put(PROMPT)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     assert (len(bench.tiers[0].blocks), bench.store.stats().dropped) == (4, 0)
     bench.store.close()
 
@@ -292,18 +292,18 @@ def test_a_writer_outlives_what_a_tier_may_raise(
         patch.setattr(bench.tiers[0], failing, fail)
         bench.put(PROMPT)
         bench.store.used(bench.store.match(PROMPT))
-        assert bench.store.behind.flush(10)
+        assert bench.store.behind.flush(60)
     assert len([record for record in caplog.records if record.exc_info]) == 1
     there = len(bench.tiers[0].blocks)
     bench.put(PROMPT + 100)
-    assert bench.store.behind.flush(10)
+    assert bench.store.behind.flush(60)
     assert len(bench.tiers[0].blocks) == there + 4
 
 
 def test_a_chain_longer_than_memory_is_useful_from_its_head(bench: Bench) -> None:
     prompt = as_tokens(range(400))
     bench.put(prompt)
-    assert bench.store.close()
+    assert bench.store.close(60)
     bench.fresh(max_bytes=5000).fetch(prompt)
     assert 20 <= bench.store.match(prompt).length < 400
     bench.store.check_integrity()
