@@ -77,9 +77,16 @@ def test_who_ends_it_ends_its_server_too(environment: dict[str, str], number: si
 
 def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    while not has_ended(pid):
         assert time.monotonic() < deadline, "the server outlives who started it"
         os.sched_yield()
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it is gone, maybe since the file was opened
+        return True
 
 
 def wait_for_children(pid: int) -> list[int]:
