@@ -418,7 +418,8 @@ def test_what_has_no_effect_here_is_accepted(http: httpx.Client) -> None:
 
 @pytest.fixture
 def broken(service: Service) -> Iterator[None]:
-    """The engine fails at its fifth step."""
+    """The engine fails at its fifth step, of those of the next request: nothing is left to be studied in idle time."""
+    assert service.study(60)
     forward, steps = service._engine.forward, iter(range(100))
 
     def fail(work: Any) -> Any:
