@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,9 +124,10 @@ def test_chunks_are_computed_on_their_own_and_placed_later(bench: Bench) -> None
         chunks = [rekindle.Chunk(DOCUMENTS["two.txt"].strip()), rekindle.Chunk(STORY * 6)]
         llm.generate([*chunks, "Who lives in Babmouth?"], max_tokens=2, blend={"select": "none"})
         assert llm.last is not None and [bool(chunk.placed) for chunk in llm.last.plan.chunks] == [True, True]
+    with rekindle.load(threads=1, context=1024, store=str(bench.store)) as llm:  # which has not found the disk slow
         titled = [{"title": "About Grevmar", "text": DOCUMENTS["two.txt"]}]
         llm.chat([{"role": "user", "content": "Who?"}], documents=titled, max_tokens=2, blend={"select": "none"})
-        assert llm.last.plan.chunks[0].placed > 150
+        assert llm.last is not None and llm.last.plan.chunks[0].placed > 150
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "One."), ("a.json", '["One."]'), ("a.jsonl", '"One."')])
@@ -330,7 +332,7 @@ def test_pins_of_a_folder(bench: Bench) -> None:
     (made,) = bench.json("pin", bench.file("one.txt"), "--ttl", "2h")["pins"]
     (row,) = bench.json("pins")["pins"]
     assert (row["id"], row["tokens"]) == (made["id"], made["tokens"]) and row["text"].startswith("Vodris")
-    assert "1 h 59 min" in bench("pins")
+    assert re.search(r"1 h 5\d min", bench("pins"))
     assert bench.json("stats")["pins"] == 1
     assert [each["pinned_until"] is not None for each in bench.json("ls")["prompts"]].count(True) == 1
     bench("prune", "--max-size", "0")
