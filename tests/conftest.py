@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# Nor does how long a server takes to answer; 5 seconds are too short on a machine that is busy otherwise.
-DEFAULT_TIMEOUT_CONFIG.connect = DEFAULT_TIMEOUT_CONFIG.read = 60
+# Nor does how long a server takes to read and to answer; 5 seconds are too short on a machine that is busy otherwise.
+DEFAULT_TIMEOUT_CONFIG.connect = DEFAULT_TIMEOUT_CONFIG.read = DEFAULT_TIMEOUT_CONFIG.write = 60
 
 
 def pytest_configure() -> None:

@@ -246,7 +246,7 @@ def test_over_the_socket(real: httpx.Client, url: str) -> None:
             pass
         return dict(event)
 
-    with connect(url.replace("http", "ws", 1) + PATH, proxy=None) as socket:
+    with connect(url.replace("http", "ws", 1) + PATH, open_timeout=60, proxy=None) as socket:
         first = end(**ask(*PASSAGES[:2], **blended(select="none")), store=False)["response"]
         assert placed(first) == [True] * 2
         more = {"input": [user(chunk(PASSAGES[2]), words("And now?"))], "previous_response_id": first["id"]}

@@ -112,7 +112,7 @@ def test_json_after_known_requests(fresh: tuple[Service, httpx.Client]) -> None:
     assert found["cache_hit_rate"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["cache_token_hit_rate"] == pytest.approx(2 / 3, abs=1e-4)
     assert 0 < found["avg_ttft_sec"] < found["avg_latency"]
-    assert found["tokens_per_sec"] > 0
+    assert found["tokens_per_sec"] >= 0  # of the last ten seconds, in which a busy machine may have done nothing
     assert found["memory_mb"] > 10 and 0 < found["ram_percent"] <= 100 and 0 <= found["cpu_percent"] <= 100
     assert found["uptime_sec"] >= 0 and found["status"] == "ok" and found["model"] == "ember"
     assert found["tiers"]["memory"]["state"] == "ok"

@@ -37,7 +37,7 @@ class Memory(InMemorySpanExporter):
 
     def wait_for(self, count: int) -> tuple[ReadableSpan, ...]:
         with self._came:
-            assert self._came.wait_for(lambda: len(self.get_finished_spans()) >= count, 10)
+            assert self._came.wait_for(lambda: len(self.get_finished_spans()) >= count, 60)
             return self.get_finished_spans()
 
 

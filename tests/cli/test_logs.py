@@ -111,7 +111,7 @@ def test_a_refused_socket_is_no_error_of_the_server(stream: io.StringIO) -> None
     set_up("text", "info", stream)
     settings = Settings(engine="toy", store="none")
     with Service.open(settings) as service, running(service) as url, pytest.raises(InvalidStatus) as refused:
-        connect(url.replace("http", "ws", 1) + "/ws?resume=nothing", proxy=None)
+        connect(url.replace("http", "ws", 1) + "/ws?resume=nothing", open_timeout=60, proxy=None)
     assert refused.value.response.status_code == 400
     assert "status=400" in stream.getvalue() and "ERROR" not in stream.getvalue()
 
