@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ class Bench:
         """When the longest back-off is over."""
         self.clock.now += 61
         self.works()
+
+    def recovers_soon(self) -> None:
+        """With a short time-out: on a busy machine a server that is well may need some tries to answer within it."""
+        for _ in range(100):
+            with suppress(TierUnavailable):
+                self.recovers()
+                return
+        self.recovers()
 
 
 Benches = Callable[..., Bench]
@@ -145,30 +154,31 @@ def test_a_restart_that_nobody_noticed_is_no_fault(server: RedisServer, bench: B
 def test_a_server_that_is_paused(server: RedisServer, benches: Benches) -> None:
     """Its kernel still takes connections and data; only answers are missing."""
     bench = benches(server.url, timeout_seconds=0.5)
-    bench.works()
+    bench.recovers_soon()
+    before = bench.tier.stats().faults
     with server.paused():
         for _ in range(3):
             bench.fails(lambda: list(bench.tier.get(PLACES)), r"gave no answer within 0.5 s")
         bench.fails(lambda: list(bench.tier.get(PLACES)), "gave no answer")
-        assert bench.tier.stats().faults == 3
+        assert bench.tier.stats().faults == before + 3
         with pytest.raises(TierUnavailable, match=r"not asked again for 1\.0 s"):
             bench.tier.put(CHAIN)
         bench.clock.now += 1.1
         bench.fails(lambda: bench.tier.contains(PLACES), "gave no answer")
-        assert bench.tier.stats().faults == 4, "one try when the back-off is over"
+        assert bench.tier.stats().faults == before + 4, "one try when the back-off is over"
         with pytest.raises(TierUnavailable, match=r"not asked again for 2\.0 s"):
             bench.tier.put(CHAIN)
-    bench.recovers()
+    bench.recovers_soon()
 
 
 def test_a_server_that_pauses_while_it_is_written_to(server: RedisServer, benches: Benches) -> None:
     bench = benches(server.url, timeout_seconds=0.5)
-    bench.works()
+    bench.recovers_soon()
     much = make_chain(3, 6, payload_bytes=4_000_000)
     with server.paused():
         bench.fails(lambda: bench.tier.put(much), "gave no answer")
-    bench.recovers()
-    got = list(bench.tier.get([place_of(block) for block in much]))
+    bench.recovers_soon()
+    got = list(benches(server.url).tier.get([place_of(block) for block in much]))
     assert all(block is None or facts(block) == facts(much[index]) for index, block in enumerate(got))
 
 
@@ -299,10 +309,11 @@ def test_a_server_that_trickles_and_then_stops_is_given_up(benches: Benches) -> 
         client, _ = listener.accept()
         with client:
             client.recv(1 << 16)
-            client.sendall(b"$1000000\r\n")
-            for _ in range(20):
-                given_up.wait(0.02)
-                client.sendall(b"x")
+            with suppress(OSError):  # on a busy machine a byte may come too late
+                client.sendall(b"$1000000\r\n")
+                for _ in range(20):
+                    given_up.wait(0.02)
+                    client.sendall(b"x")
             given_up.wait()
 
     thread = threading.Thread(target=trickle)
