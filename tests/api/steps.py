@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rekindle.engine.protocol import Logits, Work
 from rekindle.serve.request import Done, Event, Failed, Generation, Sink
 from rekindle.serve.service import Service, Ticket
 
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 120.0
 
 
 class Followed:
@@ -118,6 +119,18 @@ class _Ticket:
         with self._changed:
             self._followed.cancelled = True
             self._changed.notify_all()
+
+
+@contextmanager
+def steps_of(service: Service) -> Iterator[Steps]:
+    """Its steps wait for leave until the end; then it goes on as before."""
+    forward, submit = service._engine.forward, service.submit
+    steps = Steps(service)
+    try:
+        yield steps
+    finally:
+        steps.let_all()
+        service._engine.forward, service.submit = forward, submit  # type: ignore[method-assign]
 
 
 def address_of(url: str) -> tuple[str, int]:

@@ -59,10 +59,12 @@ class Talker:
         self.do("answer", max_tokens=max_tokens)
         end = self.until(lambda news: isinstance(news, End))
         assert isinstance(end, End)
+        self.call(lambda: None)  # room for the next turn is made, and its file written, after the end is told
         return end
 
-    def first_token(self) -> None:
-        self.until(lambda news: isinstance(news, Token) and bool(news.text))
+    def first_token(self) -> News:
+        """Or the end of an answer that has none."""
+        return self.until(lambda news: isinstance(news, End) or (isinstance(news, Token) and bool(news.text)))
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -77,10 +79,10 @@ def read_anew(service: Service, tokens: Sequence[int], max_tokens: int) -> Done:
     return _read_anew(service, tokens, max_tokens)[-1]  # type: ignore[return-value]
 
 
-def _read_anew(service: Service, tokens: Sequence[int], max_tokens: int) -> list[Event]:
+def _read_anew(service: Service, tokens: Sequence[int], max_tokens: int, **how: Any) -> list[Event]:
     sampling = replace(GREEDY, top_logprobs=4)
     generation = Generation(
-        prompt=service.token_prompt(tokens), max_tokens=max_tokens, sampling=sampling, use_prefix_cache=False
+        prompt=service.token_prompt(tokens), max_tokens=max_tokens, sampling=sampling, use_prefix_cache=False, **how
     )
     return list(service.events(generation))
 
@@ -90,17 +92,20 @@ def is_as_read_anew(service: Service, tokens: Sequence[int], answer: Done) -> bo
 
     Batches of other shapes round otherwise, which decides between those.
     """
-    *pieces, anew = _read_anew(service, tokens, max(1, len(answer.tokens)))
+    is_whole = answer.reason == "stop"  # then the end of the turn is what comes next
+    *pieces, anew = _read_anew(service, tokens, len(answer.tokens) + is_whole, ignore_eos=True)
     assert isinstance(anew, Done)
-    length = common_length(as_tokens(answer.tokens), as_tokens(anew.tokens))
-    if length == len(answer.tokens) == len(anew.tokens):
-        return answer.text == anew.text
     infos = [token for piece in pieces if isinstance(piece, Piece) for token in piece.tokens]
-    if length in (len(infos), len(answer.tokens)):
-        return False
-    logprobs = {token: logprob for token, _, logprob in infos[length].top}
-    here = logprobs.get(answer.tokens[length], -math.inf)
-    return max(logprobs.values()) - here < TIE
+    length = common_length(as_tokens(answer.tokens), as_tokens([each.id for each in infos]))
+    if length == len(answer.tokens) and not is_whole:
+        return answer.text == anew.text
+    is_end = service.model.tokenizer.is_end
+    here = [
+        logprob
+        for token, _, logprob in infos[length].top
+        if (token == answer.tokens[length] if length < len(answer.tokens) else is_end(token))
+    ]
+    return max(logprob for _, _, logprob in infos[length].top) - max(here, default=-math.inf) < TIE
 
 
 def head(text: str) -> list[Message]:

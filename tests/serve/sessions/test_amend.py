@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.serve.sessions.talker import GREEDY, Talker, head, read_anew, settled
+from tests.api.steps import steps_of
+from tests.serve.sessions.talker import GREEDY, Talker, head, is_as_read_anew, settled
 
 from rekindle.errors import InvalidRequest, SessionError
 from rekindle.serve.service import Service
@@ -48,7 +49,7 @@ def test_answers_are_those_of_a_whole_prompt(
         expected = real.chat_prompt([*messages, _as("user", pending)])
         assert tokens == expected.tokens.tolist()
         end = talker.ask(None, 6)
-        assert end.text == read_anew(real, tokens, 6).text
+        assert end.done is not None and is_as_read_anew(real, tokens, end.done)
 
 
 def test_only_what_differs_is_read_again(real: Service, real_sessions: Sessions) -> None:
@@ -87,21 +88,24 @@ def test_a_history_that_is_too_long_loses_its_oldest_turns(sessions: Sessions) -
     assert talker.messages[-2]["content"] == "And?" and len(talker.tokens()) <= 200
 
 
-def test_nothing_is_changed_under_an_answer(sessions: Sessions) -> None:
+def test_nothing_is_changed_under_an_answer(toy: Service, sessions: Sessions) -> None:
     talker = Talker(sessions)
-    talker.do("commit", "Go on for long.")
-    talker.do("answer", max_tokens=900)
-    with pytest.raises(SessionError, match="interrupt"):
-        talker.do("amend", [])
-    talker.do("interrupt")
+    with steps_of(toy):  # so that it does not end before
+        talker.do("commit", "Go on for long.")
+        talker.do("answer", max_tokens=900)
+        with pytest.raises(SessionError, match="interrupt"):
+            talker.do("amend", [])
+        talker.do("interrupt")
 
 
-def test_what_an_interrupted_answer_has_cost_is_told(sessions: Sessions) -> None:
+def test_what_an_interrupted_answer_has_cost_is_told(toy: Service, sessions: Sessions) -> None:
     talker = Talker(sessions)
-    talker.do("commit", "Go on for long.")
-    talker.do("answer", max_tokens=900, sampling=GREEDY)
-    talker.first_token()
-    talker.do("interrupt")
+    with steps_of(toy) as steps:
+        talker.do("commit", "Go on for long.")
+        talker.do("answer", max_tokens=900, sampling=GREEDY)
+        steps.let(20)
+        talker.first_token()
+        talker.do("interrupt")
     talker.until(lambda news: isinstance(news, End))
     spent = talker.until(lambda news: isinstance(news, Spent))
     assert isinstance(spent, Spent) and spent.turn == 1

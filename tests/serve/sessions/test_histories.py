@@ -79,9 +79,10 @@ class Histories(RuleBasedStateMachine):
         tokens = talker.tokens()
         if how == "interrupt":
             talker.do("answer", max_tokens=500)
-            talker.first_token()
+            is_over = isinstance(talker.first_token(), End)
             answer = talker.do("interrupt")
-            talker.until(lambda news: isinstance(news, End))
+            if not is_over:
+                talker.until(lambda news: isinstance(news, End))
         else:
             end = talker.ask(None, ANSWER)
             assert end.done is not None and is_as_read_anew(self.service, tokens, end.done)

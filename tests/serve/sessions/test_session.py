@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.api.steps import steps_of
 from tests.serve.sessions.talker import Talker, head, read_anew, settled
 
 from rekindle.errors import InvalidRequest, Overloaded, RekindleError, SessionError, Stopping
@@ -92,14 +93,17 @@ def test_a_draft_that_goes_on_has_read_in_vain_no_more_than_the_end_of_a_message
 def test_nothing_is_read_in_vain_while_somebody_else_is_answered() -> None:
     with toy_with(session_pause_seconds=0) as toy, Sessions(toy) as sessions:
         one, two = Talker(sessions, "one"), Talker(sessions, "two")
-        one.do("commit", LONG)
-        one.do("answer", max_tokens=3000)
-        one.first_token()
-        two.do("replace", LONG)
-        tokens = two.call(lambda: len(two.session.context.tokens) + len(two.session.context.draft_tokens))
-        two.call(lambda: None)
-        fed = two.call(lambda: two.session._reader.line(two.session.context)._fed)
-        assert one.session.state == "answering" and fed is not None and len(fed) == tokens
+        settled(toy, one)
+        settled(toy, two)
+        with steps_of(toy) as steps:  # so that the answer does not end before
+            one.do("commit", LONG)
+            one.do("answer", max_tokens=3000)
+            steps.let(20)
+            one.first_token()
+            two.do("replace", LONG)
+            tokens = two.call(lambda: len(two.session.context.tokens) + len(two.session.context.draft_tokens))
+            fed = two.call(lambda: two.session._reader.line(two.session.context)._fed)
+            assert one.session.state == "answering" and fed is not None and len(fed) == tokens
 
 
 def test_a_revised_draft_computes_what_differs(toy: Service, sessions: Sessions) -> None:
@@ -110,12 +114,14 @@ def test_a_revised_draft_computes_what_differs(toy: Service, sessions: Sessions)
     assert 1 <= settled(toy, talker) - before <= 3
 
 
-def test_interrupting_keeps_what_was_said(sessions: Sessions) -> None:
+def test_interrupting_keeps_what_was_said(toy: Service, sessions: Sessions) -> None:
     talker = Talker(sessions)
-    talker.do("commit", LONG)
-    talker.do("answer", max_tokens=2000)
-    talker.first_token()
-    kept = talker.do("interrupt")
+    with steps_of(toy) as steps:  # so that it does not end before
+        talker.do("commit", LONG)
+        talker.do("answer", max_tokens=2000)
+        steps.let(20)
+        talker.first_token()
+        kept = talker.do("interrupt")
     heard = "".join(news.text for news in talker.news if isinstance(news, Token))
     assert kept.startswith(heard) or heard.startswith(kept)
     end = talker.until(lambda news: isinstance(news, End))
