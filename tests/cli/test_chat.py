@@ -95,6 +95,20 @@ def test_an_answer_interrupted_before_its_first_word_leaves_nothing_behind() -> 
     assert texts(talker.asked[1]) == ["user: Second."]
 
 
+class Interrupted(str):
+    """A line after whose return key Ctrl-C comes at once."""
+
+    def strip(self, chars: str | None = None) -> str:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_an_answer_has_begun_leaves_the_chat_open() -> None:
+    talker = Scripted(["Yes."])
+    shown = Shown(talker, Interrupted("First.\n"), "Second.\n")
+    assert [texts(asked) for asked in talker.asked] == [["user: Second."]]
+    assert (shown.out, shown.failures) == ("Yes.\n", 0) and "Interrupted." in shown.err
+
+
 def test_a_refused_message_is_taken_back_and_counted() -> None:
     talker = Scripted(PromptTooLong("the prompt has 9 tokens; at most 8 fit"), ["Yes."])
     shown = Shown(talker, "Too long.\n", "Short.\n")

@@ -95,13 +95,16 @@ class Chat:
         """Answer until the lines end; returns how many could not be answered."""
         failures = 0
         for line in lines:
-            said = line.strip()
-            if said == "/quit":
-                break
-            if said.startswith("/"):
-                self._obey(said)
-            elif said:
-                failures += not self._answer(said)
+            try:
+                said = line.strip()
+                if said == "/quit":
+                    break
+                if said.startswith("/"):
+                    self._obey(said)
+                elif said:
+                    failures += not self._answer(said)
+            except KeyboardInterrupt:  # just before an answer, or just behind it
+                self._note("Interrupted.")
         return failures
 
     def _obey(self, command: str) -> None:
@@ -117,11 +120,11 @@ class Chat:
                 self._note(f"{name:8}{meaning}")
 
     def _answer(self, said: str) -> bool:
-        """Say something and print the answer; what was said is taken back if nothing came."""
-        self._messages.append({"role": "user", "content": said})
+        """Say something and print the answer; what was said is forgotten if nothing came."""
+        asked: list[Message] = [*self._messages, {"role": "user", "content": said}]
         heard = ""
         try:
-            with closing(self._talker.chat(self._messages, self._wish)) as answering:
+            with closing(self._talker.chat(asked, self._wish)) as answering:
                 for part in answering:
                     if isinstance(part, Answer):
                         self._end_line(heard)
@@ -135,12 +138,9 @@ class Chat:
         except RekindleError as error:
             self._end_line(heard)
             self._err.print(f"rekindle: {error}", markup=False, highlight=False, soft_wrap=True)
-            self._messages.pop()
             return False
         if heard:
-            self._messages.append({"role": "assistant", "content": heard})
-        else:
-            self._messages.pop()
+            self._messages = [*asked, {"role": "assistant", "content": heard}]
         return True
 
     def _show(self, piece: str) -> None:
