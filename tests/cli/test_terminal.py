@@ -23,15 +23,18 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self._end, keys)
 
-    def press_until(self, keys: bytes, text: bytes) -> None:
-        """Press keys, again each second, until something is shown.
+    def press_once(self, key: bytes, text: bytes) -> None:
+        """Press a key that is a signal, and then the return key each second, until something is shown.
 
-        Python notices a signal that comes just before it begins to wait for input only with the next key.
+        Python notices a signal that comes just before it begins to wait for input only with the next line. A second signal
+        could come while the first one is dealt with, and empty lines do nothing.
         """
+        self.press(key)
         while text not in self._seen:
-            self.press(keys)
-            while text not in self._seen and select.select([self._end], [], [], 1.0)[0]:
+            if select.select([self._end], [], [], 1.0)[0]:
                 self._seen += os.read(self._end, 4096)
+            else:
+                self.press(b"\n")
         self._seen = self._seen.partition(text)[2]
 
     def wait_for(self, text: bytes) -> bytes:
@@ -78,7 +81,7 @@ def test_a_conversation_with_ctrl_c_at_the_prompt_and_ctrl_d_at_the_end(environm
         terminal.wait_for(b"> ")
         terminal.press(b"never mind")
         terminal.wait_for(b"never mind")
-        terminal.press_until(CTRL_C, b"> ")
+        terminal.press_once(CTRL_C, b"> ")
         terminal.press(b"/help\n")
         terminal.wait_for(b"/reset")
         terminal.wait_for(b"> ")
@@ -92,6 +95,6 @@ def test_ctrl_c_while_the_model_answers_leaves_the_chat_open(environment: dict[s
         terminal.wait_for(b"> ")
         terminal.press(b"Hello.\n")
         terminal.wait_for(b"Hello.")
-        terminal.press_until(CTRL_C, b"> ")
+        terminal.press_once(CTRL_C, b"> ")
         terminal.press(b"/quit\n")
         assert process.wait(60) == 0
