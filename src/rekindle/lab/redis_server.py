@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import redis
 
 from rekindle.lab.load.client import ServerError
 
-_START_SECONDS = 20.0
+_PORTS = range(15_000, 30_000)  # systems give higher ones to whoever asks for any, also before our server has its own
+_START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _BENCHMARK_BYTES = 1 << 30  # moved by one run of it, about
 
@@ -87,7 +89,8 @@ def _wait_for(server: RedisServer, process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
