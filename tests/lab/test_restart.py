@@ -38,8 +38,9 @@ def test_a_server_that_computes_what_is_stored_fails_the_experiment(
     """Here: because what the first one wrote is deleted before the second one is asked."""
     wait = restart._until_still
 
-    def wait_and_delete(size: Callable[[], int]) -> None:
-        wait(size)
+    def wait_and_delete(count: Callable[[], int], expected: int) -> None:
+        wait(count, expected)
+        assert count() >= expected
         for path in tmp_path.rglob("*.safetensors"):
             path.unlink()
 
