@@ -26,12 +26,12 @@ def printed(report: Any) -> dict[str, Any]:
 def test_messages_that_were_shown_before_need_no_model_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REKINDLE_SESSION_PAUSE_SECONDS", "0")  # a busy machine may rest longer than a draft
     plan = make_plan(
-        "builtin", threads=1, samples=2, conversation_tokens=200, characters=24, gap_seconds=0.5, answer_tokens=4
+        "builtin", threads=1, samples=3, conversation_tokens=200, characters=24, gap_seconds=0.5, answer_tokens=4
     )
     report = printed(run_live(plan, ["ttft"]))["ttft"]
     arms = {arm["arm"]: arm for arm in report["arms"]}
     assert list(arms) == ["increments", "revised", "commit", "chat"]
-    assert all(arm["messages"] == 2 and arm["ttft_p50_ms"] > 0 for arm in arms.values())
+    assert all(arm["messages"] == 3 and arm["ttft_p50_ms"] > 0 for arm in arms.values())
     assert (arms["increments"]["prefill_calls"], arms["increments"]["computed_tokens"]) == (0, 0)
     assert 150 < report["conversation_tokens"] < 400
     assert 5 < arms["chat"]["computed_tokens"] < 60  # the message, not the conversation
