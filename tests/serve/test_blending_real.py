@@ -40,7 +40,8 @@ def prompt_of(asked: Asked, *, met: bool = False, salt: bytes = b"") -> Prompt:
 
 
 def load(engine: str, **settings: object) -> LLM:
-    return rekindle.load(**({"engine": engine, "threads": 1, "store": "none"} | settings))  # type: ignore[arg-type]
+    given = {"engine": engine, "threads": 1, "store": "none", "store_flush_seconds": 60}
+    return rekindle.load(**(given | settings))  # type: ignore[arg-type]
 
 
 def wish(prompt: Prompt, blend: Blend | None = None, *, max_tokens: int = 12, **options: Any) -> Generation:
@@ -227,11 +228,15 @@ def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
         alone = [ask_for(llm, each) for each in wishes]
         llm.service.evict_residents()
         inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        for number, each in enumerate(wishes):
-            llm.service.submit(each, partial(lambda number, event: inbox.put((number, event)), number))
+
+        def submit(_: object) -> None:
+            for number, each in enumerate(wishes):
+                llm.service.submit(each, partial(lambda number, event: inbox.put((number, event)), number))
+
+        llm.service.run_on_engine(submit)  # between two steps, so that none is over before the others have come
         together: dict[int, Done] = {}
         while len(together) < len(wishes):
-            number, event = inbox.get(timeout=60)
+            number, event = inbox.get(timeout=300)
             assert not isinstance(event, Failed)
             if isinstance(event, Done):
                 together[number] = event

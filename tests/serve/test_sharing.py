@@ -101,8 +101,12 @@ def test_a_seed_gives_the_same_answer_alone_and_in_company(real: Service) -> Non
 def test_sixty_four_requests_decode_side_by_side() -> None:
     with Service.open(Settings(threads=1, store="none", max_running=64, max_residents=60, context=8192)) as service:
         crowd = Crowd(service)
-        for number in range(64):
-            crowd.submit(number, ids(number, 10 + number % 5), 12)
+
+        def submit(_: object) -> None:
+            for number in range(64):
+                crowd.submit(number, ids(number, 10 + number % 5), 12)
+
+        service.run_on_engine(submit)  # between two steps, so that none is over before the others have come
         crowd.wait(64)
         assert service.num_calls <= 64 * 12 // 4, "they shared their steps"
         alone = Crowd(service)
@@ -153,7 +157,7 @@ def test_a_beginning_that_is_being_fetched_is_fetched_once() -> None:
         pass
     writer = threading.Thread(target=first.store.behind.run)
     writer.start()
-    first.store.behind.close(10)
+    first.store.behind.close(60)
     writer.join()
     assert answer.done
     stage = Stage(tiers=[disk])

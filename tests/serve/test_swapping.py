@@ -39,8 +39,11 @@ def ask_all(service: Service, prompts: list[list[int]], max_tokens: int, priorit
         )
         service.submit(wish, sink)
 
-    for number in range(len(prompts)):
-        submit(number)
+    def submit_all(_: object) -> None:
+        for number in range(len(prompts)):
+            submit(number)
+
+    service.run_on_engine(submit_all)  # between two steps, so that none is over before the others have come
     for _ in prompts:
         assert left.acquire(timeout=300)
     return [done[number] for number in range(len(prompts))]

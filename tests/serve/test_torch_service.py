@@ -21,7 +21,7 @@ ASK = [{"role": "user", "content": STORY + "What does Vodris work as?"}]
 
 
 def load(**settings: object) -> LLM:
-    given = {"engine": "torch", "threads": 1, "store": "none"} | settings
+    given = {"engine": "torch", "threads": 1, "store": "none", "store_flush_seconds": 60} | settings
     return rekindle.load(**given)  # type: ignore[arg-type]
 
 
@@ -113,8 +113,12 @@ def test_requests_that_were_swapped_out_answer_as_if_alone() -> None:
         for number in range(4):
             submit(number)
             alone |= collect(1)
-        for number in range(4):
-            submit(number)
+
+        def submit_all(_: object) -> None:
+            for number in range(4):
+                submit(number)
+
+        service.run_on_engine(submit_all)  # between two steps, so that none is over before the others have come
         assert collect(4) == alone
         assert (service.metrics.registry.get_sample_value("rekindle_swaps_total") or 0) >= 1
         service.check_integrity()

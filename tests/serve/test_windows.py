@@ -96,9 +96,13 @@ def test_who_turns_off_behind_the_window_gets_stored_blocks(llm: LLM) -> None:
 def test_running_requests_give_up_before_one_is_swapped_out(llm: LLM, reuses: bool) -> None:
     """Three that grow to 310 tokens each."""
     inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-    for number in range(3):
-        wanted = generation(llm, ids(number, 60), reuses=reuses, count=250)
-        llm.service.submit(wanted, lambda event, number=number: inbox.put((number, event)))  # type: ignore[misc]
+
+    def submit(_: object) -> None:
+        for number in range(3):
+            wanted = generation(llm, ids(number, 60), reuses=reuses, count=250)
+            llm.service.submit(wanted, lambda event, number=number: inbox.put((number, event)))  # type: ignore[misc]
+
+    llm.service.run_on_engine(submit)  # between two steps, so that they run side by side
     ended: dict[int, tuple[int, ...]] = {}
     while len(ended) < 3:
         number, event = inbox.get(timeout=120)
