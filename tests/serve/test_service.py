@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -158,10 +159,10 @@ def test_the_queue_has_a_limit() -> None:
 
         def sink(event: Event) -> None:
             entered.set()
-            gate.wait(30)
+            gate.wait(60)
 
         service.submit(generation(service), sink)
-        assert entered.wait(30)  # the worker now stands in this sink
+        assert entered.wait(60)  # the worker now stands in this sink
         for _ in range(2):
             service.submit(generation(service), lambda event: None)
         with pytest.raises(Overloaded, match="the limit is 2"):
@@ -177,7 +178,7 @@ def test_closing_an_iterator_cancels(service: Service) -> None:
     events.close()  # type: ignore[attr-defined]
     ended = threading.Event()
     service.submit(generation(service), lambda event: ended.set() if isinstance(event, Done) else None)
-    assert ended.wait(30)
+    assert ended.wait(60)
     service.check_integrity()
     assert service.health()["running"] == 0
 
@@ -186,7 +187,13 @@ def test_closing_the_service_ends_what_runs() -> None:
     service = Service.open(Settings(engine="toy"))
     got: list[Event] = []
     late = generation(service)
-    service.submit(generation(service, max_tokens=3000, ignore_eos=True), got.append)
+
+    def sink(event: Event) -> None:
+        got.append(event)
+        while isinstance(event, Piece) and event.tokens and service._worker._inbox.empty():
+            time.sleep(0)  # until it is to stop, or else the answer could be complete by then
+
+    service.submit(generation(service, max_tokens=3000, ignore_eos=True), sink)
     service.close()
     assert isinstance(got[-1], Done) and got[-1].reason == "cancelled"
     with pytest.raises(Stopping, match="being stopped"):
