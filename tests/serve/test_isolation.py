@@ -14,6 +14,7 @@ from tests.kv.redis_server import RedisServer, needs_redis
 
 import rekindle
 from rekindle.serve.local import LLM
+from rekindle.serve.lull import Lull
 from rekindle.serve.request import Done, Event, Generation, Sampling
 
 STORY = "Vodris paints in orange. This one works as a farmer. Nouraix is based in Viniton. " * 20
@@ -41,7 +42,9 @@ def disjoint(*sets: set[bytes]) -> bool:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
+    """It is waited for, however slow the machine is."""
+    monkeypatch.setattr("rekindle.serve.assembly.NETWORK_TIMEOUT_SECONDS", 60.0)
     server = RedisServer(tmp_path)
     yield server
     server.stop()
@@ -63,6 +66,9 @@ def test_what_is_torn_of_one_tenant_takes_nothing_from_another() -> None:
         llm.service.evict_residents()
         torn = llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").blocks[2]
         object.__setattr__(torn, "payload", memoryview(bytes(len(torn.payload))))
+        llm.service._worker._lull = Lull(
+            1000.0, 1000.0
+        )  # so that what is read again is not saved before it is looked for
         assert cached(llm, b"ours") == 0
         assert llm.service._store.match(llm.service.text_prompt(STORY).tokens, b"ours").length == torn.position > 0
         llm.service.evict_residents()
@@ -101,12 +107,12 @@ def test_on_disk_no_tenant_finds_another_ones_blocks(tmp_path: Path) -> None:
     """Each tenant alone in a process; the files of each are new ones."""
     names: list[set[bytes]] = []
     for salt in SALTS:
-        with rekindle.load(threads=1, store=str(tmp_path)) as llm:
+        with rekindle.load(threads=1, store=str(tmp_path), store_flush_seconds=60) as llm:
             assert cached(llm, salt) == 0
         now = {path.name.encode() for path in tmp_path.rglob("*.safetensors")}
         names.append(now.difference(*names))
     assert disjoint(*names) and len({len(each) for each in names}) == 1
-    with rekindle.load(threads=1, store=str(tmp_path)) as llm:
+    with rekindle.load(threads=1, store=str(tmp_path), store_flush_seconds=60) as llm:
         assert all(cached(llm, salt) for salt in SALTS)
 
 
@@ -114,13 +120,13 @@ def test_on_disk_no_tenant_finds_another_ones_blocks(tmp_path: Path) -> None:
 def test_on_the_network_no_tenant_finds_another_ones_blocks(server: RedisServer) -> None:
     names: list[set[bytes]] = []
     for salt in SALTS:
-        with rekindle.load(threads=1, store="none", store_url=server.url) as llm:
+        with rekindle.load(threads=1, store="none", store_url=server.url, store_flush_seconds=60) as llm:
             assert cached(llm, salt) == 0
         found = server.ask(b"KEYS", b"*")
         assert isinstance(found, list)
         names.append({bytes(name) for name in found}.difference(*names))
     assert disjoint(*names) and len({len(each) for each in names}) == 1
-    with rekindle.load(threads=1, store="none", store_url=server.url) as llm:
+    with rekindle.load(threads=1, store="none", store_url=server.url, store_flush_seconds=60) as llm:
         assert all(cached(llm, salt) for salt in SALTS)
 
 
@@ -128,7 +134,7 @@ def test_another_model_finds_nothing_in_the_same_folder(tmp_path: Path) -> None:
     """What the KV's meaning depends on is in every key: here the type of its cells."""
     names: list[set[bytes]] = []
     for kv_type in ("f16", "q8_0"):
-        with rekindle.load(threads=1, store=str(tmp_path), kv_type=kv_type) as llm:
+        with rekindle.load(threads=1, store=str(tmp_path), store_flush_seconds=60, kv_type=kv_type) as llm:
             assert cached(llm, b"ours") == 0
         now = {path.name.encode() for path in tmp_path.rglob("*.safetensors")}
         names.append(now.difference(*names))

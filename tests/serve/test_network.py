@@ -22,14 +22,16 @@ OTHER = "Another prompt, which is long enough to be stored. " * 20
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
+    """It is waited for, however slow the machine is."""
+    monkeypatch.setattr("rekindle.serve.assembly.NETWORK_TIMEOUT_SECONDS", 60.0)
     server = RedisServer(tmp_path)
     yield server
     server.stop()
 
 
 def load(url: str, **settings: object) -> LLM:
-    return rekindle.load(threads=1, store="none", store_url=url, **settings)
+    return rekindle.load(threads=1, store="none", store_url=url, store_flush_seconds=60, **settings)
 
 
 @needs_redis
