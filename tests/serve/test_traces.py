@@ -238,13 +238,16 @@ def test_spans_reach_an_endpoint(
 ) -> None:
     endpoint, got = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    monkeypatch.setattr("rekindle.serve.traces.SHUTDOWN_SECONDS", 60.0)
     with Service.open(Settings(engine="toy", store="none", context=256)) as service:
         list(service.events(_short(service)))
-    (resource,) = [each for request in got for each in request.resource_spans]
-    assert {"service.name": "rekindle"}.items() <= {
-        each.key: each.value.string_value for each in resource.resource.attributes
-    }.items()
-    names = [span.name for scope in resource.scope_spans for span in scope.spans]
+    resources = [each for request in got for each in request.resource_spans]
+    for resource in resources:
+        assert {"service.name": "rekindle"}.items() <= {
+            each.key: each.value.string_value for each in resource.resource.attributes
+        }.items()
+    names = [span.name for resource in resources for scope in resource.scope_spans for span in scope.spans]
     assert set(names) == {"text_completion ember", "queue", "restore", "prefill", "decode"}
 
 
