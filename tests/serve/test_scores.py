@@ -52,6 +52,7 @@ def test_a_cleared_folder_has_no_scores(tmp_path: Path) -> None:
 
 def test_to_clear_every_model_takes_the_scores_of_all_and_to_clear_one_leaves_the_others(tmp_path: Path) -> None:
     with Service.open(Settings(engine="toy", store=str(tmp_path))) as service:
+        service._probed.result(60)  # which puts a file into the folder for a moment
         for fingerprint in (service.engine_spec.fingerprint, b"other model"):
             learned(A, scores=Scores(fingerprint, service.head, tmp_path))
         service.clear_cache()
