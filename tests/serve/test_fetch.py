@@ -17,7 +17,7 @@ def settled(stage: Stage) -> Stage:
         pass
     thread = Thread(target=stage.store.behind.run)
     thread.start()
-    stage.store.behind.close(10)
+    stage.store.behind.close(60)
     thread.join()
     return stage
 

@@ -160,8 +160,8 @@ def test_a_gap_of_an_answer_that_was_swapped_out_is_not_beyond_all_buckets() -> 
     counted.stage.run(until=lambda: answer.num_tokens == 2)
     answer.run.clock.last_token -= 20.0
     counted.stage.run()
-    edges = ("2.0", "10.0", "30.0")
-    assert [counted.value("inter_token_latency_seconds_bucket", le=edge) for edge in edges] == [1, 1, 2]
+    edges = ("10.0", "30.0")
+    assert [counted.value("inter_token_latency_seconds_bucket", le=edge) for edge in edges] == [1, 2]
 
 
 def test_the_end_of_a_turn_is_no_token_of_the_answer() -> None:
@@ -322,7 +322,7 @@ def test_a_dead_worker_is_down(service: Service) -> None:
 
     service._worker._scheduler.step = die  # type: ignore[method-assign,assignment]
     service._worker.wake()
-    service._worker._thread.join(10)
+    service._worker._thread.join(60)
     assert samples(service)["rekindle_worker_up"] == 0
 
 
@@ -378,7 +378,7 @@ def test_a_dying_worker_names_the_requests_it_leaves(service: Service, caplog: p
         service.submit(Generation(prompt=service.token_prompt(list(range(10, 50)))), events.append)
     finally:
         request_id.reset(token)
-    service._worker._thread.join(10)
+    service._worker._thread.join(60)
     (record,) = [record for record in caplog.records if record.getMessage() == "the worker failed"]
     assert record.__dict__["fields"] == {"request_ids": "left-alone"}
 
