@@ -57,6 +57,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time_ns", lambda: real() + 3600 * 10**9)
 
 
+@pytest.fixture
+def just_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the moment at which the file was written, however long the test takes."""
+    written = file.stat().st_mtime_ns
+    monkeypatch.setattr("time.time_ns", lambda: written)
+
+
 @pytest.mark.usefixtures("settled")
 def test_a_digest_is_computed_once(file: Path, notes: Path, reads: Reads) -> None:
     assert weights_digest(file, notes) == weights_digest(file, notes) == plain(b"weights")
@@ -64,6 +71,7 @@ def test_a_digest_is_computed_once(file: Path, notes: Path, reads: Reads) -> Non
     assert len(list(notes.iterdir())) == 1
 
 
+@pytest.mark.usefixtures("just_written")
 def test_a_file_that_has_just_changed_is_not_trusted_yet(file: Path, notes: Path, reads: Reads) -> None:
     """It could change again within the resolution of file times."""
     assert weights_digest(file, notes) == weights_digest(file, notes) == plain(b"weights")
@@ -189,6 +197,7 @@ def test_files_that_have_changed_since_they_were_loaded_are_not_what_was_loaded(
     assert FileStates([file], notes).weights_digest() == plain(b"WEIGHTS")
 
 
+@pytest.mark.usefixtures("just_written")
 def test_what_files_became_just_now_is_not_remembered(file: Path, notes: Path) -> None:
     states = FileStates([file], notes)
     assert [states.digest({}, lambda each=each: each * 16) for each in (b"a", b"b")] == [b"a" * 16, b"b" * 16]
