@@ -42,7 +42,7 @@ def test_flags_outweigh_the_environment_and_that_the_file(file: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(["file", "environment", "flag"]), unique=True))
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_the_last_source_that_says_something_wins(file: Path, sources: list[str]) -> None:
     file.write_text("port = 1" if "file" in sources else "")
     environ = {"REKINDLE_PORT": "2"} if "environment" in sources else {}

@@ -104,7 +104,7 @@ def test_empty_tokens_may_repeat_and_others_not(tmp_path: Path) -> None:
     assert "token 2, 'a', is there twice" in refused(twice)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "m.gguf"
