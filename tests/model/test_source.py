@@ -126,6 +126,7 @@ class User:
         """The same of several names, one after the other in one process."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         environment |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "NO_PROXY": "127.0.0.1"}
+        environment |= {"HF_HUB_ETAG_TIMEOUT": "100", "HF_HUB_DOWNLOAD_TIMEOUT": "100"}  # a busy machine may take long
         run = subprocess.run(
             [sys.executable, "-W", "error", "-c", _LOCATE, *names],
             capture_output=True,
