@@ -23,7 +23,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,20 +91,23 @@ class Heard:
 
 
 class Clock:
-    """Time as it passes for the people in this play; `speed` of it to a second of the machine's."""
+    """Time as it passes for the people in this play; `speed` of it to a second of the machine's.
 
-    def __init__(self, speed: float) -> None:
+    For patient people it stands still while they do not speak, listen or think: they do not notice how long the machine
+    takes.
+    """
+
+    def __init__(self, speed: float, *, is_patient: bool) -> None:
+        self.is_patient = is_patient
         self._speed, self._began = speed, time.perf_counter()
+        self._waited = 0.0
 
     def now(self) -> float:
-        return (time.perf_counter() - self._began) * self._speed
+        return self._waited if self.is_patient else (time.perf_counter() - self._began) * self._speed
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds / self._speed)
-
-    def timeout(self, seconds: float) -> float:
-        """On the machine's clock."""
-        return seconds / self._speed
+        self._waited += seconds
 
 
 def recognised(spoken: Spoken, clock: Clock, random: Random) -> Iterator[Heard]:
@@ -137,7 +140,7 @@ class Channel(Protocol):
 
     def send(self, message: Message) -> None: ...
     def receive(self, timeout: float) -> Message | None: ...
-    def is_reading(self) -> bool: ...
+    def status(self) -> Message: ...
 
 
 class Here:
@@ -160,8 +163,8 @@ class Here:
         except queue.Empty:
             return None
 
-    def is_reading(self) -> bool:
-        return bool(self._sessions.call(lambda: self._session.status["reading"]).result())
+    def status(self) -> Message:
+        return self._sessions.call(lambda: self._session.status).result()
 
 
 class There:
@@ -180,10 +183,10 @@ class There:
             return None
         return message
 
-    def is_reading(self) -> bool:
+    def status(self) -> Message:
         with urlopen(self._status) as answer:
-            sessions = json.load(answer)["sessions"]
-        return any(session["reading"] for session in sessions if session["session"] == self._name)
+            sessions: list[Message] = json.load(answer)["sessions"]
+        return next(session for session in sessions if session["session"] == self._name)
 
 
 @contextmanager
@@ -286,10 +289,10 @@ class Conversation:
         self._answered = {"temperature": 0, "max_tokens": max_tokens}
         self._aloud = aloud
         for channel, opening in zip((live, plain), OPENINGS, strict=True):
-            head = "\n\n".join([opening, *map(_passage, PASSAGES)])
+            head, before = "\n\n".join([opening, *map(_passage, PASSAGES)]), channel.status()["tokens"]
             channel.send({"type": "context", "context": "main", "instructions": head})
-        while live.is_reading() or plain.is_reading():  # the head is read once, before anybody speaks
-            time.sleep(POLL_SECONDS)
+            # the head is read once, before anybody speaks
+            self._wait_until_read(channel, lambda status, before=before: status["tokens"] != before)  # type: ignore[misc]
 
     def turn(self, transcripts: Iterable[Heard], objects_after: float | None = None) -> Turn | None:
         """From the first word to the last that is heard of the answer; None if nothing was said."""
@@ -300,6 +303,8 @@ class Conversation:
             if heard.is_whole:
                 break
             self._live.send({"type": "partial", "data": words})
+            if self._clock.is_patient:
+                self._wait_until_read(self._live, lambda status, words=words: status["draft"] == words)  # type: ignore[misc]
         if not words:
             return None
         end, answer, was_stopped = self._answer(words, objects_after)
@@ -351,11 +356,19 @@ class Conversation:
             self._plain.send({"type": "interrupt", "characters": cut})
         return message
 
+    def _wait_until_read(self, channel: Channel, is_known: Callable[[Message], bool]) -> None:
+        """Until a session has got what it was told and has read it; what it says meanwhile is of no interest."""
+        while not is_known(status := channel.status()) or status["reading"]:
+            self._check(channel.receive(POLL_SECONDS))
+
     def _next(self, channel: Channel) -> Message:
-        message = channel.receive(WAIT_SECONDS)
+        message = self._check(channel.receive(WAIT_SECONDS))
         if message is None:
             raise SystemExit(f"no answer came in {WAIT_SECONDS:g} seconds")
-        if message["type"] == "error":
+        return message
+
+    def _check(self, message: Message | None) -> Message | None:
+        if message is not None and message["type"] == "error":
             raise SystemExit(f"the session refused: {message['error']['message']}")
         return message
 
@@ -398,6 +411,7 @@ def main(
     listen: Annotated[str | None, typer.Option(help="a recogniser that writes Vosk's JSON lines")] = None,
     speak: Annotated[bool, typer.Option("--speak", help="say the answers with espeak-ng")] = False,
     speed: Annotated[float, typer.Option(help="how many times faster than people", min=0.1)] = 1.0,
+    patient: Annotated[bool, typer.Option("--patient", help="people wait for the machine, however slow it is")] = False,
     threads: Annotated[int, typer.Option(help="compute threads of the model in this process", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="of the pace of speech")] = 0,
 ) -> None:
@@ -406,7 +420,7 @@ def main(
         raise SystemExit("--speak needs espeak-ng: install it, or leave the option out")
     console, random = Console(), Random(seed)
     with channels(url, api_key, model, threads) as (live, plain):
-        clock = Clock(speed)
+        clock = Clock(speed, is_patient=patient)
         conversation = Conversation(live, plain, clock, console, max_tokens=max_tokens, aloud=speak)
         turns: list[Turn] = []
         if listen is None:

@@ -228,7 +228,7 @@ def test_transformers_cache_with_another_model(tmp_path: Path) -> None:
     assert report["requests"][1]["equal"]
 
 
-VOICE = ("--speed", "4")  # a slow machine must answer before the user of this play loses patience
+VOICE = ("--speed", "4", "--patient")  # a busy machine may be too slow for people
 
 
 def check_conversation(report: dict[str, Any]) -> None:
@@ -243,7 +243,7 @@ def check_conversation(report: dict[str, Any]) -> None:
         assert turn["transcripts"] == len(turn["said"].split()) + 1
         assert 4 < turn["computed_tokens_unread"] < 20 < turn["prompt_tokens"]
     left, unread = (sum(turn[key] for turn in report["turns"]) for key in ("computed_tokens", "computed_tokens_unread"))
-    assert left < unread / 2  # 4 a turn, or more where reading has not kept up with speech
+    assert left < unread / 2  # 4 a turn, at most
 
 
 def test_voice_pipeline_in_this_process() -> None:
