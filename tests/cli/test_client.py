@@ -113,8 +113,8 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(ServerError, match=f"cannot talk to http://127.0.0.1:{port}: .*refused"):
-        Client(f"http://127.0.0.1:{port}").get("/")
+    with socket.socket() as taken:  # so that nobody else listens there
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"cannot talk to http://127.0.0.1:{port}: .*refused"):
+            Client(f"http://127.0.0.1:{port}").get("/")
