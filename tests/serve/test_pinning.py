@@ -12,6 +12,7 @@ from tests.kv.samples import Clock
 
 import rekindle
 from rekindle.errors import InvalidRequest, PromptTooLong
+from rekindle.kv.pins import Pin
 from rekindle.reuse.prompt import Prompt
 from rekindle.serve.local import LLM
 from rekindle.serve.request import Done, Event, Generation, Sampling
@@ -30,7 +31,8 @@ def open_llm() -> Iterator[Open]:
     opened: list[LLM] = []
 
     def call(**settings: object) -> LLM:
-        given = {"threads": 1, "context": 2048, "store": "none", "store_memory": MEMORY, "max_residents": 0} | settings
+        given = {"threads": 1, "context": 2048, "store": "none", "store_memory": MEMORY, "max_residents": 0}
+        given |= {"store_flush_seconds": 60} | settings
         opened.append(rekindle.load(**given))  # type: ignore[arg-type]
         return opened[-1]
 
@@ -171,6 +173,27 @@ def test_tenants_see_and_end_their_own_pins_alone(open_llm: Open) -> None:
     assert not service.unpin(ours.id, owner=b"theirs")
     assert service.unpin(ours.id, owner=b"ours")
     assert [pin.id for pin in service.pins()] == [theirs.id]
+
+
+def test_a_pin_that_is_made_while_pins_are_listed_keeps_its_owner(
+    open_llm: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = open_llm().service
+    store, prompt = service._store, service.text_prompt(PROMPTS[0], salt=b"a")
+    pinning = threading.Thread(target=service.pin, args=(prompt, 60))
+    pins = store.pins
+
+    def interrupted() -> list[Pin]:
+        found = pins()
+        pinning.start()
+        pinning.join(0.2)  # for as long as others are kept out it does not end
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "pins", interrupted)
+        assert service.pins(owner=b"a") == []
+    pinning.join()
+    assert len(service.pins(owner=b"a")) == 1
 
 
 def test_a_conversation_is_warmed_up_to_what_the_user_says(open_llm: Open) -> None:

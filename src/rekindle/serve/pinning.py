@@ -33,8 +33,8 @@ class Pinning:
 
     def pin(self, prompt: Prompt, seconds: float, *, name: str | None = None) -> Pin:
         """Keep a prompt's KV for so long, or for longer than before. Raises InvalidRequest."""
-        pin = self._store.pin(prompt.tokens, salt=prompt.salt, ttl_seconds=seconds, name=name)
-        with self._lock:
+        with self._lock:  # who lists pins meanwhile would take the salt for that of one that has ended
+            pin = self._store.pin(prompt.tokens, salt=prompt.salt, ttl_seconds=seconds, name=name)
             self._salts[pin.id] = prompt.salt
         return pin
 
@@ -50,9 +50,9 @@ class Pinning:
 
     def all(self, owner: bytes = b"") -> list[Pin]:
         """Pins of salts that begin with `owner`; which end first, first."""
-        pins = self._store.pins()
-        known = {pin.id for pin in pins}
         with self._lock:
+            pins = self._store.pins()
+            known = {pin.id for pin in pins}
             for ended in [each for each in self._salts if each not in known]:
                 self._salts.pop(ended)
                 self._answers.pop(ended, None)
