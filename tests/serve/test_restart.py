@@ -26,7 +26,7 @@ llm.generate("Another prompt that is long enough to be stored. " * 40, max_token
 
 def answer(folder: Path, prompt: str = STORY, **settings: object) -> tuple[str, Done, int]:
     """Answer, how it ended, and the tokens computed, in a process-like fresh engine."""
-    with rekindle.load(threads=1, store=str(folder), **settings) as llm:
+    with rekindle.load(threads=1, store=str(folder), store_flush_seconds=60, **settings) as llm:
         text = llm.generate(prompt, max_tokens=6)
         assert llm.last is not None
         return text, llm.last, llm.service.num_computed
