@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -139,6 +141,13 @@ def wait_until_read(url: str) -> None:
     """Until everything that the server's sessions were told is in the engine."""
     while any(each["reading"] for each in httpx.get(f"{url}/status").raise_for_status().json()["sessions"]):
         pass
+
+
+def eventually(happened: Callable[[], bool]) -> None:
+    """Wait until the server has come so far, of which it tells nobody."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, "it has not happened"
 
 
 def _said(item: Event) -> tuple[str, str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.realtime_client import Realtime, text_of
+from tests.api.realtime_client import Realtime, eventually, text_of
 from tests.api.steps import Steps
-from tests.api.test_sockets import Client
+from tests.api.test_sockets import Client, tell_at_once
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from rekindle.api import connection
@@ -304,15 +304,21 @@ def test_the_window_forgets_whole_turns_and_says_which(clients: Any) -> None:
     assert client.conversation() == kept
 
 
-def test_answers_beside_the_conversation(clients: Any) -> None:
+def test_answers_beside_the_conversation(clients: Any, steps: Steps) -> None:
     client = clients()
     client.ask(QUESTION)
     before = client.conversation()
+    client.until_read()
+    steps.hold()
+    number = len(steps.generations)
     client.send("response.create", response={"conversation": "none", "max_output_tokens": 400, "temperature": 0})
     aside = client.last("response.created")["response"]
     assert aside["conversation_id"] is None
+    steps.let(200)  # more than the other needs, and less than this one
     client.ask("And meanwhile?")
     client.send("response.cancel", response_id=aside["id"])
+    steps.wait(lambda: steps.generations[number].cancelled)
+    steps.let_all()
     while client.last("response.done")["response"]["id"] != aside["id"]:
         pass
     reference = {"type": "item_reference", "id": client.heard[1]["item"]["id"]}
@@ -607,6 +613,7 @@ def test_who_does_not_read_is_hung_up_on(clients: Any, monkeypatch: pytest.Monke
     speaker = clients("session=slow")
     speaker.ask(QUESTION)
     monkeypatch.setattr(module, "OUTBOX", 2)
+    tell_at_once(monkeypatch)
     with pytest.raises(ConnectionClosed) as closed:
         slow = clients(f"session=slow&last_event={speaker.heard[0]['event_id']}")
         while True:
@@ -639,11 +646,14 @@ def _num_listeners(url: str, session: str) -> int:
     return next(each["listeners"] for each in listed if each["session"] == session)
 
 
+def _names(url: str) -> list[str]:
+    return [each["session"] for each in httpx.get(f"{url}/status").json()["sessions"]]
+
+
 def test_who_says_nothing_is_hung_up_on(clients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_SECONDS", 0.1)
-    client = clients()
     with pytest.raises(ConnectionClosed) as closed:
-        client.next()
+        clients().next()  # or before anything was said
     assert (
         closed.value.rcvd is not None
         and closed.value.rcvd.code == 1000
@@ -656,9 +666,10 @@ def test_a_session_in_which_nothing_was_said_goes_with_its_client(clients: Any, 
     spoken.ask(QUESTION)
     for client in (silent, spoken):
         client.close()
+    eventually(lambda: silent.name not in _names(url))
+    eventually(lambda: _num_listeners(url, spoken.name) == 0)
     clients()  # whoever comes next
-    names = [each["session"] for each in httpx.get(f"{url}/status").json()["sessions"]]
-    assert spoken.name in names and silent.name not in names
+    assert spoken.name in _names(url)
 
 
 def test_sessions_that_nobody_comes_back_to_are_given_up(
@@ -668,9 +679,10 @@ def test_sessions_that_nobody_comes_back_to_are_given_up(
     for client in (left, named):
         client.ask(QUESTION)
         client.close()
+        eventually(lambda client=client: _num_listeners(url, client.name) == 0)  # type: ignore[misc]
     monkeypatch.setattr(module, "ABANDONED_SECONDS", -1.0)
     clients()
-    names = [each["session"] for each in httpx.get(f"{url}/status").json()["sessions"]]
+    names = _names(url)
     assert named.name in names and left.name not in names
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from tests.api.realtime_client import Realtime
-from tests.api.steps import Steps
+from tests.api.steps import Steps, steps_of
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -23,6 +24,7 @@ from rekindle.api import sockets as module
 from rekindle.api.server import running
 from rekindle.serve.service import Service
 from rekindle.serve.sessions.session import Session
+from rekindle.serve.sessions.sessions import Sessions
 from rekindle.settings import Settings
 
 WAIT_SECONDS = 60
@@ -68,6 +70,32 @@ def clients(url: str) -> Iterator[Any]:
         yield lambda path, **options: opened.enter_context(closing(Client(options.pop("url", url), path, **options)))
 
 
+def tell_at_once(patch: pytest.MonkeyPatch) -> None:
+    """While something is done on the sessions' thread the event loop stands: all that it tells waits to go out."""
+    call = module.LiveSessions.call
+
+    async def standing(live: module.LiveSessions, action: Callable[[Sessions], Any]) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def done_meanwhile(sessions: Sessions) -> Any:
+            stands, is_done = threading.Event(), threading.Event()
+
+            def stand() -> None:
+                stands.set()
+                is_done.wait()
+
+            loop.call_soon_threadsafe(stand)
+            stands.wait()
+            try:
+                return action(sessions)
+            finally:
+                is_done.set()
+
+        return await call(live, done_meanwhile)
+
+    patch.setattr(module.LiveSessions, "call", standing)
+
+
 def test_every_listener_of_a_session_hears_everything(clients: Any) -> None:
     inputs = [clients("/ws/input?session=a") for _ in range(2)]
     outputs = [clients("/ws/output?session=a") for _ in range(2)]
@@ -94,12 +122,14 @@ def test_partials_are_read_while_they_come(clients: Any, http: httpx.Client) -> 
     assert (status["turns"], status["draft"], status["state"]) == (1, "", "idle")
 
 
-def test_interrupt_reset_contexts_and_rewinding(clients: Any) -> None:
+def test_interrupt_reset_contexts_and_rewinding(clients: Any, service: Service) -> None:
     client = clients("/ws?session=moves")
-    client.send(ASKED | {"max_tokens": 800, "data": "Go on for long."})
-    client.until("token")
-    client.send({"type": "interrupt"})
-    assert client.until("end")[-1]["reason"] == "interrupted"
+    with steps_of(service) as steps:  # so that it does not end before
+        client.send(ASKED | {"max_tokens": 800, "data": "Go on for long."})
+        steps.let(20)
+        client.until("token")
+        client.send({"type": "interrupt"})
+        assert client.until("end")[-1]["reason"] == "interrupted"
     client.send({"type": "interrupt", "tokens": 0})
     assert client.until("system")[-1]["kind"] == "truncated"
     client.send({"type": "context", "context": "guide", "instructions": "You are a guide."})
@@ -112,11 +142,13 @@ def test_interrupt_reset_contexts_and_rewinding(clients: Any) -> None:
     assert client.until("system")[-1]["kind"] == "reset"
 
 
-def test_a_message_ends_the_answer_under_way(clients: Any) -> None:
+def test_a_message_ends_the_answer_under_way(clients: Any, service: Service) -> None:
     client = clients("/ws?session=barge")
-    client.send(ASKED | {"max_tokens": 800})
-    client.until("token")
-    assert client.ask()[-1]["reason"] in ("interrupted", "stop")
+    with steps_of(service) as steps:
+        client.send(ASKED | {"max_tokens": 800})
+        steps.let(20)
+        client.until("token")
+        assert client.ask()[-1]["reason"] == "interrupted"
     assert client.until("end")[-1]["turn"] == 2
 
 
@@ -249,16 +281,16 @@ def test_nonsense_in_any_number_disturbs_nobody(clients: Any, num_messages: int)
 
 def test_who_has_more_to_read_than_is_kept_for_it_is_hung_up_on(clients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     speaker = clients("/ws?session=lazy")
-    for _ in range(20):  # so much happened that it can't all go out between two events
-        speaker.ask()
+    speaker.ask()
     monkeypatch.setattr(module, "OUTBOX", 1)
-    lazy = clients("/ws/output?session=lazy&last_event=0")  # all at once
+    tell_at_once(monkeypatch)
     with pytest.raises(ConnectionClosed) as closed:
+        lazy = clients("/ws/output?session=lazy&last_event=0")
         while True:
             lazy.next()
     assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
     assert "last_event" in closed.value.rcvd.reason
-    assert speaker.ask()[-1]["turn"] == 21
+    assert speaker.ask()[-1]["turn"] == 2
 
 
 @pytest.fixture(scope="module")
