@@ -16,17 +16,20 @@ from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink
 from rekindle.serve.service import Service, Ticket
 from rekindle.settings import Settings
 
-CONTEXT = 16384  # long enough for a generation that only ends by being cancelled
-DEADLINE_SECONDS = 30.0
+CONTEXT = 4096
+MOST_EVENTS = 200  # so that a generation only ends by being cancelled, however long that takes
+DEADLINE_SECONDS = 120.0
 
 
 class Listener:
-    """Hears what the real worker tells the real sinks."""
+    """Hears what the real worker tells the real sinks. After so many events that waits until all were cancelled."""
 
     def __init__(self, service: Service, patch: pytest.MonkeyPatch) -> None:
         self._submit = service.submit
         self._changed = threading.Condition()
         self._events: list[Event] = []
+        self._is_free = False
+        self.tickets: list[_Ticket] = []
         patch.setattr(service, "submit", self._listen)
 
     def _listen(self, generation: Generation, sink: Sink) -> Ticket:
@@ -35,8 +38,21 @@ class Listener:
             with self._changed:
                 self._events.append(event)
                 self._changed.notify_all()
+                if isinstance(event, Piece):
+                    assert self._changed.wait_for(self._goes_on, DEADLINE_SECONDS)
 
-        return self._submit(generation, both)
+        with self._changed:
+            self.tickets.append(_Ticket(self._submit(generation, both), self._changed))
+            return self.tickets[-1]
+
+    def _goes_on(self) -> bool:
+        is_over = all(ticket.is_cancelled for ticket in self.tickets)
+        return self._is_free or is_over or len(self._events) < MOST_EVENTS
+
+    def let_all(self) -> None:
+        with self._changed:
+            self._is_free = True
+            self._changed.notify_all()
 
     def wait(self, happened: Callable[[list[Event]], bool]) -> None:
         with self._changed:
@@ -49,6 +65,20 @@ class Listener:
     @property
     def num_pieces(self) -> int:
         return sum(isinstance(event, Piece) for event in self._events)
+
+
+class _Ticket:
+    """Knows that it was cancelled."""
+
+    def __init__(self, ticket: Ticket, changed: threading.Condition) -> None:
+        self._ticket, self._changed = ticket, changed
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+        with self._changed:
+            self.is_cancelled = True
+            self._changed.notify_all()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +153,7 @@ def test_leaving_in_the_middle_of_a_stream(
 
 def test_a_cancelled_generation_makes_room(address: tuple[str, int], long_service: Service, listener: Listener) -> None:
     connections = [post(address, "/generate_stream", LONG) for _ in range(4)]
-    listener.wait(lambda events: len(events) >= 20)
+    listener.wait(lambda events: len(events) >= 20 and len(listener.tickets) == 4)
     for connection in connections:
         connection.close()
     listener.wait(lambda events: len(listener.ends) == 4)
@@ -133,7 +163,7 @@ def test_a_cancelled_generation_makes_room(address: tuple[str, int], long_servic
 
 def test_a_client_that_never_reads_is_no_trouble_when_it_leaves(address: tuple[str, int], listener: Listener) -> None:
     connection = post(address, "/generate_stream", LONG)
-    listener.wait(lambda events: len(events) >= 200)
+    listener.wait(lambda events: len(events) >= MOST_EVENTS)
     connection.close()
     listener.wait(lambda events: listener.ends == ["cancelled"])
 
@@ -141,16 +171,25 @@ def test_a_client_that_never_reads_is_no_trouble_when_it_leaves(address: tuple[s
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", ASK), ("/generate_stream", LONG)])
 @pytest.mark.parametrize("who", ["server", "service"])
 def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(
-    path: str, body: dict[str, Any], who: str
+    path: str, body: dict[str, Any], who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = Service.open(Settings(engine="toy", context=CONTEXT))
+    listener = Listener(service, monkeypatch)
+    closing = threading.Thread(target=service.close)
     with ExitStack() as server:
         host, _, port = server.enter_context(running(service)).removeprefix("http://").rpartition(":")
         with post((host, int(port)), path, body | {"stream": True}) as connection:
             received = b""
             while received.count(b"\ndata: ") < 3:
                 received += connection.recv(4096)
-            service.close() if who == "service" else server.close()
+            if who == "server":
+                server.close()
+            else:
+                listener.wait(lambda events: len(events) >= MOST_EVENTS)
+                closing.start()
+                while service._worker._inbox.empty():  # it is told to stop before it goes on
+                    pass
+                listener.let_all()
             while data := connection.recv(4096):
                 received += data
                 if received.endswith(b"\r\n0\r\n\r\n"):
@@ -158,6 +197,8 @@ def test_a_server_or_service_that_stops_ends_its_streams_with_an_error(
     assert b'data: {"error":{"message":"the server is being stopped"' in received
     assert received.endswith(b"\r\n0\r\n\r\n"), "the stream was cut"
     assert b"[DONE]" not in received
+    if who == "service":
+        closing.join()
     service.close()
 
 

@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from openai.types.responses import ResponseErrorEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
+from tests.api.steps import steps_of
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
@@ -21,6 +22,7 @@ from websockets.typing import Origin, Subprotocol
 from rekindle.api import app as app_module
 from rekindle.api import responses_socket as module
 from rekindle.api import server as server_module
+from rekindle.api.answers import Answers
 from rekindle.api.server import running
 from rekindle.serve.service import Service
 from rekindle.settings import Settings
@@ -101,11 +103,13 @@ def test_what_is_not_stored_is_known_on_its_own_connection(socket: ClientConnect
         client.responses.create(model="ember", input="More.", previous_response_id=second["id"])
 
 
-def test_streams_are_answered_side_by_side_and_in_their_order(socket: ClientConnection) -> None:
-    send(socket, input="One.", stream_id="slow", max_output_tokens=300, ignore_eos=True)
-    send(socket, input="Two.", stream_id="slow", max_output_tokens=2)
-    send(socket, input="Three.", stream_id="quick", max_output_tokens=2)
-    send(socket, input="Four.", max_output_tokens=2)
+def test_streams_are_answered_side_by_side_and_in_their_order(socket: ClientConnection, service: Service) -> None:
+    with steps_of(service) as steps:
+        send(socket, input="One.", stream_id="slow", max_output_tokens=300, ignore_eos=True)
+        send(socket, input="Two.", stream_id="slow", max_output_tokens=2)
+        send(socket, input="Three.", stream_id="quick", max_output_tokens=2)
+        send(socket, input="Four.", max_output_tokens=2)
+        steps.wait(lambda: len(steps.generations) == 3)
     ends: list[dict[str, Any]] = []
     while len(ends) < 4:
         event = receive(socket)
@@ -148,13 +152,15 @@ def test_nonsense_is_refused_and_the_connection_goes_on(
     assert answer(socket)["type"] != "error"
 
 
-def test_a_response_is_cancelled_by_its_id_or_its_stream(socket: ClientConnection) -> None:
+def test_a_response_is_cancelled_by_its_id_or_its_stream(socket: ClientConnection, service: Service) -> None:
     for by in ("response_id", "stream_id"):
-        send(socket, input="Talk.", stream_id="a", max_output_tokens=900, ignore_eos=True)
-        send(socket, input="The next one.", stream_id="a", max_output_tokens=2)
-        response = receive(socket)["response"]
-        name = response["id"] if by == "response_id" else "a"
-        socket.send(json.dumps({"type": "response.cancel", by: name}))
+        with steps_of(service) as steps:  # so that it does not end before
+            send(socket, input="Talk.", stream_id="a", max_output_tokens=900, ignore_eos=True)
+            send(socket, input="The next one.", stream_id="a", max_output_tokens=2)
+            response = receive(socket)["response"]
+            name = response["id"] if by == "response_id" else "a"
+            socket.send(json.dumps({"type": "response.cancel", by: name}))
+            steps.wait(lambda steps=steps: steps.generations[0].cancelled)  # type: ignore[misc]
         end = answer(socket)
         assert (end["type"], end["response"]["id"]) == ("response.incomplete", response["id"])
         assert end["response"]["status"] == "cancelled" and end["stream_id"] == "a"
@@ -253,10 +259,10 @@ def test_too_many_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hanging_up_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Service.open(Settings(engine="toy", context=16384, store="none")) as service, running(service) as url:
+    with Service.open(Settings(engine="toy", context=4096, store="none")) as service, running(service) as url:
         listener = Listener(service, monkeypatch)
         with connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket:
-            send(socket, input="Talk for ever.", max_output_tokens=10_000, ignore_eos=True)
+            send(socket, input="Talk for ever.", max_output_tokens=4000, ignore_eos=True)
             send(socket, input="Never begun.")
             listener.wait(lambda events: len(events) >= 5)
         listener.wait(lambda events: listener.ends == ["cancelled"])
@@ -273,7 +279,7 @@ def test_a_server_that_drains_answers_first_and_then_hangs_up(monkeypatch: pytes
 
     monkeypatch.setattr(server_module, "create_app", create_app)
     with (
-        stepping(drain_seconds=30) as (url, steps),
+        stepping(drain_seconds=WAIT_SECONDS) as (url, steps),
         connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None) as socket,
     ):
         send(socket, input="Talk.", max_output_tokens=40, ignore_eos=True)
@@ -290,15 +296,16 @@ def test_a_server_that_drains_answers_first_and_then_hangs_up(monkeypatch: pytes
         assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
 
 
-def test_each_message_has_a_time_limit_of_its_own() -> None:
-    settings = Settings(engine="toy", context=1024, store="none", request_timeout=3)
-    with ExitStack() as stack:
-        url = stack.enter_context(running(stack.enter_context(Service.open(settings))))
-        socket = stack.enter_context(connect(url.replace("http", "ws", 1) + "/v1/responses", proxy=None))
-        began = time.monotonic()
-        while time.monotonic() - began < 3.5:  # the connection is older than a request may take
+def test_each_message_has_a_time_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(Answers, "fail_after", lambda answers, seconds, error: given.append(seconds))
+    with stepping(request_timeout=300) as (url, steps), connect(f"ws{url[4:]}/v1/responses", proxy=None) as socket:
+        steps.let_all()
+        for _ in range(20):  # the connection is older each time
+            sent = time.perf_counter()
             send(socket, input="Hello.")
             assert answer(socket)["type"] != "error"
+            assert given.pop() >= 300 - (time.perf_counter() - sent) and not given
 
 
 def test_a_key_is_needed() -> None:
