@@ -158,6 +158,7 @@ def test_a_key_has_no_more_answers_under_way_than_it_may() -> None:
             assert len(steps.generations) == 2
             with post(url, *PLAIN, **bearer("two")):  # another key has its own
                 steps.wait(lambda: len(steps.generations) == 3)
+        steps.wait(lambda: all(each.cancelled for each in steps.generations))  # those clients count no more
         steps.let_all()
         steps.check_nothing_is_left()
         small = {"prompt": "Vodris paints", "max_new_tokens": 2}
