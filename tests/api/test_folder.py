@@ -26,9 +26,10 @@ def good(answer: httpx.Response) -> dict[str, Any]:
 
 @pytest.fixture
 def http(tmp_path: Path) -> Iterator[httpx.Client]:
-    """The built-in model with a folder."""
+    """The built-in model with a folder, which is made in the background."""
     settings = Settings(context=1024, threads=1, store=str(tmp_path / "store"))
     with Service.open(settings) as service, running(service) as url, httpx.Client(base_url=url, timeout=60) as http:
+        service._probed.result(60)
         yield http
 
 
