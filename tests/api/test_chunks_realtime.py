@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.api.realtime_client import GREEDY, Realtime, text_of
+from tests.api.steps import steps_of
 from tests.api.test_chunks import CHAT, QUESTION, good
 from tests.api.test_chunks import PASSAGES as SPACED
 from tests.api.test_sockets import Client
@@ -152,15 +153,17 @@ def test_beside_the_conversation(http: httpx.Client, client: Realtime) -> None:
     assert [who for who, _ in client.conversation()] == ["user"]
 
 
-def test_a_blended_answer_can_be_cancelled(http: httpx.Client, client: Realtime) -> None:
+def test_a_blended_answer_can_be_cancelled(http: httpx.Client, client: Realtime, service: Service) -> None:
     good(http.post("/cache/warm", json={"chunks": PASSAGES}))
     tell(client, *PASSAGES)
     long = {"temperature": 1, "seed": 1, "max_output_tokens": 3000, "rekindle": NONE}
-    client.send("response.create", response=long)
-    client.send("response.create", response=long)
-    client.send("response.cancel")
-    assert client.error()["code"] == "conversation_already_has_active_response"
-    assert client.last("response.done")["response"]["status"] in ("cancelled", "completed")
+    with steps_of(service) as steps:  # so that it does not end before
+        client.send("response.create", response=long)
+        client.send("response.create", response=long)
+        client.send("response.cancel")
+        assert client.error()["code"] == "conversation_already_has_active_response"
+        steps.wait(lambda: steps.generations[0].cancelled)
+    assert client.last("response.done")["response"]["status"] == "cancelled"
     assert client.ask("Go on.")["status"] in ("completed", "incomplete")
 
 
