@@ -18,6 +18,7 @@ from rekindle.lab.blend_tasks import Asked, BlendTask, ember_tasks
 from rekindle.reuse.blend import Blend
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.serve.local import LLM
+from rekindle.serve.lull import Lull
 from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sampling
 from rekindle.tokens import SHORT_REST, Tokens
 
@@ -250,6 +251,7 @@ def test_blended_requests_are_swapped_and_go_on(engine: str) -> None:
 def test_a_service_closes_with_chunks_still_to_be_studied(llm: LLM) -> None:
     engine = "torch" if llm.service.health()["engine"] == "torch" else "llama"
     with load(engine) as hurried:
+        hurried.service._worker._lull = Lull(1000.0, 1000.0)  # so that nothing is studied before it is closed
         ask(hurried, prompt_of(story().asked[0]), Blend(), max_tokens=1)
         assert not hurried.service.study(0)
 
