@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from matplotlib.figure import Figure as Drawing
 from rich.console import Console
 
 from rekindle.api.server import running
+from rekindle.engine.protocol import Logits, Work
+from rekindle.engine.toy import ToyEngine
 from rekindle.errors import InvalidRequest
 from rekindle.lab import machine
 from rekindle.lab.load.client import Answer, ServerError
@@ -117,8 +120,21 @@ def test_a_repeat_computes_nothing(url: str) -> None:
     assert figures["repeat_ttft_ms"].expected is not None
 
 
+@pytest.fixture
+def real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That take as long as a real engine's: or all is over while the client of a busy machine is held up."""
+    forward = ToyEngine.forward
+
+    def slow(engine: ToyEngine, work: Sequence[Work]) -> Logits:
+        time.sleep(0.003 + 0.001 * sum(len(each.tokens) for each in work))
+        return forward(engine, work)
+
+    monkeypatch.setattr(ToyEngine, "forward", slow)
+
+
+@pytest.mark.usefixtures("real_steps")
 def test_stall_compares_a_stream_with_itself(url: str) -> None:
-    report = run(url, "stall", SMALL.with_(system_tokens=600, answer_tokens=1_500))
+    report = run(url, "stall", SMALL.with_(system_tokens=600, answer_tokens=3_000))
     figures = {figure.name: figure for figure in report.runs[0].figures}
     assert figures["beside_itl_p99_ms"].expected == pytest.approx(3 * figures["alone_itl_p99_ms"].value)
     assert figures["tokens_while_reading"].value >= 1
@@ -126,8 +142,9 @@ def test_stall_compares_a_stream_with_itself(url: str) -> None:
     assert "times its ITL p99 alone" in printed(report)[0]
 
 
+@pytest.mark.usefixtures("real_steps")
 def test_a_stream_that_ends_before_the_prompt_is_read_says_so() -> None:
-    """Few tokens are left of it when the prompt comes, which takes some 200 steps."""
+    """Few tokens are left of it when the prompt comes, most of which is read when it is over."""
     settings = Settings(engine="toy", context=4_096, store="none", prefill_budget=16)
     with Service.open(settings) as service, running(service) as url:
         report = run(url, "stall", SMALL.with_(system_tokens=3_000, answer_tokens=560))
