@@ -30,6 +30,7 @@ Message = dict[str, str]
 Heard = Callable[[float], None]  # a piece of text came, at this time
 
 CONNECT_SECONDS = 10.0
+_MODELS_SECONDS = 60.0  # that a busy server may take to name its models
 _EXTRAS: tuple[dict[str, Any], ...] = (
     {"stream_options": {"include_usage": True}, "ignore_eos": True},
     {"stream_options": {"include_usage": True}},
@@ -244,7 +245,8 @@ class Target:
 
     async def _served_model(self) -> str | None:
         try:
-            response = await self._http.get("/v1/models", timeout=CONNECT_SECONDS)
+            timeout = httpx.Timeout(_MODELS_SECONDS, connect=CONNECT_SECONDS)
+            response = await self._http.get("/v1/models", timeout=timeout)
         except httpx.HTTPError as error:
             raise ServerError(f"cannot reach {self.url}: {error or type(error).__name__}; is it running?") from None
         if response.status_code in (401, 403):
