@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ def url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def at(url: str) -> list[str]:
     return ["--port", str(urlsplit(url).port)]
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """One for a server that comes back: nobody else is given it meanwhile, and nobody answers there."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def address_of(url: str, session: str) -> Address:
@@ -97,8 +106,7 @@ def test_what_one_says_another_hears(
             assert "first token after" in out.stderr.readline()
             assert run_here(*say, stdin="reset\n").returncode == 0  # not before: it would cut the answer off
             assert out.stderr.readline() == "(the conversation begins anew)\n"
-            out.send_signal(signal.SIGINT)
-            assert out.wait(60) == 130
+            interrupt(out, lambda: out.send_signal(signal.SIGINT))
         finally:
             out.kill()
 
@@ -128,8 +136,16 @@ def test_what_is_typed_is_read_before_the_return_key(url: str, at: list[str], en
 def test_who_only_listens_is_told_so_on_a_terminal(at: list[str], environment: dict[str, str]) -> None:
     with on_a_terminal(environment, "live", "out", *at, "--session", "quiet") as (process, terminal):
         terminal.wait_for(b"Listening to session quiet; Ctrl-C ends.")
-        terminal.press(CTRL_C)
-        assert process.wait(60) == 130
+        interrupt(process, lambda: terminal.press(CTRL_C))
+
+
+def interrupt(process: subprocess.Popen[Any], press: Callable[[], None]) -> None:
+    """Until it has ended: what comes just before Python begins to wait is noticed only with the next."""
+    while process.poll() is None:
+        press()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    assert process.returncode in (130, -signal.SIGINT)  # one that comes while it is ending ends it at once
 
 
 def test_two_turns_somebody_else_and_commands_on_a_terminal(
@@ -175,20 +191,15 @@ def test_ctrl_c_interrupts_an_answer_and_then_ends(url: str, at: list[str], envi
             terminal.press(CTRL_C)
             assert until(listener, "end")["reason"] in ("interrupted", "stop")
         terminal.wait_for(b"> ")
-        while process.poll() is None:  # the first may come while the answer is not yet known to have ended
-            terminal.press(CTRL_C)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-        assert process.returncode in (130, -signal.SIGINT)  # one that comes while it is ending ends it at once
+        interrupt(process, lambda: terminal.press(CTRL_C))  # the first may come while the end is not yet known
 
 
 def test_on_a_terminal_a_restart_of_the_server_is_told_and_survived(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, environment: dict[str, str], port: int
 ) -> None:
     settings = Settings(threads=1, context=2048, store=str(tmp_path))
     with ExitStack() as stack:
-        with Service.open(settings) as service, running(service) as url:
-            port = urlsplit(url).port or 0
+        with Service.open(settings) as service, running(service, port=port) as url:
             terminal = stack.enter_context(on_a_terminal(environment, "live", "--url", url, "--max-tokens", "4"))[1]
             terminal.wait_for(b"> ")
             ask(terminal, b"Hello.")
@@ -271,13 +282,12 @@ def test_a_key_is_needed_and_a_wrong_one_is_refused(run: Run, run_here: Run) -> 
         assert by_environment.returncode == 0 and "begins anew" in by_environment.stderr
 
 
-def test_after_a_restart_the_conversation_goes_on(tmp_path: Path) -> None:
+def test_after_a_restart_the_conversation_goes_on(tmp_path: Path, port: int) -> None:
     settings = Settings(threads=1, store=str(tmp_path))
-    with Service.open(settings) as service, running(service) as url:
+    with Service.open(settings) as service, running(service, port=port) as url:
         line = Line(address_of(url, "kept"), "/ws", 5, pause=lambda seconds: None)
         line.send({"type": "message", "data": "Hello.", "max_tokens": 4})
         first = until(line, "end")
-    port = urlsplit(url).port or 0
     with Service.open(settings) as service, running(service, port=port), line:
         line.send({"type": "message", "data": "Hello again.", "max_tokens": 4})
         second = until(line, "end")
@@ -285,10 +295,10 @@ def test_after_a_restart_the_conversation_goes_on(tmp_path: Path) -> None:
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
 
 
-def test_an_answer_that_ends_with_its_server_has_an_end() -> None:
+def test_an_answer_that_ends_with_its_server_has_an_end(port: int) -> None:
     """Of a server that dies, and can tell nobody."""
     settings = Settings(engine="toy", store="none")
-    with Service.open(settings) as service, running(service) as url:
+    with Service.open(settings) as service, running(service, port=port) as url:
         steps = Steps(service)
         line = Line(address_of(url, "lost"), "/ws", 10, pause=lambda seconds: None)
         line.send({"type": "message", "data": "Hello.", "max_tokens": 4})
@@ -296,7 +306,7 @@ def test_an_answer_that_ends_with_its_server_has_an_end() -> None:
         assert line._socket is not None
         line._socket.socket.shutdown(socket.SHUT_RDWR)
         steps.let_all()
-    with Service.open(settings) as service, running(service, port=urlsplit(url).port or 0), line:
+    with Service.open(settings) as service, running(service, port=port), line:
         assert line.receive() == {"type": "end", "turn": turn, "reason": "cancelled", "data": ""}
         line.send({"type": "message", "data": "Hello again.", "max_tokens": 4})
         assert until(line, "end")["reason"] in ("length", "stop")
