@@ -31,7 +31,7 @@ def test_the_scripts_run(number: int, url: str) -> None:
     port = str(urlsplit(url).port)
     code = re.sub(r"\b8000\b", port, SCRIPTS[number])
     assert code != SCRIPTS[number]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "orange" in result.stdout or int(result.stdout.split()[-1]) > 0
 

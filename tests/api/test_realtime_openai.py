@@ -175,7 +175,7 @@ def test_the_client_comes_back_by_itself_and_has_lost_nothing() -> None:
 
 def test_a_session_whose_server_has_gone_goes_on_by_its_handle(tmp_path: Any) -> None:
     """Only the new message is computed: what was said before comes from the disk."""
-    settings = Settings(model="builtin", threads=1, store=str(tmp_path), block_tokens=16)
+    settings = Settings(model="builtin", threads=1, store=str(tmp_path), block_tokens=16, store_flush_seconds=60)
     facts = " ".join([FACTS] * 3)
     options = {"websocket_connection_options": {"proxy": None}}
     with Service.open(settings) as service, running(service) as url:
