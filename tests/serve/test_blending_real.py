@@ -213,6 +213,7 @@ def test_a_restart_knows_chunks_and_what_was_learned_of_them(engine: str, tmp_pa
         places = [step.reason for step in after.plan.steps if "moved by" in step.reason]
         assert all("fetched from disk" in reason for reason in places)
         assert any("differed most" in (chunk.why or "") for chunk in after.plan.chunks)
+        llm.service._probed.result(60)  # what is in the folder is counted then
         llm.service.check_integrity()
 
 
