@@ -132,7 +132,8 @@ def test_the_line_of_a_stream_that_its_client_leaves(lines: Lines, monkeypatch: 
         steps = Steps(service)
         steps.let(9)
         with httpx.stream("POST", f"{url}/generate_stream", json=body, headers=headers) as response:
-            next(response.iter_lines())
+            answer = response.iter_lines()  # kept: without it the connection is closed
+            next(answer)
             steps.wait_until_begun(10)
         steps.wait(lambda: steps.generations[0].cancelled)
         steps.let_all()

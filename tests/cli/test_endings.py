@@ -242,7 +242,8 @@ def test_a_worker_that_fails_ends_the_server_after_all_were_answered(environment
     secret = "correct horse battery staple"
     fault = f"{staying(60)}; raise ZeroDivisionError({secret!r} + '/home/somebody/model.gguf')"
     got: list[httpx.Response] = []
-    with stepped(environment, fault=fault) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    options = ("--store-flush-seconds", "60")  # for as long the end may take
+    with stepped(environment, *options, fault=fault) as server, httpx.Client(base_url=server.url, timeout=60) as client:
 
         def ask(body: dict[str, Any]) -> None:
             got.append(httpx.post(server.url + CHAT, json=body, timeout=60))
