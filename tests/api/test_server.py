@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import httpx
 import pytest
 
+from rekindle.api.app import create_app
 from rekindle.api.server import running
 from rekindle.errors import InvalidRequest
 from rekindle.serve.service import Service
@@ -63,6 +65,19 @@ def test_two_servers_on_one_service(service: Service, url: str) -> None:
         for base in (url, other):
             assert httpx.get(f"{base}/health").status_code == 200
     assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_what_comes_to_be_submitted_after_all_were_cut_is_told_so_too(service: Service) -> None:
+    """A request whose prompt was still being tokenized then."""
+    app = create_app(service)
+    app.state.runner.stop()
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
+            return await http.post("/generate", json={"prompt": "Hello."})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -27,6 +27,7 @@ from rekindle.serve.request import Done, Event, Failed, Generation, Piece, Sink,
 from rekindle.serve.service import Service, Ticket
 
 T = TypeVar("T")
+_STOPPING = "the server is being stopped"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ class Runner:
         self.service = service
         self.load = load
         self._open: set[Answers] = set()
+        self._stopping = False
 
     async def submit(self, request: HTTPConnection, generations: Sequence[Generation]) -> Answers:
         """Raises what `Service.submit` raises, and Overloaded if the caller has too many; then none of them runs."""
+        if self._stopping:  # since the request was let in
+            raise Stopping(_STOPPING)
         answers = self._opened(request, len(generations))
         exchange = exchange_of(request)
         exchange.model = self.service.model_name
@@ -73,9 +77,10 @@ class Runner:
         return answers
 
     def stop(self) -> None:
-        """End all that run: their clients get a Stopping."""
+        """End all that run, and those that are submitted from now on: their clients get a Stopping."""
+        self._stopping = True
         for answers in self._open:
-            answers.fail(Stopping("the server is being stopped"))
+            answers.fail(Stopping(_STOPPING))
 
     def _opened(self, request: HTTPConnection, num: int) -> Answers:
         """Answers without tickets, counted and under their time limit."""
@@ -196,7 +201,7 @@ def _check(event: Event) -> Piece | Done:
     if isinstance(event, Failed):
         raise event.error
     if isinstance(event, Done) and event.reason == "cancelled":  # not by us: after `close` nobody listens
-        raise Stopping("the server is being stopped")
+        raise Stopping(_STOPPING)
     return event
 
 
