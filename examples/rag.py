@@ -197,23 +197,25 @@ def compare(
         size = sum(each.tokens for each in warmed)
         seconds = sum(each.seconds for each in warmed)
         console.print(f"{len(warmed)} passages of {size:,} tokens, computed on their own in {seconds:.2f} s.\n")
-        answers: list[tuple[Ask, Way, Way]] = []
-        plan = None
+        chosen: list[list[str]] = []
         for ask in asks:
             if not library.knows(ask.text):
                 _PROBLEMS.print(f"no passage shares a word with this question: {ask.text}", markup=False)
-            chosen = [library.texts[index] for index in library.choose(ask.text, passages)]
-            blended = answer(llm, chosen, ask.text, blend)
-            plan = llm.last.plan if llm.last is not None and not answers else plan
-            exact = answer(llm, chosen, ask.text, False)
-            answers.append((ask, exact, blended))
-        if plan is not None:
+            chosen.append([library.texts[index] for index in library.choose(ask.text, passages)])
+        blended, plans = [], []
+        for ask, texts in zip(asks, chosen, strict=True):
+            blended.append(answer(llm, texts, ask.text, blend))
+            plans.append(llm.last.plan if llm.last is not None else None)
+        llm.clear_cache()  # neither way finds what the other has read
+        exact = [answer(llm, texts, ask.text, False) for ask, texts in zip(asks, chosen, strict=True)]
+        answers = list(zip(asks, exact, blended, strict=True))
+        if (plan := plans[0]) is not None:
             console.print("What became of the first question's passages:")
             for chunk in plan.chunks:
                 words = [f"{chunk.exact} reused exactly"] if chunk.exact else []
                 words += [f"{chunk.placed} placed, moved by {chunk.moved:+}"] if chunk.moved is not None else []
                 words += [f"{chunk.recomputed} computed anew ({chunk.why})"] if chunk.recomputed else []
-                words = words or ["all computed"]
+                words = words or [f"all computed ({chunk.why})"]
                 console.print(f"  {chunk.stop - chunk.start} tokens: {'; '.join(words)}")
         console.print()
         console.print(table(answers))

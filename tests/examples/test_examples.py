@@ -95,9 +95,9 @@ def test_rag() -> None:
     for each in answers:
         exact, blended = each["exact"], each["blended"]
         assert blended["prompt"] == exact["prompt"] > 1000
-        assert exact["answer"] and exact["computed"] + blended["computed"] <= 1.2 * exact["prompt"]
+        assert exact["answer"] and blended["computed"] < 0.5 * exact["prompt"]
     first = answers[0]
-    assert first["exact"]["computed"] > 0.9 * first["exact"]["prompt"]
+    assert first["exact"]["computed"] == first["exact"]["prompt"]  # it finds nothing that the other way has read
     assert 0 < first["blended"]["computed"] < 0.4 * first["exact"]["computed"]
     assert first["exact"]["answer"] == first["question"]["expected"]
 
