@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import signal
 import socket
@@ -17,20 +16,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from rekindle.lab.redis_server import free_port
+
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 needs_redis = pytest.mark.skipif(PROGRAM is None, reason="neither redis-server nor valkey-server is installed")
-
-
-OWN_PORTS = range(15_000, 30_000)  # systems give higher ones to whoever asks for any, also while a server is stopped
-
-
-def free_port() -> int:
-    """One that nobody else gets, before our server has it or between two of its lives."""
-    while True:
-        port = random.SystemRandom().choice(OWN_PORTS)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class RedisServer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.kv.redis_server import RedisServer, free_port, needs_redis
+from tests.kv.redis_server import RedisServer, needs_redis
 from tests.kv.samples import FINGERPRINT, Clock, all_facts, facts, make_chain
 
 from rekindle.errors import InvalidRequest
@@ -15,6 +15,7 @@ from rekindle.kv.format import encode
 from rekindle.kv.link import parse_url
 from rekindle.kv.network import NetworkTier
 from rekindle.kv.tier import place_of
+from rekindle.lab.redis_server import free_port
 
 CHAIN = make_chain(1, 4, tail=2)
 PLACES = [place_of(block) for block in CHAIN]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kv.redis_server import RedisServer, Wire, free_port, needs_redis
+from tests.kv.redis_server import RedisServer, Wire, needs_redis
 from tests.kv.samples import FINGERPRINT, Clock, all_facts, facts, make_chain
 
 from rekindle.errors import TierUnavailable
 from rekindle.kv.network import NetworkTier
 from rekindle.kv.tier import place_of
+from rekindle.lab.redis_server import free_port
 
 pytestmark = needs_redis
 

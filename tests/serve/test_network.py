@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.kv.redis_server import RedisServer, free_port, needs_redis
+from tests.kv.redis_server import RedisServer, needs_redis
 
 import rekindle
 from rekindle.errors import InvalidRequest
 from rekindle.kv.network import NetworkTier
+from rekindle.lab.redis_server import free_port
 from rekindle.serve.local import LLM
 from rekindle.serve.service import Service
 from rekindle.settings import Settings

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.kv.redis_server import RedisServer, Wire, free_port, needs_redis
+from tests.kv.redis_server import RedisServer, Wire, needs_redis
 
 import rekindle
 from rekindle.kv.disk import DiskTier
 from rekindle.kv.slabs import SLAB_BYTES
+from rekindle.lab.redis_server import free_port
 from rekindle.serve.local import LLM
 from rekindle.serve.request import Done
 

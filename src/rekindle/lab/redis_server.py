@@ -60,7 +60,7 @@ def redis_server() -> Iterator[RedisServer | None]:
     if program is None:
         yield None
         return
-    server = RedisServer(_free_port(), program.rpartition("/")[2])
+    server = RedisServer(free_port(), program.rpartition("/")[2])
     with tempfile.TemporaryDirectory() as folder:
         where = ["--bind", "127.0.0.1", "--port", str(server.port), "--dir", folder]
         command = [program, *where, "--save", "", "--appendonly", "no"]
@@ -88,7 +88,8 @@ def _wait_for(server: RedisServer, process: subprocess.Popen[bytes]) -> None:
     raise ServerError(f"{server.program} was started on port {server.port} and does not answer")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody else is given, before our server has it or between two of its lives."""
     while True:
         port = random.SystemRandom().choice(_PORTS)
         with socket.socket() as probe, suppress(OSError):

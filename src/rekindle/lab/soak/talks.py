@@ -233,7 +233,7 @@ class Simple(_Talker):
         return is_cut and code == "session_error"
 
     def _is_token(self, event: Event) -> bool:
-        # what was refused before is part of the same turn
+        # what was not answered before is part of the same turn
         if event["type"] == "user_input" and event["data"].rpartition("\n")[2].startswith(f"{self._said}."):
             self._turn = event["turn"]
         return (event["type"], event.get("turn")) == ("token", self._turn)
