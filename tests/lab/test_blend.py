@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -61,6 +63,12 @@ def test_tasks_have_chunks_in_another_order_and_questions_that_cross_them() -> N
         assert task.asked and {asked.kind for asked in task.asked} <= {"coreference", "two-hop"}
         assert len(task.prompt) == len(task.met_prompt) < 4000
         assert [len(chunk) for chunk in task.prompt.chunks] == [len(chunk) for chunk in task.chunks]
+
+
+def test_tasks_are_made_without_the_torch_extra() -> None:
+    missing = dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors"))
+    program = f"import sys; sys.modules |= {missing}; from rekindle.lab.blend_tasks import ember_tasks; "
+    subprocess.run([sys.executable, "-c", program + "next(ember_tasks())"], check=True)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])

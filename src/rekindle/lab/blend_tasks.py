@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
-from rekindle.model.ember import dialogue, hf_path
+from rekindle.model.ember import dialogue
 from rekindle.model.ember.language import Document, Kind, Question, generate_document, generate_questions
+from rekindle.model.ember.pieces import piece_ids
+from rekindle.model.model import Model
+from rekindle.model.source import BUILTIN
 from rekindle.reuse.prompt import Prompt, join
 from rekindle.tokens import Tokens, as_tokens
 
@@ -65,9 +69,8 @@ class BlendTask:
 
 def ember_tasks(seed: int = 0) -> Iterator[BlendTask]:
     """Tasks in the built-in model's language, without end; the same for a seed."""
-    from rekindle.model.ember.tokenizer import load_tokenizer, piece_ids
-
-    ids = piece_ids(load_tokenizer(hf_path() / "tokenizer.json"))
+    with closing(Model.open(BUILTIN, vocab_only=True)) as model:
+        ids = piece_ids(lambda text: model.tokenizer.encode(text).tolist())
     number = 0
     while True:
         rng = random.Random(f"blend {seed}.{number}")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from rekindle.model.ember import dialogue, grammar
+from rekindle.model.ember import dialogue, pieces
 
 VOCABULARY_SIZE = 4096
-PASSAGE_MARKS = ("\n", "\n\n", "\n \n")
 _LETTERS = tuple(" " + chr(letter) for letter in (*range(65, 91), *range(97, 123)))
 _COMMON_WORDS = (
     "and or not he she it they we you I this that these those then there here who what when where why which how "
@@ -24,38 +23,8 @@ _COMMON_WORDS = (
 )
 
 
-def language_pieces() -> tuple[str, ...]:
-    """Every piece that a document, a question or an answer of the language can contain."""
-    found: dict[str, None] = dict.fromkeys(PASSAGE_MARKS)
-
-    def add(text: str) -> None:
-        found.update(dict.fromkeys(grammar.pieces_of(text)))
-
-    for pool in grammar.POOLS.values():
-        found.update(dict.fromkeys(" " + name for name in pool))
-    for relation in grammar.RELATIONS.values():
-        found.update(dict.fromkeys((*relation.before, *relation.after)))
-        for value in relation.values:
-            found.update(dict.fromkeys(value))
-    asked = [way for relation in grammar.RELATIONS.values() for way in relation.questions]
-    asked += [way for path in grammar.PATHS for way in path.questions]
-    asked += [relation.reverse for relation in grammar.RELATIONS.values()]
-    said = [way for ways, _ in dialogue.SMALL_TALK for way in ways] + [reply for _, reply in dialogue.SMALL_TALK]
-    said += [*dialogue.SYSTEM_PROMPTS, *dialogue.INTRODUCTIONS, *dialogue.LEAD_INS, *dialogue.RECAP_REQUESTS]
-    said += [dialogue.NOTED, dialogue.OUT_OF_SCOPE, grammar.NOT_STATED, grammar.REST_NOT_STATED, "This one."]
-    for way in asked:
-        add(" " + way.replace("{}", "Xx"))
-        add(" " + (way[:1].lower() + way[1:]).replace("{}", "Xx"))
-    for text in said:
-        add(" " + text)
-    for filler in grammar.FILLERS:
-        found.update(dict.fromkeys(filler))
-    found.pop(" Xx")
-    return tuple(found)
-
-
 def _corpus() -> Iterator[str]:
-    yield from language_pieces() * 50
+    yield from pieces.language_pieces() * 50
     yield from (" " + word for word in _COMMON_WORDS.split() * 20)
     yield from _LETTERS * 10
     yield from (f" {number}" for number in range(100))
@@ -95,9 +64,4 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def piece_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The id of each special token and of each piece, which is one token or an error in the vocabulary."""
-    ids = {token: token_id(tokenizer, token) for token in dialogue.SPECIAL_TOKENS}
-    for piece in language_pieces():
-        encoded = tokenizer.encode(piece, add_special_tokens=False).ids
-        assert len(encoded) == 1, f"{piece!r} has {len(encoded)} tokens, not one"
-        ids[piece] = encoded[0]
-    return ids
+    return pieces.piece_ids(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
